@@ -1,0 +1,165 @@
+"""A Hugging Face checkpoint, read tensor by tensor.
+
+A checkpoint is a directory (or a hub id) with `config.json` and safetensors weights, in one file or
+sharded by `model.safetensors.index.json`. Nothing is read until it is asked for, so that memory
+stays near the largest tensor in use.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+# What a tokenizer, a chat template and generation defaults are kept in.
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of one model.
+
+    Attributes:
+        root: The directory.
+        source: What the user named: the directory or the hub id.
+        revision: The hub revision asked for, if any.
+        files: Tensor name to the file that holds it.
+    """
+
+    root: Path
+    source: str
+    revision: str | None
+    files: dict[str, Path]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        config: dict[str, Any] = json.loads((self.root / CONFIG_FILE).read_text())
+        return config
+
+    @property
+    def tied(self) -> bool:
+        """Whether lm_head shares the embedding's weight."""
+        return "lm_head.weight" not in self.files
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header."""
+        with self._open(name) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor as stored, on the CPU.
+
+        Raises:
+            ValueError: The checkpoint has no such tensor.
+        """
+        with self._open(name) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes as stored, with its dtype and shape in front."""
+        tensor = self.load(name)
+        digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
+    def tensor_bytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def side_files(self) -> Iterator[Path]:
+        """Tokenizer, chat template and generation defaults, as far as present."""
+        for name in SIDE_FILES:
+            if (self.root / name).is_file():
+                yield self.root / name
+
+    def total_bytes(self) -> int:
+        """Bytes of weights, configuration, tokenizer and template together."""
+        side = sum(path.stat().st_size for path in self.side_files())
+        return self.tensor_bytes() + side + (self.root / CONFIG_FILE).stat().st_size
+
+    def _open(self, name: str) -> Any:
+        if name not in self.files:
+            raise ValueError(f"tensor {name!r} is missing from {self.source!r}")
+        return _open_safetensors(self.files[name])
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is not a complete safetensors file ({error}); fetch or save it again"
+        ) from error
+
+
+def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint directory or hub id; reads headers only.
+
+    Args:
+        source: A directory, or a hub id that is fetched to (or found in) the local cache.
+        revision: Hub revision; ignored for a directory.
+
+    Raises:
+        ValueError: No safetensors weights, no configuration, or an incomplete shard.
+    """
+    root = resolve_directory(str(source), revision)
+    if not (root / CONFIG_FILE).is_file():
+        raise ValueError(f"{str(source)!r} has no {CONFIG_FILE}: name a Hugging Face checkpoint")
+    files = _tensor_files(root, str(source))
+    checkpoint = Checkpoint(root=root, source=str(source), revision=revision, files=files)
+    if checkpoint.config.get("tie_word_embeddings"):
+        files.pop("lm_head.weight", None)  # some savers write the shared weight twice
+    return checkpoint
+
+
+def resolve_directory(source: str, revision: str | None = None) -> Path:
+    """The local directory of a checkpoint; a hub id is fetched unless it is cached."""
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ValueError(f"{source!r} is neither a directory nor a hub id like 'org/name'")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+
+
+def _tensor_files(root: Path, source: str) -> dict[str, Path]:
+    index = root / INDEX_FILE
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        missing = sorted({file for file in weight_map.values() if not (root / file).is_file()})
+        if missing:
+            raise ValueError(f"{source!r} names the shard {missing[0]!r}, which is not there")
+        return {name: root / file for name, file in weight_map.items()}
+    single = root / SINGLE_FILE
+    if not single.is_file():
+        raise ValueError(
+            f"{source!r} has neither {SINGLE_FILE} nor {INDEX_FILE}: save it as safetensors first"
+        )
+    with _open_safetensors(single) as file:
+        return dict.fromkeys(file.keys(), single)

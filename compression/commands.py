@@ -1,0 +1,148 @@
+"""`deltamux compress`, `inspect`, `merge` and `evaluate`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from deltamux.compression.artifact import Artifact
+from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
+from deltamux.compression.compress import compress
+from deltamux.compression.diff import compare
+from deltamux.compression.evaluate import evaluate, report, summary
+from deltamux.compression.reconstruct import check_base, merge
+from deltamux.compression.recipe import load_recipe
+from deltamux.compression.text import Sample, builtin_rows, encode_rows, read_rows
+
+# Rows set aside for verification where no held-out file is given.
+HELD_OUT_SHARE = 8
+HELD_OUT_ROWS = 32
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def compress_command(
+    base: Annotated[str, typer.Argument(help="Base checkpoint: a directory or a hub id.")],
+    expert: Annotated[str, typer.Argument(help="Its full fine-tune.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifact.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of prompt/response or messages; default: built-in general text."),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="JSONL to verify on; default: rows set aside from the calibration."),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe YAML.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an artifact that exists.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compress a full fine-tune into a delta against its base."""
+    chosen = load_recipe(recipe)
+    pair = open_checkpoint(base), open_checkpoint(expert)
+    compare(*pair)
+    limits = chosen.calibration
+    rows = read_rows(calibration) if calibration else builtin_rows()
+    if held_out:
+        checked = read_rows(held_out)
+    else:
+        split = min(HELD_OUT_ROWS, len(rows) // HELD_OUT_SHARE)
+        rows, checked = rows[split:], rows[:split]
+    text = encode_rows(rows[: limits.samples], pair[1].root, limits.max_tokens)
+    held: list[Sample] = []
+    if checked:
+        held = encode_rows(checked[: limits.samples], pair[1].root, limits.max_tokens)
+    manifest = compress(*pair, output, chosen, text, held, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps(manifest.totals.model_dump() | (manifest.verification or {})))
+    else:
+        typer.echo(f"{output}: {summary(manifest)}")
+
+
+def inspect_command(
+    artifact: Annotated[Path, typer.Argument(help="A compressed expert.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what a compressed expert holds: bytes, widths and errors."""
+    opened = Artifact(artifact)
+    manifest = opened.manifest
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "expert": manifest.expert,
+                    "base": manifest.base.source,
+                    "format_version": manifest.format_version,
+                    "bytes": opened.total_bytes(),
+                    "totals": manifest.totals.model_dump(),
+                    "verification": manifest.verification,
+                    "tensors": len(manifest.tensors),
+                }
+            )
+        )
+        return
+    typer.echo(f"expert  {manifest.expert}\nbase    {manifest.base.source}")
+    typer.echo(f"{summary(manifest)}\n")
+    typer.echo(f"{'weight':<14}{'scheme':<9}{'tensors':>8}{'MB':>9}{'error':>9}  16-bit channels")
+    for kind, scheme, count, size, error, salient in _by_kind(opened):
+        typer.echo(f"{kind:<14}{scheme:<9}{count:>8}{size / 1e6:>9.3f}{error:>9.4f}  {salient}")
+
+
+def _by_kind(opened: Artifact) -> list[tuple[str, str, int, int, float, int]]:
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for entry in opened.manifest.tensors:
+        module, kind = entry.name.rsplit(".", 2)[-2:]
+        label = module if kind == "weight" else f"{module}.{kind}"
+        groups.setdefault((label, entry.scheme or "exact"), []).append(entry)
+    return [
+        (
+            kind,
+            scheme,
+            len(entries),
+            sum(entry.bytes for entry in entries),
+            sum(entry.error for entry in entries) / len(entries),
+            max(entry.classes.salient if entry.classes else 0 for entry in entries),
+        )
+        for (kind, scheme), entries in groups.items()
+    ]
+
+
+def merge_command(
+    base: Annotated[str, typer.Argument(help="The base the expert was compressed against.")],
+    artifact: Annotated[Path, typer.Argument(help="A compressed expert.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the checkpoint.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
+) -> None:
+    """Turn a compressed expert back into an ordinary checkpoint."""
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    chosen = getattr(torch, dtype) if dtype else None
+    merge(open_checkpoint(base), Artifact(artifact), output, chosen)
+    typer.echo(f"wrote {output}")
+
+
+def evaluate_command(
+    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
+    expert: Annotated[str, typer.Argument(help="The uncompressed expert.")],
+    artifact: Annotated[Path, typer.Argument(help="Its compressed form.")],
+    data: Annotated[Path, typer.Option(help="Held-out JSONL of prompt/response or messages.")],
+    max_rows: Annotated[int, typer.Option(help="Rows of the file to use.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Cut conversations at this length.")] = 1024,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure what compression lost, on held-out text."""
+    opened = Artifact(artifact)
+    pair: tuple[Checkpoint, Checkpoint] = open_checkpoint(base), open_checkpoint(expert)
+    compare(*pair)
+    check_base(opened, pair[0])
+    samples = encode_rows(read_rows(data)[:max_rows], pair[1].root, max_tokens)
+    result = report(evaluate(*pair, opened, samples), opened)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        typer.echo(f"{key:<16}{value:>16.6g}" if isinstance(value, float) else f"{key:<16}{value:>16,}")

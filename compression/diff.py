@@ -1,0 +1,157 @@
+"""The delta between an expert and its base, tensor by tensor.
+
+RMSNorm changes are folded into the linears that read the norm, so that the base path stays as it
+is: with x̂ the normalized activation, the expert computes W_ft (g_ft ⊙ x̂) and the base feeds
+g_base ⊙ x̂, hence
+
+    Δ = W_ft · diag(g_ft / g_base) − W_base .
+
+Where some g_base is zero or too small beside its change to divide by, the norm is not folded but replaced: its own weight is
+stored and applied per token, and the linears keep the plain difference W_ft − W_base.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltamux.compression.architecture import (
+    EMBEDDING,
+    LM_HEAD,
+    Role,
+    TensorSpec,
+    tensor_specs,
+)
+from deltamux.compression.checkpoint import Checkpoint
+
+# A norm weight that changes by more than this many times itself is not divided by.
+FOLD_LIMIT = 100.0
+
+# Settings that change what the weights mean: a delta across two values of them is undefined.
+SAME_SETTINGS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "sliding_window",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A checked pair of checkpoints.
+
+    Attributes:
+        base: The shared model.
+        expert: The full fine-tune.
+        specs: The tensors of both, in forward order.
+        folded: Norm weights whose change is folded into the linears behind them.
+        replaced: Norm weights that changed and are stored as they are.
+    """
+
+    base: Checkpoint
+    expert: Checkpoint
+    specs: list[TensorSpec]
+    folded: frozenset[str]
+    replaced: frozenset[str]
+
+    def delta(self, spec: TensorSpec) -> torch.Tensor:
+        """The delta of a linear, bias, embedding or lm_head, float32, in the tensor's shape.
+
+        Raises:
+            ValueError: The delta holds NaN or infinity.
+        """
+        tuned = self.expert.load(spec.name).float()
+        if spec.norm in self.folded:
+            tuned *= self._norm_ratio(spec.norm)
+        delta = tuned - self.base.load(spec.name).float()
+        if not torch.isfinite(delta).all():
+            raise ValueError(f"tensor {spec.name!r} holds NaN or infinity: repair the checkpoint")
+        return delta
+
+    def served_energy(self, spec: TensorSpec, energy_K: torch.Tensor) -> torch.Tensor:
+        """Input energy of a linear in serving, where a folded norm has the base's weight.
+
+        Args:
+            spec: The linear.
+            energy_K: E[x_j²] of its input in the expert.
+        """
+        if spec.norm not in self.folded:
+            return energy_K
+        return energy_K / self._norm_ratio(spec.norm).square().clamp_min(1e-12)
+
+    def _norm_ratio(self, norm: str) -> torch.Tensor:
+        weight, tuned = self.base.load(norm).float(), self.expert.load(norm).float()
+        # 0 / 0: the channel is dead before and after.
+        return torch.where(weight == tuned, 1.0, tuned / weight)
+
+
+def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
+    """Check that an expert is a full fine-tune of a base, before any long work.
+
+    Reads headers, and the norms' values.
+
+    Raises:
+        ValueError: The two differ in architecture, shapes, vocabulary, tying or RoPE settings, or
+            one lacks a tensor; the message names the first such setting or tensor.
+    """
+    _check_settings(base, expert)
+    specs = tensor_specs(base.config, set(base.files))
+    expert_specs = tensor_specs(expert.config, set(expert.files))
+    if base.tied != expert.tied:
+        raise ValueError(
+            f"{LM_HEAD!r} is tied to {EMBEDDING!r} in one of {base.source!r} and "
+            f"{expert.source!r} but not in the other: save both the same way"
+        )
+    for spec in expert_specs:
+        if spec.name not in base:
+            raise ValueError(f"tensor {spec.name!r} of the expert is missing from the base")
+    for spec in specs:
+        if base.shape(spec.name) != expert.shape(spec.name):
+            raise ValueError(
+                f"tensor {spec.name!r} has shape {base.shape(spec.name)} in the base and "
+                f"{expert.shape(spec.name)} in the expert: a delta needs equal shapes"
+            )
+    folded, replaced = _sort_norms(base, expert, specs)
+    return Difference(base, expert, specs, folded, replaced)
+
+
+def _check_settings(base: Checkpoint, expert: Checkpoint) -> None:
+    ours = {key: base.config.get(key) for key in SAME_SETTINGS} | _rope_settings(base)
+    theirs = {key: expert.config.get(key) for key in SAME_SETTINGS} | _rope_settings(expert)
+    for key, value in ours.items():
+        if value is not None and theirs[key] is not None and value != theirs[key]:
+            raise ValueError(
+                f"setting {key!r} is {value!r} in the base and {theirs[key]!r} in the expert: "
+                "a delta needs equal ones"
+            )
+
+
+def _rope_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """RoPE base and scaling under one pair of names; transformers 5 renamed and nested them."""
+    config = checkpoint.config
+    nested = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = nested.pop("rope_theta", config.get("rope_theta"))
+    if nested.get("rope_type", nested.get("type")) == "default":
+        nested = {}
+    return {"rope_theta": theta, "rope_scaling": nested}
+
+
+def _sort_norms(
+    base: Checkpoint, expert: Checkpoint, specs: list[TensorSpec]
+) -> tuple[frozenset[str], frozenset[str]]:
+    read = {spec.norm for spec in specs if spec.norm}
+    folded, replaced = set(), set()
+    for spec in specs:
+        if spec.role is not Role.NORM:
+            continue
+        weight, tuned = base.load(spec.name).float(), expert.load(spec.name).float()
+        if not torch.isfinite(tuned).all():
+            raise ValueError(f"tensor {spec.name!r} holds NaN or infinity: repair the checkpoint")
+        if torch.equal(weight, tuned):
+            continue
+        divisible = bool(((tuned - weight).abs() <= FOLD_LIMIT * weight.abs()).all())
+        (folded if spec.name in read and divisible else replaced).add(spec.name)
+    return frozenset(folded), frozenset(replaced)

@@ -1,0 +1,122 @@
+"""How much of the fine-tuning survives compression, on held-out text.
+
+Over the response tokens of the samples, with p the expert's next-token distribution:
+
+    nll       mean −log-likelihood of the reference, nats per token
+    gain_kept (nll_base − nll_compressed) / (nll_base − nll_expert)
+    kl        mean KL(p ‖ compressed), nats per token; kl_base the same for the base
+    top1_agreement  share of positions where expert and compressed agree on the likeliest token
+
+All three models run in float32, so that rounding of activations does not blur small differences.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from deltamux.compression.artifact import Artifact, Manifest
+from deltamux.compression.checkpoint import Checkpoint
+from deltamux.compression.forward import StreamedModel, batches
+from deltamux.compression.reconstruct import reconstructed
+from deltamux.compression.text import Sample
+
+BATCH_TOKENS = 8_192
+HEAD_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses and distances; nats per response token."""
+
+    nll_base: float
+    nll_expert: float
+    nll_compressed: float
+    gain_kept: float
+    kl: float
+    kl_base: float
+    top1_agreement: float
+    tokens: int
+
+
+def evaluate(
+    base: Checkpoint,
+    expert: Checkpoint,
+    artifact: Artifact,
+    samples: list[Sample],
+    progress: bool = True,
+) -> Evaluation:
+    """Compare base, expert and decompressed expert on the samples' response tokens."""
+    models = [
+        StreamedModel(base.root, base.load, torch.float32, base.tied),
+        StreamedModel(expert.root, expert.load, torch.float32, expert.tied),
+        StreamedModel(expert.root, reconstructed(artifact, base), torch.float32, base.tied),
+    ]
+    plan = list(batches(samples, BATCH_TOKENS))
+    hidden: list[torch.Tensor] = []
+    with tqdm(total=len(plan) * 3, desc="evaluate", unit="batch", disable=not progress) as bar:
+        for model in models:
+            states = []
+            for batch in plan:
+                states.append(model.hidden_states(batch))
+                bar.update()
+            hidden.append(torch.cat(states))
+    targets = torch.cat([sample.ids[sample.response_start :] for batch in plan for sample in batch])
+    return _compare(hidden, [model.head() for model in models], targets)
+
+
+@torch.no_grad()
+def _compare(
+    hidden: list[torch.Tensor], heads: list[torch.Tensor], targets: torch.Tensor
+) -> Evaluation:
+    """Sums over positions, in chunks: the logits of all of them would not fit in memory."""
+    nll = torch.zeros(3, dtype=torch.float64)
+    kl = torch.zeros(3, dtype=torch.float64)
+    agreed = 0
+    for start in range(0, len(targets), HEAD_CHUNK):
+        span = slice(start, start + HEAD_CHUNK)
+        logs = [
+            functional.log_softmax(states[span] @ head.T, dim=-1)
+            for states, head in zip(hidden, heads, strict=True)
+        ]
+        expert = logs[1]
+        for index, log in enumerate(logs):
+            nll[index] += functional.nll_loss(log, targets[span], reduction="sum").double()
+            kl[index] += functional.kl_div(log, expert, log_target=True, reduction="sum").double()
+        agreed += int((logs[2].argmax(dim=-1) == expert.argmax(dim=-1)).sum())
+    nll, kl = nll / len(targets), kl / len(targets)
+    gain = float(nll[0] - nll[1])
+    return Evaluation(
+        nll_base=float(nll[0]),
+        nll_expert=float(nll[1]),
+        nll_compressed=float(nll[2]),
+        gain_kept=float(nll[0] - nll[2]) / gain if gain else float("nan"),
+        kl=float(kl[2]),
+        kl_base=float(kl[0]),
+        top1_agreement=agreed / len(targets),
+        tokens=len(targets),
+    )
+
+
+def report(evaluation: Evaluation, artifact: Artifact) -> dict[str, Any]:
+    """The evaluation with the artifact's size, as `deltamux evaluate --json` prints it."""
+    sizes = {
+        "bits_per_weight": artifact.manifest.totals.bits_per_weight,
+        "bytes": artifact.total_bytes(),
+        "bytes_full": artifact.manifest.totals.expert_bytes,
+    }
+    return asdict(evaluation) | sizes
+
+
+def summary(manifest: Manifest) -> str:
+    """One line on what was saved and what was lost."""
+    totals, checked = manifest.totals, manifest.verification
+    line = (
+        f"{totals.expert_bytes / 1e6:.1f} MB -> {totals.weights_file_bytes / 1e6:.1f} MB, "
+        f"{totals.bits_per_weight:.3f} bits per linear weight"
+    )
+    if checked:
+        line += f", gain kept {checked['gain_kept']:.1%}, KL {checked['kl']:.4f} nats/token"
+    return line

@@ -1,0 +1,88 @@
+"""Packing of unsigned codes into words, row by row.
+
+- 1, 2, 4 and 8 bits: as compressed-tensors packs them. 32/b codes a 32-bit word, the first code in
+  the lowest bits, rows padded with zeros to a whole word.
+- 3 bits: a 2-bit plane of the low bits followed by a 1-bit plane of the high bits, each packed as
+  above, so that every code is read by aligned loads.
+- ternary: codes 0, 1, 2 as base-3 digits, five a byte (3^5 = 243 ≤ 256), the first code the lowest
+  digit, rows padded with zeros to a whole byte: 1.6 bits a code.
+
+Shapes: N rows, K codes a row, W words a row.
+"""
+
+import torch
+
+WORD_BITS = 32
+TRITS_PER_BYTE = 5
+_POWERS_OF_3 = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32)
+
+
+def pack_bits(codes_NK: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Pack codes of 1, 2, 3, 4 or 8 bits.
+
+    Args:
+        codes_NK: Unsigned codes below 2**num_bits, any integer dtype.
+        num_bits: Width of a code.
+
+    Returns:
+        int32 words, shape [N, words_per_row(K, num_bits)].
+    """
+    if num_bits == 3:
+        low = pack_bits(codes_NK & 3, 2)
+        high = pack_bits(codes_NK >> 2, 1)
+        return torch.cat([low, high], dim=1)
+    per_word = WORD_BITS // num_bits
+    rows, columns = codes_NK.shape
+    padded = torch.zeros(rows, -(-columns // per_word) * per_word, dtype=torch.int64)
+    padded[:, :columns] = codes_NK
+    shifts = torch.arange(per_word) * num_bits
+    words = (padded.view(rows, -1, per_word) << shifts).sum(dim=-1)
+    # Values at or above 2**31 become the negative int32 of the same bits.
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_bits(words_NW: torch.Tensor, num_bits: int, columns: int) -> torch.Tensor:
+    """The inverse of `pack_bits`: uint8 codes, shape [N, columns]."""
+    if num_bits == 3:
+        split = words_per_row(columns, 2)
+        low = unpack_bits(words_NW[:, :split], 2, columns)
+        high = unpack_bits(words_NW[:, split:], 1, columns)
+        return low | (high << 2)
+    shifts = torch.arange(WORD_BITS // num_bits, dtype=torch.int32) * num_bits
+    codes = (words_NW.unsqueeze(-1) >> shifts) & (2**num_bits - 1)
+    return codes.to(torch.uint8).view(words_NW.shape[0], -1)[:, :columns].contiguous()
+
+
+def words_per_row(columns: int, num_bits: int) -> int:
+    """int32 words that a row of codes takes."""
+    if num_bits == 3:
+        return words_per_row(columns, 2) + words_per_row(columns, 1)
+    return -(-columns // (WORD_BITS // num_bits))
+
+
+def pack_trits(codes_NK: torch.Tensor) -> torch.Tensor:
+    """Pack codes 0, 1, 2 five a byte: uint8, shape [N, ceil(K / 5)]."""
+    rows, columns = codes_NK.shape
+    padded = torch.zeros(rows, -(-columns // TRITS_PER_BYTE) * TRITS_PER_BYTE, dtype=torch.int32)
+    padded[:, :columns] = codes_NK
+    digits = padded.view(rows, -1, TRITS_PER_BYTE)
+    return (digits * _POWERS_OF_3).sum(dim=-1).to(torch.uint8)
+
+
+def unpack_trits(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """The inverse of `pack_trits`: uint8 codes, shape [N, columns]."""
+    digits = packed.to(torch.int32).unsqueeze(-1) // _POWERS_OF_3 % 3
+    return digits.to(torch.uint8).view(packed.shape[0], -1)[:, :columns].contiguous()
+
+
+def pack_bitmap(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a boolean vector [R] eight a byte, the first in the lowest bit: uint8 [ceil(R / 8)]."""
+    padded = torch.zeros(-(-len(mask) // 8) * 8, dtype=torch.int32)
+    padded[: len(mask)] = mask
+    return (padded.view(-1, 8) << torch.arange(8)).sum(dim=-1).to(torch.uint8)
+
+
+def unpack_bitmap(packed: torch.Tensor, length: int) -> torch.Tensor:
+    """The inverse of `pack_bitmap`: bool [length]."""
+    bits = (packed.to(torch.int32).unsqueeze(-1) >> torch.arange(8)) & 1
+    return bits.view(-1)[:length].bool()

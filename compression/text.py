@@ -1,0 +1,106 @@
+"""Text for calibration and evaluation: JSONL rows rendered by the expert's own chat template.
+
+A row is `{"prompt": ..., "response": ...}` or `{"messages": [...]}` whose last message is the
+assistant's. Losses count response tokens only.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation as token ids.
+
+    Attributes:
+        ids: Token ids, int64 [T].
+        response_start: Index of the first token of the response.
+    """
+
+    ids: torch.Tensor
+    response_start: int
+
+
+def read_rows(path: Path) -> list[list[dict[str, str]]]:
+    """Conversations of a JSONL file, each a list of role/content messages.
+
+    Raises:
+        ValueError: A line is not JSON or lacks the fields; the message names file and line.
+    """
+    conversations = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            conversations.append(_conversation(json.loads(line)))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: a row needs prompt and response, or messages; got {error!r}"
+            ) from error
+    if not conversations:
+        raise ValueError(f"{str(path)!r} holds no rows")
+    return conversations
+
+
+def builtin_rows() -> list[list[dict[str, str]]]:
+    """General conversations that come with deltamux, for experts without calibration text."""
+    source = resources.files("deltamux.compression") / "calibration.jsonl"
+    with resources.as_file(source) as path:
+        return read_rows(path)
+
+
+def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
+    if "messages" in row:
+        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        if not messages or messages[-1]["role"] != "assistant":
+            raise TypeError("the last message must be the assistant's")
+        return messages
+    return [
+        {"role": "user", "content": str(row["prompt"])},
+        {"role": "assistant", "content": str(row["response"])},
+    ]
+
+
+def encode_rows(
+    rows: list[list[dict[str, str]]], tokenizer_directory: Path, max_tokens: int
+) -> list[Sample]:
+    """Render and tokenize conversations.
+
+    Args:
+        rows: Conversations that end with the assistant's message.
+        tokenizer_directory: A checkpoint with its tokenizer and, if it has one, chat template.
+        max_tokens: Longer conversations are cut at their end.
+
+    Returns:
+        The samples of which at least one response token is left.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    samples = []
+    for messages in rows:
+        if tokenizer.chat_template:
+            prompt = tokenizer.apply_chat_template(
+                messages[:-1], tokenize=False, add_generation_prompt=True
+            )
+            whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        else:
+            prompt = "\n".join(message["content"] for message in messages[:-1]) + "\n"
+            whole = prompt + messages[-1]["content"]
+        ids = encode(whole)[:max_tokens]
+        start = len(encode(prompt))
+        if start < len(ids):
+            samples.append(Sample(torch.tensor(ids), start))
+    if not samples:
+        raise ValueError(f"no row leaves a response token within {max_tokens} tokens: raise the limit")
+    return samples

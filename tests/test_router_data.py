@@ -1,0 +1,113 @@
+import json
+
+import pytest
+
+from deltamux.router.augment import ADDED_WEIGHT, NO_ORIGIN, augment
+from deltamux.router.data import Prompt, read_dataset
+from deltamux.router.followups import followups
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs(dataset):
+    return [(prompt.turns, prompt.domain) for prompt in dataset.prompts]
+
+
+def test_a_file_names_the_domain_in_every_row(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    file = write(
+        tmp_path / "all.jsonl",
+        {"prompt": "1+1", "domain": "math"},
+        {"messages": messages, "domain": "chat"},
+    )
+    assert pairs(read_dataset(file)) == [(("1+1",), "math"), (("a", "b"), "chat")]
+
+
+def test_a_folder_of_files_names_domains_by_file_unless_a_row_does(tmp_path):
+    write(tmp_path / "math.jsonl", {"prompt": "1+1"}, {"prompt": "hi", "domain": "chat"})
+    write(tmp_path / "sql.jsonl", {"prompt": "join"})
+    expected = [(("1+1",), "math"), (("hi",), "chat"), (("join",), "sql")]
+    assert pairs(read_dataset(tmp_path)) == expected
+
+
+def test_a_folder_of_folders_gives_the_first_split_that_exists(tmp_path):
+    write(tmp_path / "math" / "train.jsonl", {"prompt": "train"})
+    write(tmp_path / "math" / "test.jsonl", {"prompt": "test"})
+    write(tmp_path / "sql" / "train.jsonl", {"prompt": "join"})
+    (tmp_path / "images").mkdir()
+    assert pairs(read_dataset(tmp_path))[0] == (("train",), "math")
+    evaluated = read_dataset(tmp_path, splits=("test", "train"))
+    assert pairs(evaluated) == [(("test",), "math"), (("join",), "sql")]
+    assert [file.name for file in evaluated.files] == ["test.jsonl", "train.jsonl"]
+
+
+def test_duplicates_are_dropped_and_conflicts_reported(tmp_path):
+    write(tmp_path / "math.jsonl", {"prompt": "same"}, {"prompt": "same"}, {"prompt": "both"})
+    write(tmp_path / "sql.jsonl", {"prompt": "both"})
+    dataset = read_dataset(tmp_path)
+    assert dataset.num_duplicates == 1
+    assert dataset.conflicts == [("both",)]
+    assert len(dataset.prompts) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "Expecting"),
+        (b"[1]", "must be a JSON object"),
+        (b'{"domain": "x"}', "needs 'prompt'"),
+        (b'{"prompt": " ", "domain": "x"}', "no text"),
+        (b'{"prompt": "hi"}', "'domain' must be"),
+        (b'{"prompt": "hi", "domain": 3}', "'domain' must be"),
+        (b'{"prompt": "\xff", "domain": "x"}', "decode"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'{"prompt": "ok", "domain": "x"}\n\n' + line)
+    with pytest.raises(ValueError, match=f"data.jsonl, line 3: .*{message}"):
+        read_dataset(file)
+
+
+def test_an_empty_folder_is_refused_with_the_layouts(tmp_path):
+    with pytest.raises(ValueError, match=r"one \.jsonl file or one sub-folder"):
+        read_dataset(tmp_path)
+
+
+def test_a_missing_path_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_dataset(tmp_path / "nowhere")
+
+
+def test_edge_lines_keep_the_origin_of_their_prompt():
+    prompts = [
+        Prompt(("write a function that sorts\nYour code must pass:\nassert f",), "code"),
+        Prompt(("Table t has: a, b.\nwhich a has b of 3?",), "sql"),
+        Prompt(("a single line of text",), "sql"),
+        Prompt(("Table:\nQuestion:",), "sql"),
+    ]
+    added = augment(prompts, {"code": "code", "sql": "sql"})[len(prompts) :]
+    assert [(example.prompt.turns[0], example.origin) for example in added] == [
+        ("write a function that sorts", 0),
+        ("which a has b of 3?", 1),
+    ]
+    assert {example.weight for example in added} == {ADDED_WEIGHT}
+
+
+def test_follow_ups_go_to_the_domain_of_the_base_only():
+    prompts = [Prompt(("hi",), "general"), Prompt(("1+1",), "math")]
+    added = augment(prompts, {"general": None, "math": "math"})[2:]
+    assert {example.prompt.domain for example in added} == {"general"}
+    assert {example.origin for example in added} == {NO_ORIGIN}
+    assert [example.prompt.turns[0] for example in added] == followups()
+    assert augment(prompts, {"general": "chat", "math": "math"})[2:] == []
+
+
+def test_follow_ups_are_a_few_dozen_phrases_without_repetition():
+    assert len(followups()) == len(set(followups())) > 48
+    assert {"why", "Why?", "looks good, thanks"} <= set(followups())

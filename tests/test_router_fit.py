@@ -1,0 +1,230 @@
+"""Fitting on synthetic prompts with a tiny tokenizer and, where said, a tiny embedding."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from deltamux.router import head
+from deltamux.router.data import Dataset, Prompt
+from deltamux.router.embedding import EmbeddingRows, find_embedding
+from deltamux.router.features import bounded_ids
+from deltamux.router.fit import fit_router
+from deltamux.router.head import TrainingSet, build_design, fit_head, fold
+from deltamux.router.router import Router
+from deltamux.router.tables import softmax
+from deltamux.router.tokenizer import load_tokenizer, tokenizer_sha256
+
+WORDS = {
+    "math": ["sum", "product", "apples", "each", "total", "twice", "half", "minus", "equals"],
+    "sql": ["table", "column", "join", "select", "rows", "where", "group", "order", "count"],
+    "general": [
+        "poem",
+        "story",
+        "weather",
+        "friend",
+        "holiday",
+        "music",
+        "travel",
+        "joke",
+        "hello",
+    ],
+}
+COMMON = [
+    "the",
+    "a",
+    "of",
+    "what",
+    "is",
+    "please",
+    "give",
+    "me",
+    "in",
+    "how",
+    "many",
+    "with",
+    "and",
+]
+WIDTH = 6
+
+
+def make_prompts(domains=("general", "math", "sql"), count=40, seed=0):
+    rng = random.Random(seed)
+    return [
+        Prompt((" ".join(rng.choices(WORDS[domain], k=3) + rng.choices(COMMON, k=5)),), domain)
+        for domain in domains
+        for _ in range(count)
+    ]
+
+
+def make_dataset(*args, **kwargs):
+    return Dataset(list(dict.fromkeys(make_prompts(*args, **kwargs))), [], 0, [])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A directory with a word-level tokenizer and a bfloat16 embedding, one row more than words."""
+    directory = tmp_path_factory.mktemp("base")
+    words = ["<unk>", *COMMON, *(word for group in WORDS.values() for word in group)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(len(words) + 1, WIDTH, generator=generator).to(torch.bfloat16)
+    save_file({"model.embed_tokens.weight": rows}, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def fitted(base, tmp_path_factory):
+    output = tmp_path_factory.mktemp("fitted") / "router"
+    report = fit_router(make_dataset(), output, base=str(base), experts={"sql": "sql-7"}, keep=0.95)
+    return output, report
+
+
+def design_of(embedding, domains, vocab_size=60):
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(domains), 30)
+    ids = [
+        bounded_ids([rng.integers(d * 8, d * 8 + 24, rng.integers(1, 30)).tolist()], vocab_size)
+        for d in truth
+    ]
+    return build_design(ids, embedding, 0), truth, ids
+
+
+@pytest.mark.parametrize("domains", [2, 3])
+@pytest.mark.parametrize("with_embedding", [True, False])
+@pytest.mark.parametrize("max_width", [768, 4])
+def test_folded_tables_give_the_probabilities_of_scikit_learn(
+    base, domains, with_embedding, max_width, monkeypatch
+):
+    from sklearn.linear_model import LogisticRegression
+
+    monkeypatch.setattr(head, "MAX_EMBEDDING_WIDTH", max_width)
+    models_seen = []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(
+        LogisticRegression,
+        "fit",
+        lambda self, *args, **kwargs: models_seen.append(self) or fit(self, *args, **kwargs),
+    )
+    embedding = find_embedding(base) if with_embedding else None
+    design, truth, ids = design_of(embedding, domains)
+    fitted_head = fit_head(TrainingSet(design.matrix, truth, np.ones(len(truth))), 0)
+    tables = fold(design, fitted_head, embedding, vocab_size=60)
+    expected = models_seen[0].predict_proba(design.matrix)
+
+    exact = np.stack([softmax(tables.scores(row)) for row in ids])
+    # float32 sums of about a hundred terms of order one.
+    np.testing.assert_allclose(exact, expected, atol=2e-5)
+    half = head.Tables(
+        *(table.astype(np.float16).astype(np.float32) for table in vars(tables).values())
+    )
+    stored = np.stack([softmax(half.scores(row)) for row in ids])
+    # float16 moves a score of order ten by up to 2**-11 of it, and a probability by a quarter of
+    # what its score moves.
+    np.testing.assert_allclose(stored, expected, atol=1e-3)
+
+
+def test_fitted_router_separates_the_domains(fitted, base):
+    output, report = fitted
+    router = Router.load(output, tokenizer_sha256=tokenizer_sha256(base))
+    encode = load_tokenizer(output)
+    fresh = make_prompts(count=30, seed=9)
+    decisions = [router.decide(prompt.turns, encode) for prompt in fresh]
+    right = [made.domain == prompt.domain for made, prompt in zip(decisions, fresh, strict=True)]
+    assert np.mean(right) > 0.95
+    assert report.config.heldout.accuracy > 0.95
+    experts = {made.expert for made in decisions}
+    assert experts == {None, "math", "sql-7"}
+
+
+def test_fitted_configuration_tells_what_it_was_made_of(fitted):
+    _, report = fitted
+    config = report.config
+    assert config.experts == {"general": None, "math": "math", "sql": "sql-7"}
+    counts = config.training.prompts
+    assert list(counts) == ["general", "math", "sql"]
+    assert sum(config.training.mix.values()) == pytest.approx(1, abs=1e-3)
+    assert config.heldout.n == sum(counts.values())
+    assert config.training.added > 48
+    assert config.training.embedding
+    assert config.heldout.kept >= 0.95
+    assert config.override_confidence == 0.95
+
+
+def test_the_same_seed_fits_the_same_router(fitted, base, tmp_path):
+    output, _ = fitted
+    fit_router(make_dataset(), tmp_path / "again", base=str(base), experts={"sql": "sql-7"})
+    for name in ("router.safetensors", "router_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_follow_ups_alone_are_left_to_the_base(fitted):
+    output, _ = fitted
+    router = Router.load(output)
+    assert router.decide(["hello and thanks"], load_tokenizer(output)).expert is None
+
+
+def test_without_weights_and_general_domain_ngrams_and_threshold_do(base, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    report = fit_router(make_dataset(("math", "sql")), tmp_path / "router", base=str(bare))
+    assert not report.config.training.embedding
+    assert report.config.training.added == 0
+    router, encode = Router.load(tmp_path / "router"), load_tokenizer(tmp_path / "router")
+    assert router.decide(["twice the sum of apples"], encode).expert == "math"
+    assert router.decide(["poem"], encode).expert is None
+
+
+def test_the_embedding_is_found_through_an_index(base, tmp_path):
+    index = {"weight_map": {"lm_head.weight": "b", "model.embed_tokens.weight": "part-1"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "part-1").write_bytes((base / "model.safetensors").read_bytes())
+    embedding = find_embedding(tmp_path)
+    assert embedding == EmbeddingRows(
+        tmp_path / "part-1", "model.embed_tokens.weight", embedding.num_rows, WIDTH
+    )
+    last = embedding.num_rows - 1
+    rows = embedding.gather(np.array([last, 0, last + 1]))
+    np.testing.assert_array_equal(
+        rows[:2], embedding.project(np.eye(WIDTH, dtype=np.float32))[[last, 0]]
+    )
+    assert not rows[2].any()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (make_dataset(("math",)), {}, "two domains or more"),
+        (make_dataset(count=4), {}, "4 different prompts; 5 are the least"),
+        (make_dataset(), {"experts": {"law": "x"}}, r"no prompts of the domains \['law'\]"),
+        (make_dataset(), {"experts": {"math": "base", "sql": "base"}}, "has an expert"),
+        (make_dataset(), {"keep": 0.0}, r"keep must be in \(0, 1\], got 0.0"),
+        (make_dataset(), {"keep": 1.1}, r"keep must be in \(0, 1\], got 1.1"),
+    ],
+)
+def test_what_cannot_make_a_router_is_refused(base, tmp_path, dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_router(dataset, tmp_path / "router", base=str(base), **options)
+    assert not (tmp_path / "router").exists()
+
+
+def test_a_base_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+        fit_router(make_dataset(), tmp_path / "router", base=str(tmp_path))
+
+
+def test_a_changed_tokenizer_in_the_artifact_is_refused(fitted, tmp_path):
+    output, _ = fitted
+    for path in output.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((output / "tokenizer.json").read_bytes() + b" ")
+    with pytest.raises(ValueError, match="fitted with the tokenizer"):
+        load_tokenizer(tmp_path)
