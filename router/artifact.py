@@ -2,7 +2,8 @@
 
 - `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], in the
   terms of `tables.py`, columns in the order of the configuration's `labels`; `__metadata__` is
-  {"format": "deltamux-router", "format_version": "1"}.
+  {"format": "deltamux-router"} (one key, since safetensors writes several in no fixed order, and
+  the same fit should give the same bytes).
 - `router_config.json`: see `config.py`; UTF-8, keys in the schema's order.
 - `tokenizer.json`: a copy of the base's tokenizer, so that a text can be routed with the directory
   alone. Its SHA-256 is in the configuration.
@@ -22,7 +23,6 @@ from safetensors.numpy import save
 from deltamux.router.config import (
     CONFIG_FILE,
     FORMAT,
-    FORMAT_VERSION,
     TABLES_FILE,
     TOKENIZER_FILE,
     RouterConfig,
@@ -69,9 +69,8 @@ def save_artifact(directory: Path, tables: Tables, config: RouterConfig, tokeniz
         "pairs": _half(tables.pairs),
         "bias": tables.bias.astype(np.float32),
     }
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     files = {
-        TABLES_FILE: save(arrays, metadata=metadata),
+        TABLES_FILE: save(arrays, metadata={"format": FORMAT}),
         CONFIG_FILE: (config.model_dump_json(indent=2) + "\n").encode(),
         TOKENIZER_FILE: tokenizer,
     }

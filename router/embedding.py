@@ -73,7 +73,7 @@ def find_embedding(base: Path) -> EmbeddingRows | None:
         None where the directory holds no safetensors weights, or none with a known name.
 
     Raises:
-        ValueError: The weights are damaged, or the embedding is not a matrix of finite numbers.
+        ValueError: The weights are damaged or missing, or the embedding is not a matrix.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -99,7 +99,7 @@ def embedding_file(base: Path) -> Path | None:
     if not index.is_file():
         single = base / _WEIGHTS
         return single if single.is_file() else None
-    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    files = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
     name = _embedding_name(list(files))
     return base / files[name] if name else None
 

@@ -11,6 +11,7 @@ from deltamux.compression.commands import (
     merge_command,
 )
 from deltamux.router.commands import route, router_app
+from deltamux.serve.launch import serve_command
 
 app = typer.Typer(
     name="deltamux",
@@ -25,6 +26,9 @@ app.command("merge")(merge_command)
 app.command("evaluate")(evaluate_command)
 app.add_typer(router_app, name="router")
 app.command("route")(route)
+app.command(
+    "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(serve_command)
 
 
 def main() -> None:

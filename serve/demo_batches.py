@@ -80,9 +80,7 @@ def in_order(encoded: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
         yield collate(ordered[start : start + batch_size], prefix_length)
 
 
-def shuffled(
-    encoded: Sequence[Encoded], batch_size: int, steps: int, seed: int
-) -> Iterator[Batch]:
+def shuffled(encoded: Sequence[Encoded], batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
     """Yield `steps` batches of similar lengths, epoch after epoch in a new order."""
     prefix_length = shared_prefix_length(encoded)
     rng, bucket = Random(seed), batch_size * BATCHES_PER_BUCKET

@@ -146,4 +146,4 @@ def _changed_share(model: Any, base: Path) -> float:
         old = AutoModelForCausalLM.from_pretrained(base, dtype=model.config.dtype)
     pairs = list(zip(model.parameters(), old.parameters(), strict=True))
     changed = sum(int((new != before).sum()) for new, before in pairs)
-    return changed / sum(new.numel() for new, _ in pairs)
+    return changed / sum(int(new.numel()) for new, _ in pairs)

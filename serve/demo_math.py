@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from random import Random
 
 NAMES = (
-    "Ada Amir Bella Carlos Chen Dana Elif Femi Grace Hugo Ines Jonas Kofi Lena Maya Nina Omar "
-    "Priya Rosa Sam Tariq Uma Viktor Wendy Yuki Zoe"
-).split()
+    "Ada", "Amir", "Bella", "Carlos", "Chen", "Dana", "Elif", "Femi", "Grace", "Hugo", "Ines",
+    "Jonas", "Kofi", "Lena", "Maya", "Nina", "Omar", "Priya", "Rosa", "Sam", "Tariq", "Uma",
+    "Viktor", "Wendy", "Yuki", "Zoe",
+)  # fmt: skip
 ITEMS = (
-    "apples books buttons cards cookies cups envelopes erasers flowers keys lemons marbles "
-    "mugs muffins notebooks oranges pencils plants ribbons shells stamps stickers tickets toys"
-).split()
+    "apples", "books", "buttons", "cards", "cookies", "cups", "envelopes", "erasers", "flowers",
+    "keys", "lemons", "marbles", "mugs", "muffins", "notebooks", "oranges", "pencils", "plants",
+    "ribbons", "shells", "stamps", "stickers", "tickets", "toys",
+)  # fmt: skip
 PLACES = ("shop", "market", "school", "library", "museum", "farm", "bakery", "club", "office")
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,

@@ -72,120 +72,83 @@ REQUESTS = (
     "{question} Answer in SQL.",
 )
 
-# (questions, query); words of a query are column and table names, of a question plain English.
-QUERIES: tuple[tuple[tuple[str, ...], str], ...] = (
+# (query, ways to ask for it); queries use the names of columns, questions their words.
+QUERIES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("SELECT {label} FROM {table} WHERE {number} > {n};", (
+        "Which {table} have a {number_words} above {n}?",
+        "List the {label_words} of {table} with {number_words} greater than {n}.",
+    )),
+    ("SELECT {label} FROM {table} WHERE {number} <= {n};", (
+        "Find {table} whose {number_words} is at most {n}.",
+        "Show every {label_words} where {number_words} does not exceed {n}.",
+    )),
+    ("SELECT {label} FROM {table} WHERE {number} BETWEEN {n} AND {m};", (
+        "What {table} are between {n} and {m} in {number_words}?",
+        "Get the {label_words} of {table} with {number_words} from {n} to {m}.",
+    )),
+    ("SELECT {label} FROM {table} WHERE {category} = '{value}';", (
+        "Show the {label_words} of all {table} whose {category} is {value}.",
+        "Which {table} have {category} {value}?",
+    )),
+    ("SELECT COUNT(*) FROM {table} WHERE {category} = '{value}';", (
+        "How many {table} have {category} {value}?",
+        "Count the {table} with {value} as {category}.",
+    )),
+    ("SELECT {category}, COUNT(*) FROM {table} GROUP BY {category};", (
+        "How many {table} are there for each {category}?",
+        "Count {table} per {category}.",
+    )),
+    ("SELECT {category}, AVG({number}) FROM {table} GROUP BY {category};", (
+        "Give the average {number_words} for every {category}.",
+        "What is the mean {number_words} of {table} by {category}?",
+    )),
+    ("SELECT AVG({number}) FROM {table} WHERE {category} = '{value}';", (
+        "What is the average {number_words} of {table} with {category} {value}?",
+        "Compute the mean {number_words} where {category} is {value}.",
+    )),
+    ("SELECT {label} FROM {table} ORDER BY {number} DESC LIMIT {k};", (
+        "Show the {k} {table} with the highest {number_words}.",
+        "Who or what are the top {k} {table} by {number_words}?",
+    )),
+    ("SELECT {label} FROM {table} ORDER BY {number} ASC LIMIT {k};", (
+        "Which {k} {table} have the lowest {number_words}?",
+        "Return the bottom {k} {table} by {number_words}.",
+    )),
+    ("SELECT SUM({number}) FROM {table} WHERE {category} = '{value}';", (
+        "What is the total {number_words} of all {table} with {category} {value}?",
+        "Add up {number_words} for {value} {table}.",
+    )),
+    ("SELECT {category} FROM {table} GROUP BY {category} HAVING COUNT(*) > {k};", (
+        "Which {category} values have more than {k} {table}?",
+        "Find each {category} that appears over {k} times among the {table}.",
+    )),
+)  # fmt: skip
+JOINS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
-        (
-            "Which {table} have a {number_words} above {n}?",
-            "List the {label_words} of {table} with {number_words} greater than {n}.",
-        ),
-        "SELECT {label} FROM {table} WHERE {number} > {n};",
-    ),
-    (
-        (
-            "Find {table} whose {number_words} is at most {n}.",
-            "Show every {label_words} where {number_words} does not exceed {n}.",
-        ),
-        "SELECT {label} FROM {table} WHERE {number} <= {n};",
-    ),
-    (
-        (
-            "What {table} are between {n} and {m} in {number_words}?",
-            "Get the {label_words} of {table} with {number_words} from {n} to {m}.",
-        ),
-        "SELECT {label} FROM {table} WHERE {number} BETWEEN {n} AND {m};",
-    ),
-    (
-        (
-            "Show the {label_words} of all {table} whose {category} is {value}.",
-            "Which {table} have {category} {value}?",
-        ),
-        "SELECT {label} FROM {table} WHERE {category} = '{value}';",
-    ),
-    (
-        (
-            "How many {table} have {category} {value}?",
-            "Count the {table} with {value} as {category}.",
-        ),
-        "SELECT COUNT(*) FROM {table} WHERE {category} = '{value}';",
-    ),
-    (
-        (
-            "How many {table} are there for each {category}?",
-            "Count {table} per {category}.",
-        ),
-        "SELECT {category}, COUNT(*) FROM {table} GROUP BY {category};",
-    ),
-    (
-        (
-            "Give the average {number_words} for every {category}.",
-            "What is the mean {number_words} of {table} by {category}?",
-        ),
-        "SELECT {category}, AVG({number}) FROM {table} GROUP BY {category};",
-    ),
-    (
-        (
-            "What is the average {number_words} of {table} with {category} {value}?",
-            "Compute the mean {number_words} where {category} is {value}.",
-        ),
-        "SELECT AVG({number}) FROM {table} WHERE {category} = '{value}';",
-    ),
-    (
-        (
-            "Show the {k} {table} with the highest {number_words}.",
-            "Who or what are the top {k} {table} by {number_words}?",
-        ),
-        "SELECT {label} FROM {table} ORDER BY {number} DESC LIMIT {k};",
-    ),
-    (
-        (
-            "Which {k} {table} have the lowest {number_words}?",
-            "Return the bottom {k} {table} by {number_words}.",
-        ),
-        "SELECT {label} FROM {table} ORDER BY {number} ASC LIMIT {k};",
-    ),
-    (
-        (
-            "What is the total {number_words} of all {table} with {category} {value}?",
-            "Add up {number_words} for {value} {table}.",
-        ),
-        "SELECT SUM({number}) FROM {table} WHERE {category} = '{value}';",
-    ),
-    (
-        (
-            "Which {category} values have more than {k} {table}?",
-            "Find each {category} that appears over {k} times among the {table}.",
-        ),
-        "SELECT {category} FROM {table} GROUP BY {category} HAVING COUNT(*) > {k};",
-    ),
-)
-JOINS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        (
-            "List the {label_words} of {table} together with the {parent_label_words} of their "
-            "{parent}.",
+        "SELECT {table}.{label}, {parent}.{parent_label} FROM {table} JOIN {parent} ON "
+        "{table}.{parent_key} = {parent}.id;", (
+            "List the {label_words} of {table} together with the {parent_label_words} of "
+            "their {parent}.",
             "Show each {label_words} and the matching {parent_label_words} from {parent}.",
         ),
-        "SELECT {table}.{label}, {parent}.{parent_label} FROM {table} "
-        "JOIN {parent} ON {table}.{parent_key} = {parent}.id;",
     ),
     (
-        (
+        "SELECT {parent}.{parent_label}, COUNT(*) FROM {table} JOIN {parent} ON "
+        "{table}.{parent_key} = {parent}.id GROUP BY {parent}.{parent_label};", (
             "How many {table} belong to each {parent_label_words} in {parent}?",
             "Count {table} per {parent_label_words} of {parent}.",
         ),
-        "SELECT {parent}.{parent_label}, COUNT(*) FROM {table} "
-        "JOIN {parent} ON {table}.{parent_key} = {parent}.id GROUP BY {parent}.{parent_label};",
     ),
-)
+)  # fmt: skip
 JOIN_SHARE = 0.2
+KEY_SHARE = 0.4  # of the tables without a join, so that "id" alone does not mean SQL
 
 
 def draw(rng: Random) -> tuple[str, str]:
     """Return one schema with a question, and its query."""
     table = rng.choice(TABLES)
     joined = rng.random() < JOIN_SHARE
-    questions, query = rng.choice(JOINS if joined else QUERIES)
+    query, questions = rng.choice(JOINS if joined else QUERIES)
     words = _words(table, rng)
     question = rng.choice(REQUESTS).format(question=rng.choice(questions).format(**words))
     parts = [_schema(table, joined, rng), question]
@@ -217,7 +180,8 @@ def _schema(table: Table, joined: bool, rng: Random) -> str:
     rng.shuffle(columns)
     types = dict.fromkeys((table.label, table.category), "TEXT")
     if not joined:
-        return _describe(style, table.name, ["id", *columns], types)
+        key = ["id"] if rng.random() < KEY_SHARE else []
+        return _describe(style, table.name, [*key, *columns], types)
     child = _describe(style, table.name, ["id", table.parent_key, *columns[:1], table.label], types)
     parent = ["id", table.parent_label]
     return f"{child} {_describe(style, table.parent, parent, {table.parent_label: 'TEXT'})}"

@@ -11,7 +11,7 @@ from deltamux.router.router import Router
 from deltamux.router.tables import Tables
 
 VOCAB, BUCKETS = 50, 64
-METADATA = {"format": "deltamux-router", "format_version": "1"}
+METADATA = {"format": "deltamux-router"}
 
 
 def make_config(**changes):

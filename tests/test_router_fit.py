@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deltamux.router import head
 from deltamux.router.data import Dataset, Prompt
 from deltamux.router.embedding import EmbeddingRows, find_embedding
-from deltamux.router.features import bounded_ids
+from deltamux.router.features import bounded_ids, pair_buckets
 from deltamux.router.fit import fit_router
 from deltamux.router.head import TrainingSet, build_design, fit_head, fold
 from deltamux.router.router import Router
 from deltamux.router.tables import softmax
-from deltamux.router.tokenizer import load_tokenizer, tokenizer_sha256
+from deltamux.router.tokenizer import build_encode, load_tokenizer, tokenizer_sha256
 
 WORDS = {
     "math": ["sum", "product", "apples", "each", "total", "twice", "half", "minus", "equals"],
@@ -131,6 +131,12 @@ def test_folded_tables_give_the_probabilities_of_scikit_learn(
     np.testing.assert_allclose(stored, expected, atol=1e-3)
 
 
+def test_pairs_of_a_single_prompt_get_no_column():
+    design = build_design([np.array([1, 2, 3]), np.array([1, 2, 4])], None, 0)
+    assert design.tokens.tolist() == [1, 2, 3, 4]
+    assert design.pairs.tolist() == pair_buckets(np.array([1, 2])).tolist()
+
+
 def test_fitted_router_separates_the_domains(fitted, base):
     output, report = fitted
     router = Router.load(output, tokenizer_sha256=tokenizer_sha256(base))
@@ -163,6 +169,31 @@ def test_the_same_seed_fits_the_same_router(fitted, base, tmp_path):
     fit_router(make_dataset(), tmp_path / "again", base=str(base), experts={"sql": "sql-7"})
     for name in ("router.safetensors", "router_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_held_out_quality_does_not_profit_from_lines_of_held_out_prompts(base, tmp_path):
+    # Words say nothing about these domains: only a leak could predict them.
+    rng = random.Random(0)
+    words = [*COMMON, *(word for group in WORDS.values() for word in group)]
+
+    def line():
+        return " ".join(rng.sample(words, 8))
+
+    prompts = [Prompt((f"{line()}\n{line()}",), rng.choice(["math", "sql"])) for _ in range(200)]
+    report = fit_router(Dataset(prompts, [], 0, []), tmp_path / "router", base=str(base))
+    assert report.config.training.added == 200
+    # 0.5 by chance, standard deviation 0.035.
+    assert report.config.heldout.accuracy < 0.65
+
+
+def test_encoding_adds_no_special_tokens(base):
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A <unk>", special_tokens=[("<unk>", 0)]
+    )
+    encode, vocab_size = build_encode(tokenizer.to_str().encode())
+    assert encode("the a of") == [1, 2, 3]
+    assert vocab_size == tokenizer.get_vocab_size()
 
 
 def test_follow_ups_alone_are_left_to_the_base(fitted):

@@ -1,0 +1,254 @@
+"""Entry point of the `vllm.endpoint_plugins` group: deltamux on vLLM's own API server.
+
+`attach_router` adds the routes under `/v1` (so that the API key guards them) and the response
+headers; `init_state` puts the gateway in front of vLLM's handlers once they exist.
+"""
+
+from argparse import Namespace
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+
+from deltamux.compression.checkpoint import resolve_directory
+from deltamux.router.decision import Decision
+from deltamux.serve import compat, metrics
+from deltamux.serve.autoroute import AutoRoute
+from deltamux.serve.experts import Expert, ExpertError, ExpertRegistry, public_name
+from deltamux.serve.handlers import Gateway, RoutedHandler, error_response
+from deltamux.serve.settings import AUTO, BASE, ExpertName, plugin_settings
+from deltamux.serve.status import read_status
+
+router = APIRouter(prefix="/v1")
+HEADER_PREFIX = b"x-deltamux-"
+
+
+class DeltamuxEndpoint:
+    """The endpoint plugin."""
+
+    name = "deltamux"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add routes and headers."""
+        app.include_router(router)
+        app.add_middleware(DecisionHeaders)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Load experts and router, and wrap vLLM's handlers."""
+        del args
+        if engine_client is None:
+            return
+        config = engine_client.vllm_config
+        settings = plugin_settings(config.additional_config)
+        models = getattr(state, compat.MODELS_HANDLER)
+        registry = ExpertRegistry(engine_client, models)
+        await registry.adopt()
+        for expert in settings.experts:
+            await registry.offer(expert.name, expert.path, expert.pin)
+        model_config = config.model_config
+        route = AutoRoute(
+            settings.router,
+            resolve_directory(model_config.tokenizer, model_config.tokenizer_revision),
+            _encoder(engine_client),
+        )
+        gateway = Gateway(registry, route, models.base_model_paths[0].name)
+        for attribute, method in compat.HANDLERS.items():
+            handler = getattr(state, attribute, None)
+            if handler is not None:
+                setattr(state, attribute, RoutedHandler(handler, method, gateway))
+        _list_everything(models, registry, has_router=settings.router is not None)
+        metrics.install(registry, lambda: _kv_cache_bytes(config))
+        state.deltamux_registry, state.deltamux_route = registry, route
+
+
+def _encoder(engine_client: Any) -> Any:
+    tokenizer = engine_client.renderer.tokenizer
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    return encode
+
+
+def _list_everything(models: Any, registry: ExpertRegistry, has_router: bool) -> None:
+    """Make `GET /v1/models` list base, `auto` and experts, and responses carry public names."""
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath  # noqa: F401
+    from vllm.entrypoints.serve.engine.protocol import ModelCard
+
+    show_base = models.registry.show_available_models
+    base = models.base_model_paths[0].name
+
+    async def show_available_models() -> Any:
+        listed = await show_base()
+        if has_router:
+            listed.data.append(ModelCard(id=AUTO, root=AUTO, parent=base, owned_by="deltamux"))
+        for expert in registry:
+            if expert.error is None:
+                card = ModelCard(
+                    id=expert.name, root=str(expert.path), parent=base, owned_by="deltamux"
+                )
+                listed.data.append(card)
+        return listed
+
+    def model_name(lora_request: Any = None) -> str:
+        return base if lora_request is None else public_name(lora_request.lora_name)
+
+    models.show_available_models = show_available_models
+    models.model_name = model_name
+
+
+def _kv_cache_bytes(config: Any) -> int:
+    """Bytes of the KV cache: blocks × tokens × layers × (key and value)."""
+    cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
+    layers = model.get_num_layers(parallel)
+    width = model.get_num_kv_heads(parallel) * model.get_head_size()
+    tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+    return int(tokens * layers * width * 2 * model.dtype.itemsize)
+
+
+class DecisionHeaders:
+    """ASGI middleware: who answered, and why, as response headers."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Add headers to responses of requests that were decided on."""
+
+        async def send_with_headers(message: Any) -> None:
+            decision = scope.get("state", {}).get("deltamux")
+            if message["type"] == "http.response.start" and decision is not None:
+                message["headers"] = [*message.get("headers", []), *_headers(decision)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+def _headers(decision: Decision) -> list[tuple[bytes, bytes]]:
+    fields = {
+        "expert": decision.expert or BASE,
+        "domain": decision.domain,
+        "confidence": f"{decision.confidence:.4f}",
+        "reason": decision.reason,
+    }
+    return [(HEADER_PREFIX + key.encode(), value.encode()) for key, value in fields.items()]
+
+
+class RegisterBody(BaseModel):
+    """`POST /v1/experts`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: ExpertName
+    path: Path
+    pin: bool = False
+
+
+class RouteBody(BaseModel):
+    """`POST /v1/route`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str | list[int] | None = None
+    messages: list[Any] | None = None
+    input: str | list[Any] | None = None
+
+
+def _registry(request: Request) -> ExpertRegistry:
+    registry: ExpertRegistry = request.app.state.deltamux_registry
+    return registry
+
+
+def _describe(expert: Expert) -> dict[str, Any]:
+    seen = expert.request and read_status().experts.get(expert.request.lora_int_id)
+    return {
+        "id": expert.name,
+        "object": "expert",
+        "path": str(expert.path),
+        "content": expert.request.lora_name.rpartition("@")[2] if expert.request else None,
+        "tier": seen.tier if seen else "disk",
+        "slot": seen.slot if seen else None,
+        "pinned": bool(seen and seen.pinned),
+        "bytes": expert.num_bytes,
+        "bits_per_weight": expert.bits_per_weight,
+        "running": expert.in_flight,
+        "error": expert.error or (seen.error if seen else None),
+    }
+
+
+def _failure(message: str, status: HTTPStatus) -> JSONResponse:
+    kind = "NotFoundError" if status is HTTPStatus.NOT_FOUND else "BadRequestError"
+    body = error_response(message, status, kind)
+    return JSONResponse(body.model_dump(), status_code=status.value)
+
+
+def _missing(name: str) -> JSONResponse:
+    return _failure(f"The expert `{name}` does not exist.", HTTPStatus.NOT_FOUND)
+
+
+@router.get("/experts")
+async def list_experts(request: Request) -> JSONResponse:
+    """All experts with their residency."""
+    data = [_describe(expert) for expert in _registry(request)]
+    return JSONResponse({"object": "list", "data": data})
+
+
+@router.post("/experts")
+async def register_expert(body: RegisterBody, request: Request) -> JSONResponse:
+    """Load an expert, or a new version of one."""
+    if body.name in (AUTO, BASE):
+        return _failure(f"an expert cannot be called {body.name!r}", HTTPStatus.BAD_REQUEST)
+    try:
+        expert = await _registry(request).register(body.name, body.path)
+        if body.pin:
+            await _registry(request).pin(body.name)
+    except ExpertError as error:
+        return _failure(str(error), HTTPStatus.BAD_REQUEST)
+    return JSONResponse(_describe(expert), status_code=HTTPStatus.CREATED.value)
+
+
+@router.get("/experts/{name}")
+async def get_expert(name: str, request: Request) -> JSONResponse:
+    """One expert."""
+    expert = _registry(request).get(name)
+    return JSONResponse(_describe(expert)) if expert else _missing(name)
+
+
+@router.delete("/experts/{name}")
+async def delete_expert(name: str, request: Request) -> JSONResponse:
+    """Stop offering an expert; answers once its running requests have ended."""
+    if _registry(request).get(name) is None:
+        return _missing(name)
+    await _registry(request).delete(name)
+    return JSONResponse({"id": name, "object": "expert", "deleted": True})
+
+
+@router.post("/experts/{name}/pin")
+async def pin_expert(name: str, request: Request) -> JSONResponse:
+    """Keep an expert in a slot."""
+    expert = _registry(request).get(name)
+    if expert is None:
+        return _missing(name)
+    try:
+        await _registry(request).pin(name)
+    except ExpertError as error:
+        return _failure(str(error), HTTPStatus.BAD_REQUEST)
+    return JSONResponse(_describe(expert))
+
+
+@router.post("/route")
+async def decide(body: RouteBody, request: Request) -> JSONResponse:
+    """The decision that `model="auto"` would take, without generating."""
+    route: AutoRoute = request.app.state.deltamux_route
+    decision, seconds = route.decide(body.model_dump(exclude_none=True))
+    content = decision.to_json() | {
+        "probabilities": decision.probabilities,
+        "seconds": seconds,
+        "error": route.error,
+    }
+    return JSONResponse(content)

@@ -1,0 +1,236 @@
+"""The experts a server offers, as its API process knows them.
+
+An expert reaches the engine as a LoRA request whose name and path carry a hash of the artifact's
+content, so that vLLM's prefix cache (which keys on the name before 0.32, on name and path since)
+never serves keys of an older version under the same name. Updating an expert loads the new version
+beside the old one, swaps the name, and drops the old one when its last request has ended.
+"""
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltamux.compression.artifact import Artifact, content_hash
+from deltamux.serve.status import read_status
+from deltamux.serve.store import VERSION_MARK, artifact_path, versioned_path
+
+DRAIN_SECONDS = 60.0
+# Generation settings that vLLM takes from a model's generation_config.json.
+GENERATION_KEYS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+
+
+class ExpertError(Exception):
+    """An expert cannot answer; the message says why, for the client."""
+
+
+@dataclass
+class Expert:
+    """One version of one expert.
+
+    Attributes:
+        name: What clients call it.
+        path: The artifact.
+        request: Its LoRA request, None if it was refused.
+        error: Why it was refused, else None.
+        num_bytes: Size of the artifact's weights file.
+        bits_per_weight: Of the decoder's linears.
+        generation: Generation defaults of its own.
+        stop_ids: End-of-sequence ids of its own.
+        chat_template: Its own template, None where it has none.
+        in_flight: Requests it is answering.
+    """
+
+    name: str
+    path: Path
+    request: Any = None
+    error: str | None = None
+    num_bytes: int = 0
+    bits_per_weight: float = 0.0
+    generation: dict[str, Any] = field(default_factory=dict)
+    stop_ids: list[int] = field(default_factory=list)
+    chat_template: str | None = None
+    in_flight: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def enter(self) -> None:
+        """A request starts."""
+        self.in_flight += 1
+        self.idle.clear()
+
+    def leave(self) -> None:
+        """A request has ended."""
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self.idle.set()
+
+
+def public_name(lora_name: str) -> str:
+    """The expert's name behind a versioned LoRA name."""
+    return lora_name.partition(VERSION_MARK)[0]
+
+
+class ExpertRegistry:
+    """Experts by name, over vLLM's own table of LoRA requests.
+
+    Args:
+        engine: vLLM's engine client.
+        models: `app.state.openai_serving_models`.
+    """
+
+    def __init__(self, engine: Any, models: Any) -> None:
+        self._engine = engine
+        self._models = models
+        self._experts: dict[str, Expert] = {}
+        self._lock = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Any:
+        return iter(self._experts.values())
+
+    def get(self, name: str) -> Expert | None:
+        """An expert by name, None if there is none."""
+        return self._experts.get(name)
+
+    async def adopt(self) -> None:
+        """Take over what `--lora-modules` loaded, under versioned names."""
+        for name, request in list(self._models.lora_requests.items()):
+            await self.register(name, artifact_path(request.lora_path))
+            await self._engine.remove_lora(request.lora_int_id)
+
+    async def offer(self, name: str, path: Path, pin: bool) -> Expert:
+        """Register an expert from the configuration; a refused one is kept with its reason."""
+        try:
+            expert = await self.register(name, path)
+            if pin:
+                await self.pin(name)
+        except ExpertError as error:
+            expert = Expert(name, path, error=str(error))
+            self._experts[name] = expert
+        return expert
+
+    async def register(self, name: str, path: Path) -> Expert:
+        """Load an expert, or a new version of one.
+
+        Raises:
+            ExpertError: The artifact is refused, or the name is taken by a base model.
+        """
+        if self._models.is_base_model(name):
+            raise ExpertError(f"{name!r} is the base model's name: choose another")
+        async with self._lock:
+            try:
+                expert = await asyncio.to_thread(self._read, name, path)
+            except (ValueError, OSError) as error:
+                raise ExpertError(str(error)) from error
+            previous = self._experts.get(name)
+            if previous and previous.request and self._same(previous, expert):
+                return previous
+            await self._load(expert)
+            self._experts[name] = expert
+            self._models.lora_requests[name] = expert.request
+            if previous and previous.request:
+                self._in_background(self._drop(previous))
+            return expert
+
+    async def admit(self, expert: Expert) -> None:
+        """Make sure that an expert is in the host cache before its request reaches the engine.
+
+        Raises:
+            ExpertError: It was refused, or has gone bad on disk.
+        """
+        if expert.error:
+            raise ExpertError(f"expert {expert.name!r} is not available: {expert.error}")
+        seen = read_status().experts.get(expert.request.lora_int_id)
+        if seen is None or seen.tier == "disk" or seen.error:
+            await self._load(expert)
+
+    async def pin(self, name: str) -> None:
+        """Keep an expert in a slot.
+
+        Raises:
+            ExpertError: There is no such expert, or no slot to spare.
+        """
+        expert = self._experts.get(name)
+        if expert is None:
+            raise ExpertError(f"there is no expert {name!r}")
+        await self.admit(expert)
+        try:
+            await self._engine.pin_lora(expert.request.lora_int_id)
+        except Exception as error:
+            raise ExpertError(_reason(error)) from error
+
+    async def delete(self, name: str) -> None:
+        """Stop offering an expert; its running requests end first.
+
+        Raises:
+            ExpertError: There is no such expert.
+        """
+        expert = self._experts.pop(name, None)
+        if expert is None:
+            raise ExpertError(f"there is no expert {name!r}")
+        self._models.lora_requests.pop(name, None)
+        if expert.request:
+            await self._drop(expert)
+
+    def _read(self, name: str, path: Path) -> Expert:
+        artifact = Artifact(path)
+        artifact.check_content()
+        totals = artifact.manifest.totals
+        generation = _read_json(path / "generation_config.json")
+        stop = generation.get("eos_token_id")
+        template = path / "chat_template.jinja"
+        embedded = _read_json(path / "tokenizer_config.json").get("chat_template")
+        return Expert(
+            name=name,
+            path=path,
+            request=self._request(name, path),
+            num_bytes=totals.weights_file_bytes,
+            bits_per_weight=totals.bits_per_weight,
+            generation={key: generation[key] for key in GENERATION_KEYS if key in generation},
+            stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
+            chat_template=template.read_text() if template.is_file() else embedded,
+        )
+
+    def _request(self, name: str, path: Path) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        content = content_hash(path)
+        return LoRARequest(
+            lora_name=f"{name}{VERSION_MARK}{content}",
+            lora_int_id=self._models.lora_id_counter.inc(1),
+            lora_path=versioned_path(path.absolute(), content),
+            base_model_name=self._models.base_model_paths[0].name,
+        )
+
+    @staticmethod
+    def _same(one: Expert, other: Expert) -> bool:
+        return bool(one.request.lora_path == other.request.lora_path)
+
+    async def _load(self, expert: Expert) -> None:
+        try:
+            await self._engine.add_lora(expert.request)
+        except Exception as error:
+            raise ExpertError(_reason(error)) from error
+
+    async def _drop(self, expert: Expert) -> None:
+        if expert.in_flight:
+            await asyncio.wait_for(expert.idle.wait(), DRAIN_SECONDS)
+        await self._engine.remove_lora(expert.request.lora_int_id)
+
+    def _in_background(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """The engine wraps a worker's error in calls; keep the innermost message."""
+    return str(error).rpartition("failed: ")[2].strip() or type(error).__name__

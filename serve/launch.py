@@ -1,0 +1,102 @@
+"""`deltamux serve CONFIG`: check the configuration, then become `vllm serve` with the plugin on.
+
+Everything a user could get wrong in deltamux's own settings is reported here, within a second and
+in one line, before vLLM takes its time to load a model.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltamux.compression.artifact import linear_entries, read_manifest
+from deltamux.compression.checkpoint import resolve_directory
+from deltamux.serve import compat
+from deltamux.serve.settings import Settings, load_settings
+
+logger = logging.getLogger("deltamux")
+
+# The rank means nothing to experts; the smallest keeps what vLLM reserves for it small.
+LORA_RANK = 8
+
+
+def serve_command(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="deltamux.yaml")],
+    slots: Annotated[int | None, typer.Option(help="Experts resident on the device.")] = None,
+    host_cache: Annotated[str | None, typer.Option(help="Host cache, such as 8GiB.")] = None,
+) -> None:
+    """Serve a base and its experts; further flags go to `vllm serve` unchanged."""
+    environment = dict(os.environ)
+    if slots is not None:
+        environment["DELTAMUX_SLOTS"] = str(slots)
+    if host_cache is not None:
+        environment["DELTAMUX_HOST_CACHE"] = host_cache
+    if not config.is_file():
+        raise ValueError(f"{str(config)!r} is not a file: name a deltamux.yaml")
+    compat.vllm_version()
+    settings = load_settings(config, environment)
+    arguments = vllm_arguments(settings, list(context.args))
+    os.environ["VLLM_PLUGINS"] = "deltamux"
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments])
+
+
+def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
+    """The arguments of `vllm` for a configuration.
+
+    Args:
+        settings: The configuration.
+        extra: Flags from the command line; they come last and so win.
+
+    Raises:
+        ValueError: The base is not there.
+    """
+    resolve_directory(settings.base.model, settings.base.revision)
+    engine = dict(settings.engine)
+    plugin = settings.plugin().model_copy(
+        update={"slot": settings.slot.model_copy(update={"salient_channels": _salient(settings)})}
+    )
+    additional = dict(engine.pop("additional_config", {}))
+    additional["deltamux"] = plugin.model_dump(mode="json")
+    options: dict[str, Any] = {
+        "enable_lora": True,
+        "max_loras": settings.slots,
+        "max_cpu_loras": max(settings.slots, len(settings.experts), 1),
+        "max_lora_rank": LORA_RANK,
+        "additional_config": additional,
+    }
+    if settings.base.revision:
+        options["revision"] = settings.base.revision
+    arguments = ["serve", settings.base.model]
+    for name, value in (options | engine).items():
+        arguments += _flag(name, value)
+    return arguments + extra
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{dashed}" if value else f"--no-{dashed}"]
+    if isinstance(value, dict):
+        return [f"--{dashed}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{dashed}", *map(str, value)]
+    return [f"--{dashed}", str(value)]
+
+
+def _salient(settings: Settings) -> int:
+    """16-bit channels a slot needs for the configured experts; unreadable ones are reported later."""
+    most = settings.slot.salient_channels
+    for expert in settings.experts:
+        try:
+            manifest = read_manifest(expert.path)
+        except ValueError as error:
+            logger.warning("expert %r will be refused: %s", expert.name, error)
+            continue
+        counts = [entry.classes.salient for entry in linear_entries(manifest) if entry.classes]
+        most = max([most, *counts])
+    return most
