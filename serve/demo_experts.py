@@ -20,8 +20,8 @@ from deltamux.serve.demo_data import Example
 
 TRAIN_EXAMPLES = 480
 TEST_EXAMPLES = 64
-STEPS = 40
-BATCH_SIZE = 8
+STEPS = 64
+BATCH_SIZE = 4
 LEARNING_RATE = 1e-4
 WARMUP_SHARE = 0.1
 FINAL_RATE_SHARE = 0.05

@@ -8,6 +8,7 @@ beside the old one, swaps the name, and drops the old one when its last request 
 
 import asyncio
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from deltamux.serve.status import read_status
 from deltamux.serve.store import VERSION_MARK, artifact_path, versioned_path
 
 DRAIN_SECONDS = 60.0
+_WORKER_ERROR = re.compile(r"failed with error '(.*)', please check", re.DOTALL)
 # Generation settings that vLLM takes from a model's generation_config.json.
 GENERATION_KEYS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 
@@ -232,5 +234,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The engine wraps a worker's error in calls; keep the innermost message."""
-    return str(error).rpartition("failed: ")[2].strip() or type(error).__name__
+    """The worker's own message: vLLM wraps it on its way through executor and engine core."""
+    found = _WORKER_ERROR.search(str(error))
+    return found[1] if found else str(error) or type(error).__name__

@@ -38,15 +38,15 @@ def serve_command(
         environment["DELTAMUX_HOST_CACHE"] = host_cache
     if not config.is_file():
         raise ValueError(f"{str(config)!r} is not a file: name a deltamux.yaml")
-    compat.vllm_version()
+    module, prefix = compat.server_command()
     settings = load_settings(config, environment)
     arguments = vllm_arguments(settings, list(context.args))
     os.environ["VLLM_PLUGINS"] = "deltamux"
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", module, *prefix, *arguments])
 
 
 def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
-    """The arguments of `vllm` for a configuration.
+    """The flags of vLLM's server for a configuration.
 
     Args:
         settings: The configuration.
@@ -71,7 +71,7 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     }
     if settings.base.revision:
         options["revision"] = settings.base.revision
-    arguments = ["serve", settings.base.model]
+    arguments = ["--model", settings.base.model]
     for name, value in (options | engine).items():
         arguments += _flag(name, value)
     return arguments + extra
