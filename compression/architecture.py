@@ -94,9 +94,11 @@ def tensor_specs(config: dict[str, Any], names: set[str]) -> list[TensorSpec]:
 def _layer_specs(layer: int, names: set[str]) -> list[TensorSpec]:
     prefix = layer_prefix(layer)
     specs = [TensorSpec(f"{prefix}{norm}.weight", Role.NORM, layer) for norm in FOLDABLE_NORMS]
-    for norm in OTHER_NORMS:
-        if f"{prefix}{norm}.weight" in names:
-            specs.append(TensorSpec(f"{prefix}{norm}.weight", Role.NORM, layer))
+    specs += [
+        TensorSpec(f"{prefix}{norm}.weight", Role.NORM, layer)
+        for norm in OTHER_NORMS
+        if f"{prefix}{norm}.weight" in names
+    ]
     for linear, norm_read in LINEARS.items():
         read = f"{prefix}{norm_read}.weight" if norm_read else None
         specs.append(TensorSpec(f"{prefix}{linear}.weight", Role.LINEAR, layer, read))

@@ -208,12 +208,28 @@ class Artifact:
         return self._get(key) if key in self._keys else None
 
     def _check(self, entry: TensorEntry) -> None:
-        suffix = {Role.NORM: "replacement", Role.BIAS: "delta"}.get(entry.role, "codes")
-        if f"{entry.name}.{suffix}" not in self._keys:
-            raise ValueError(
-                f"{str(self.root)!r} lists {entry.name!r} but holds no {suffix} for it: "
-                "compress the expert again"
-            )
+        for suffix in _stored(entry):
+            if f"{entry.name}.{suffix}" not in self._keys:
+                raise ValueError(
+                    f"{str(self.root)!r} lists {entry.name!r} but holds no {suffix} for it: "
+                    "compress the expert again"
+                )
+
+
+def _stored(entry: TensorEntry) -> Iterator[str]:
+    """Suffixes of the tensors that a weight must have."""
+    if entry.role is Role.NORM:
+        yield "replacement"
+    elif entry.role is Role.BIAS:
+        yield "delta"
+    else:
+        yield from ("codes", "steps")
+        if entry.rows is not None:
+            yield "rows"
+        if entry.classes and entry.classes.dropped:
+            yield "channels"
+        if entry.classes and entry.classes.salient:
+            yield from ("salient_channels", "salient_values")
 
 
 def _open_weights(path: Path) -> Any:

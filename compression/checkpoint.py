@@ -83,7 +83,7 @@ class Checkpoint:
         """SHA-256 of a tensor's bytes as stored, with its dtype and shape in front."""
         tensor = self.load(name)
         digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def tensor_bytes(self) -> int:

@@ -12,8 +12,8 @@ from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
 from deltamux.compression.compress import compress
 from deltamux.compression.diff import compare
 from deltamux.compression.evaluate import evaluate, report, summary
-from deltamux.compression.reconstruct import check_base, merge
 from deltamux.compression.recipe import load_recipe
+from deltamux.compression.reconstruct import check_base, merge
 from deltamux.compression.text import Sample, builtin_rows, encode_rows, read_rows
 
 # Rows set aside for verification where no held-out file is given.
@@ -23,7 +23,7 @@ HELD_OUT_ROWS = 32
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def compress_command(
+def compress_command(  # noqa: PLR0917 - a command line, called by name
     base: Annotated[str, typer.Argument(help="Base checkpoint: a directory or a hub id.")],
     expert: Annotated[str, typer.Argument(help="Its full fine-tune.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifact.")],
@@ -54,7 +54,7 @@ def compress_command(
     held: list[Sample] = []
     if checked:
         held = encode_rows(checked[: limits.samples], pair[1].root, limits.max_tokens)
-    manifest = compress(*pair, output, chosen, text, held, overwrite=overwrite)
+    manifest = compress(*pair, output, chosen, calibration=text, held_out=held, overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps(manifest.totals.model_dump() | (manifest.verification or {})))
     else:
@@ -125,7 +125,7 @@ def merge_command(
     typer.echo(f"wrote {output}")
 
 
-def evaluate_command(
+def evaluate_command(  # noqa: PLR0917 - a command line, called by name
     base: Annotated[str, typer.Argument(help="Base checkpoint.")],
     expert: Annotated[str, typer.Argument(help="The uncompressed expert.")],
     artifact: Annotated[Path, typer.Argument(help="Its compressed form.")],
@@ -145,4 +145,6 @@ def evaluate_command(
         typer.echo(json.dumps(result))
         return
     for key, value in result.items():
-        typer.echo(f"{key:<16}{value:>16.6g}" if isinstance(value, float) else f"{key:<16}{value:>16,}")
+        typer.echo(
+            f"{key:<16}{value:>16.6g}" if isinstance(value, float) else f"{key:<16}{value:>16,}"
+        )

@@ -59,6 +59,7 @@ def compress(
     expert: Checkpoint,
     output: Path,
     recipe: Recipe,
+    *,
     calibration: list[Sample],
     held_out: list[Sample],
     overwrite: bool = False,
@@ -83,7 +84,9 @@ def compress(
         ValueError: The output exists, or the two checkpoints have no delta (see `compare`).
     """
     if output.exists() and not overwrite:
-        raise ValueError(f"{str(output)!r} exists already: name a new directory or pass --overwrite")
+        raise ValueError(
+            f"{str(output)!r} exists already: name a new directory or pass --overwrite"
+        )
     difference = compare(base, expert)
     energy = input_energy(expert, calibration, progress)
     draft = _quantize_all(difference, recipe, energy, progress)
@@ -120,10 +123,10 @@ def _quantize_all(
             linear = recipe.linear
             quantized = quantize(delta, linear.scheme, weights, linear.salient_channels)
             folded = spec.norm if spec.norm in difference.folded else None
-            _add_matrix(draft, spec, delta, quantized, weights, folded)
+            _add_matrix(draft, spec, delta, quantized, energy_K=weights, folded_norm=folded)
         else:
             quantized = quantize_changed_rows(delta, recipe.embedding.scheme)
-            _add_matrix(draft, spec, delta, quantized, torch.ones(delta.shape[1]))
+            _add_matrix(draft, spec, delta, quantized, energy_K=torch.ones(delta.shape[1]))
     return draft
 
 
@@ -138,6 +141,7 @@ def _add_matrix(
     spec: TensorSpec,
     delta_NK: torch.Tensor,
     quantized: QuantizedDelta,
+    *,
     energy_K: torch.Tensor,
     folded_norm: str | None = None,
 ) -> None:

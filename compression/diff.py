@@ -6,8 +6,9 @@ g_base ⊙ x̂, hence
 
     Δ = W_ft · diag(g_ft / g_base) − W_base .
 
-Where some g_base is zero or too small beside its change to divide by, the norm is not folded but replaced: its own weight is
-stored and applied per token, and the linears keep the plain difference W_ft − W_base.
+Where some g_base is zero or too small beside its change to divide by, the norm is not folded but
+replaced: its own weight is stored and applied per token, and the linears keep the plain difference
+W_ft − W_base.
 """
 
 from dataclasses import dataclass
@@ -134,7 +135,9 @@ def _rope_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     nested = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = nested.pop("rope_theta", config.get("rope_theta"))
-    if nested.get("rope_type", nested.get("type")) == "default":
+    legacy = nested.pop("type", "default")
+    nested.setdefault("rope_type", legacy)
+    if nested["rope_type"] == "default":
         nested = {}
     return {"rope_theta": theta, "rope_scaling": nested}
 
@@ -143,7 +146,8 @@ def _sort_norms(
     base: Checkpoint, expert: Checkpoint, specs: list[TensorSpec]
 ) -> tuple[frozenset[str], frozenset[str]]:
     read = {spec.norm for spec in specs if spec.norm}
-    folded, replaced = set(), set()
+    folded: set[str] = set()
+    replaced: set[str] = set()
     for spec in specs:
         if spec.role is not Role.NORM:
             continue

@@ -3,7 +3,7 @@
 Over the response tokens of the samples, with p the expert's next-token distribution:
 
     nll       mean −log-likelihood of the reference, nats per token
-    gain_kept (nll_base − nll_compressed) / (nll_base − nll_expert)
+    gain_kept (nll_base − nll_compressed) / (nll_base − nll_expert); 1 where nothing was gained
     kl        mean KL(p ‖ compressed), nats per token; kl_base the same for the base
     top1_agreement  share of positions where expert and compressed agree on the likeliest token
 
@@ -92,7 +92,7 @@ def _compare(
         nll_base=float(nll[0]),
         nll_expert=float(nll[1]),
         nll_compressed=float(nll[2]),
-        gain_kept=float(nll[0] - nll[2]) / gain if gain else float("nan"),
+        gain_kept=float(nll[0] - nll[2]) / gain if gain else 1.0,
         kl=float(kl[2]),
         kl_base=float(kl[0]),
         top1_agreement=agreed / len(targets),
@@ -102,12 +102,14 @@ def _compare(
 
 def report(evaluation: Evaluation, artifact: Artifact) -> dict[str, Any]:
     """The evaluation with the artifact's size, as `deltamux evaluate --json` prints it."""
+    measured = asdict(evaluation)
+    del measured["tokens"]
     sizes = {
         "bits_per_weight": artifact.manifest.totals.bits_per_weight,
         "bytes": artifact.total_bytes(),
         "bytes_full": artifact.manifest.totals.expert_bytes,
     }
-    return asdict(evaluation) | sizes
+    return measured | sizes
 
 
 def summary(manifest: Manifest) -> str:

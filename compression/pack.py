@@ -49,7 +49,7 @@ def unpack_bits(words_NW: torch.Tensor, num_bits: int, columns: int) -> torch.Te
         high = unpack_bits(words_NW[:, split:], 1, columns)
         return low | (high << 2)
     shifts = torch.arange(WORD_BITS // num_bits, dtype=torch.int32) * num_bits
-    codes = (words_NW.unsqueeze(-1) >> shifts) & (2**num_bits - 1)
+    codes: torch.Tensor = (words_NW.unsqueeze(-1) >> shifts) & (2**num_bits - 1)
     return codes.to(torch.uint8).view(words_NW.shape[0], -1)[:, :columns].contiguous()
 
 

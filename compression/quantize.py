@@ -165,9 +165,7 @@ def quantize_rows(
     return codes_NK, steps_N
 
 
-def _search_steps(
-    delta_NK: torch.Tensor, scheme: Scheme, weights_K: torch.Tensor
-) -> torch.Tensor:
+def _search_steps(delta_NK: torch.Tensor, scheme: Scheme, weights_K: torch.Tensor) -> torch.Tensor:
     deviation_N = (delta_NK.square() @ weights_K / delta_NK.shape[1]).sqrt()
     best_steps_N = torch.zeros_like(deviation_N)
     best_error_N = torch.full_like(deviation_N, torch.inf)

@@ -33,7 +33,8 @@ def read_rows(path: Path) -> list[list[dict[str, str]]]:
         ValueError: A line is not JSON or lacks the fields; the message names file and line.
     """
     conversations = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: it also cuts at line separators that JSON allows inside a string.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -102,5 +103,7 @@ def encode_rows(
         if start < len(ids):
             samples.append(Sample(torch.tensor(ids), start))
     if not samples:
-        raise ValueError(f"no row leaves a response token within {max_tokens} tokens: raise the limit")
+        raise ValueError(
+            f"no row leaves a response token within {max_tokens} tokens: raise the limit"
+        )
     return samples

@@ -27,9 +27,9 @@ app.command("merge")(merge_command)
 app.command("evaluate")(evaluate_command)
 app.add_typer(router_app, name="router")
 app.command("route")(route)
-app.command(
-    "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(serve_command)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve_command
+)
 app.command("demo")(demo_command)
 
 

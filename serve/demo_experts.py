@@ -121,7 +121,7 @@ def _fit(model: Any, batches: "tqdm[demo_batches.Batch]", steps: int, rate: floa
         for group in optimizer.param_groups:
             group["lr"] = rate * rate_share(step, steps)
         loss = demo_batches.response_loss(model, batch).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Ask:
     stream: bool
 
 
-def mixed_load(prompts: dict[str, Sequence[str]], seed: int = 0) -> list[Ask]:
+def mixed_load(prompts: Mapping[str, Sequence[str]], seed: int = 0) -> list[Ask]:
     """Requests for every domain, half by name and half by `auto`, half of them streamed.
 
     Args:

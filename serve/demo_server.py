@@ -100,7 +100,9 @@ def _await_health(server: Server) -> None:
         except httpx.TransportError:
             pass
         time.sleep(POLL_SECONDS)
-    raise RuntimeError(f"the server was not healthy in {START_SECONDS} s:\n{last_lines(server.log)}")
+    raise RuntimeError(
+        f"the server was not healthy in {START_SECONDS} s:\n{last_lines(server.log)}"
+    )
 
 
 def last_lines(log: Path, count: int = 15) -> str:

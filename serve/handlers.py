@@ -162,7 +162,7 @@ async def _until_end(events: AsyncGenerator[Any, None], expert: Expert) -> Async
 
 
 def unavailable(message: str) -> Any:
-    """vLLM's error body, 503."""
+    """Service unavailable (503), in vLLM's error body."""
     return error_response(message, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.lora.layers.base import BaseLayerWithLoRA
 
+from deltamux.serve.ops import padded_shape
 from deltamux.serve.rows import RowMap
 from deltamux.serve.slots import (
     MatrixPayload,
@@ -18,6 +19,7 @@ from deltamux.serve.slots import (
     NormPayload,
     Payload,
     RowsPayload,
+    SlotPlan,
     slot_bytes,
 )
 
@@ -30,7 +32,7 @@ class ExpertLayer(BaseLayerWithLoRA):  # type: ignore[misc]
         rows: Which rows of the current batch belong to which slot.
     """
 
-    def __init__(self, base_layer: torch.nn.Module, rows: RowMap) -> None:
+    def __init__(self, base_layer: Any, rows: RowMap) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.rows = rows
@@ -64,30 +66,17 @@ class ExpertLinear(ExpertLayer):
     Args:
         base_layer: A vLLM linear whose forward returns (output, bias).
         rows: Token rows.
-        slots: Number of slots.
-        salient: 16-bit channels of one slice that a slot has room for.
-        slices: Output rows of each slice.
-        dtype: The model's dtype.
-        device: The model's device.
+        plan: Sizes of the slots.
     """
 
-    def __init__(
-        self,
-        base_layer: torch.nn.Module,
-        rows: RowMap,
-        slots: int,
-        salient: int,
-        slices: list[int],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, base_layer: Any, rows: RowMap, plan: SlotPlan) -> None:
         super().__init__(base_layer, rows)
-        self.slices = slices
+        whole = [base_layer.output_size]
+        self.slices = list(getattr(base_layer, "output_partition_sizes", whole))
         self.columns = int(base_layer.input_size_per_partition)
         self.has_bias = getattr(base_layer, "bias", None) is not None
-        self.buffers_ = MatrixSlots(
-            slots, sum(slices), self.columns, salient * len(slices), dtype, device, self.has_bias
-        )
+        salient = plan.salient * len(self.slices)
+        self.buffers_ = MatrixSlots(plan, sum(self.slices), self.columns, salient, self.has_bias)
 
     def forward(self, x: torch.Tensor) -> Any:
         """The base's output with each row's delta added."""
@@ -132,32 +121,19 @@ class ExpertLogits(ExpertLayer):
         base_layer: vLLM's logits processor.
         rows: Sampled rows.
         tokens: Token rows of the batch.
-        slots: Number of slots.
-        salient: 16-bit channels that a slot has room for.
+        plan: Sizes of the slots.
         hidden: Input channels.
-        dtype: The model's dtype.
-        device: The model's device.
     """
 
     def __init__(
-        self,
-        base_layer: torch.nn.Module,
-        rows: RowMap,
-        tokens: RowMap,
-        slots: int,
-        salient: int,
-        hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, base_layer: Any, rows: RowMap, tokens: RowMap, plan: SlotPlan, hidden: int
     ) -> None:
         super().__init__(base_layer, rows)
         self.tokens = tokens
         self.slices = [int(base_layer.org_vocab_size)]
         self.columns = hidden
         self.has_bias = False
-        self.buffers_ = MatrixSlots(
-            slots, self.slices[0], hidden, salient, dtype, device, self.has_bias
-        )
+        self.buffers_ = MatrixSlots(plan, self.slices[0], hidden, 0, self.has_bias)
         self._base_logits = base_layer._get_logits
         # Scaling and soft capping come after the projection, in the base layer's own forward.
         base_layer._get_logits = self._get_logits
@@ -197,21 +173,12 @@ class ExpertLogits(ExpertLayer):
 class ExpertEmbedding(ExpertLayer):
     """The input embedding: adds the delta of each token's row."""
 
-    def __init__(
-        self,
-        base_layer: torch.nn.Module,
-        rows: RowMap,
-        slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        padded: tuple[int, int],
-    ) -> None:
+    def __init__(self, base_layer: Any, rows: RowMap, plan: SlotPlan) -> None:
         super().__init__(base_layer, rows)
-        vocabulary, hidden = padded
-        self.codes = torch.zeros(
-            slots, vocabulary, hidden // 2, dtype=torch.uint8, device=device
-        )
-        self.steps = torch.zeros(slots, vocabulary, dtype=dtype, device=device)
+        vocabulary, hidden = padded_shape(base_layer.org_vocab_size, base_layer.embedding_dim)
+        shape = (plan.slots, vocabulary)
+        self.codes = torch.zeros(*shape, hidden // 2, dtype=torch.uint8, device=plan.device)
+        self.steps = torch.zeros(*shape, dtype=plan.dtype, device=plan.device)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The base's embeddings with each token's delta added."""
@@ -237,18 +204,11 @@ class ExpertEmbedding(ExpertLayer):
 class ExpertNorm(ExpertLayer):
     """An RMSNorm whose weight an expert may replace."""
 
-    def __init__(
-        self,
-        base_layer: torch.nn.Module,
-        rows: RowMap,
-        slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, base_layer: Any, rows: RowMap, plan: SlotPlan) -> None:
         super().__init__(base_layer, rows)
         size = int(base_layer.weight.shape[0])
-        self.weights = torch.ones(slots, size, dtype=dtype, device=device)
-        self.replaced = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.weights = torch.ones(plan.slots, size, dtype=plan.dtype, device=plan.device)
+        self.replaced = torch.zeros(plan.slots, dtype=torch.bool, device=plan.device)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """The base's norm, recomputed with the slot's weight where the slot has one."""

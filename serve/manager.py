@@ -20,6 +20,7 @@ from deltamux.serve.layers import ExpertLayer
 from deltamux.serve.ops import define_ops
 from deltamux.serve.rows import RowMap
 from deltamux.serve.settings import plugin_settings
+from deltamux.serve.slots import SlotPlan
 from deltamux.serve.status import ExpertStatus, Histogram, WorkerStatus, publish
 from deltamux.serve.store import (
     BaseHashes,
@@ -29,7 +30,7 @@ from deltamux.serve.store import (
     host_expert,
     open_artifact,
 )
-from deltamux.serve.wrap import SlotPlan, expert_payloads, wrap_model
+from deltamux.serve.wrap import expert_payloads, wrap_model
 
 logger = init_logger("vllm.deltamux")
 

@@ -1,11 +1,19 @@
 """Entry point of the `vllm.general_plugins` group: runs in every process that vLLM starts.
 
-It replaces one symbol, the LoRA manager class (see `compat.py`), and nothing else.
+It replaces one symbol, the LoRA manager class (see `compat.py`), and nothing else; and only where
+`VLLM_PLUGINS` names deltamux. vLLM loads every installed plugin while that variable is unset, and
+somebody who serves ordinary LoRA adapters must not notice that deltamux is installed.
 """
+
+import os
+
+PLUGIN_NAME = "deltamux"
 
 
 def register() -> None:
     """Install deltamux's manager; cheap, and harmless when called again."""
+    if PLUGIN_NAME not in os.environ.get("VLLM_PLUGINS", "").split(","):
+        return
     from deltamux.serve import compat
     from deltamux.serve.status import status_directory
 

@@ -161,7 +161,7 @@ def plugin_settings(additional_config: Any) -> PluginSettings:
     content = additional_config.get("deltamux") if isinstance(additional_config, dict) else None
     if content is None:
         raise ValueError(
-            "the deltamux plugin needs --additional-config '{\"deltamux\": {\"version\": 1, …}}': "
+            'the deltamux plugin needs --additional-config \'{"deltamux": {"version": 1, …}}\': '
             "start with `deltamux serve CONFIG`, or give it"
         )
     try:

@@ -17,6 +17,23 @@ from deltamux.serve.ops import pack_for, pack_nibbles, padded_shape
 
 
 @dataclass(frozen=True)
+class SlotPlan:
+    """What slot buffers are sized for.
+
+    Attributes:
+        slots: Experts resident at once.
+        salient: 16-bit channels of one linear that a slot has room for.
+        dtype: The model's dtype.
+        device: The model's device.
+    """
+
+    slots: int
+    salient: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class MatrixPayload:
     """One linear of one expert, ready to be copied into a slot.
 
@@ -81,8 +98,7 @@ def signed_levels(quantized: QuantizedDelta) -> tuple[torch.Tensor, torch.Tensor
 def matrix_payload(
     parts: list[tuple[int, QuantizedDelta | None, torch.Tensor | None]],
     columns: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    plan: SlotPlan,
     has_bias: bool,
 ) -> MatrixPayload:
     """Stack the slices of a (possibly merged) linear.
@@ -90,8 +106,7 @@ def matrix_payload(
     Args:
         parts: For each slice its output rows, its delta or None, and its bias delta or None.
         columns: Input channels K.
-        device: Where the slot lies.
-        dtype: The model's dtype.
+        plan: Device and dtype of the slots.
         has_bias: Whether the layer has a bias.
     """
     outputs = sum(rows for rows, _, _ in parts)
@@ -114,11 +129,11 @@ def matrix_payload(
             bias[span] = bias_delta
     channels, values = _merge_salient(salient, outputs)
     return MatrixPayload(
-        codes=pack_for(device, levels),
-        steps_N=steps.to(dtype),
+        codes=pack_for(plan.device, levels),
+        steps_N=steps.to(plan.dtype),
         channels_C=channels,
-        values_NC=values.to(dtype),
-        bias_N=None if bias is None else bias.to(dtype),
+        values_NC=values.to(plan.dtype),
+        bias_N=None if bias is None else bias.to(plan.dtype),
     )
 
 
@@ -151,32 +166,26 @@ class MatrixSlots:
     """Slot buffers of one linear.
 
     Args:
-        slots: Experts resident at once.
+        plan: Number of slots, device and dtype.
         outputs: N.
         columns: K.
-        salient: 16-bit channels a slot has room for.
-        dtype: The model's dtype.
-        device: The model's device.
+        salient: 16-bit channels a slot has room for, over all slices.
         has_bias: Whether the layer has a bias.
     """
 
     def __init__(
-        self,
-        slots: int,
-        outputs: int,
-        columns: int,
-        salient: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        has_bias: bool,
+        self, plan: SlotPlan, outputs: int, columns: int, salient: int, has_bias: bool
     ) -> None:
+
+        def buffer(*shape: int, dtype: torch.dtype = plan.dtype) -> torch.Tensor:
+            return torch.zeros(plan.slots, *shape, dtype=dtype, device=plan.device)
+
         rows_padded, columns_padded = padded_shape(outputs, columns)
-        packed = (slots, rows_padded, columns_padded // 2)
-        self.codes = torch.zeros(packed, dtype=torch.uint8, device=device)
-        self.steps = torch.zeros(slots, outputs, dtype=dtype, device=device)
-        self.channels = torch.zeros(slots, salient, dtype=torch.int64, device=device)
-        self.values = torch.zeros(slots, outputs, salient, dtype=dtype, device=device)
-        self.bias = torch.zeros(slots, outputs, dtype=dtype, device=device) if has_bias else None
+        self.codes = buffer(rows_padded, columns_padded // 2, dtype=torch.uint8)
+        self.steps = buffer(outputs)
+        self.channels = buffer(salient, dtype=torch.int64)
+        self.values = buffer(outputs, salient)
+        self.bias = buffer(outputs) if has_bias else None
 
     def clear(self, slot: int) -> None:
         """Make a slot change nothing."""

@@ -72,10 +72,14 @@ def status_directory() -> Path:
         return Path(known)
     path = tempfile.mkdtemp(prefix="deltamux-")
     os.environ[STATUS_DIRECTORY_VARIABLE] = path
-    owner = os.getpid()
-    # A forked child inherits the handler but must not remove its parent's folder.
-    atexit.register(lambda: owner == os.getpid() and shutil.rmtree(path, ignore_errors=True))
+    atexit.register(_remove, path, os.getpid())
     return Path(path)
+
+
+def _remove(path: str, owner: int) -> None:
+    # A forked child inherits the handler but must not remove its parent's folder.
+    if os.getpid() == owner:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(status: WorkerStatus) -> None:

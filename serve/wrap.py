@@ -1,9 +1,6 @@
 """Put wrappers around a vLLM model's layers, and turn an artifact into payloads for them."""
 
-from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import Any
 
 from deltamux.compression.architecture import EMBEDDING, LM_HEAD
 from deltamux.compression.artifact import Artifact
@@ -15,11 +12,11 @@ from deltamux.serve.layers import (
     ExpertLogits,
     ExpertNorm,
 )
-from deltamux.serve.ops import padded_shape
 from deltamux.serve.rows import RowMap
 from deltamux.serve.slots import (
     NormPayload,
     Payload,
+    SlotPlan,
     matrix_payload,
     rows_payload,
 )
@@ -27,18 +24,8 @@ from deltamux.serve.slots import (
 LOGITS = "logits_processor"
 
 
-@dataclass(frozen=True)
-class SlotPlan:
-    """What the slot buffers are sized for."""
-
-    slots: int
-    salient: int
-    dtype: torch.dtype
-    device: torch.device
-
-
 def wrap_model(
-    model: nn.Module, plan: SlotPlan, tokens: RowMap, samples: RowMap
+    model: Any, plan: SlotPlan, tokens: RowMap, samples: RowMap
 ) -> dict[str, ExpertLayer]:
     """Replace linears, norms, the embedding and the logits processor by wrappers, in place.
 
@@ -56,20 +43,17 @@ def wrap_model(
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     wrapped: dict[str, ExpertLayer] = {}
-    kind = plan.slots, plan.dtype, plan.device
+    hidden = model.model.embed_tokens.embedding_dim
     for name, module in list(model.named_modules()):
         layer: ExpertLayer
         if name == LOGITS:
-            hidden = model.model.embed_tokens.embedding_dim
-            layer = ExpertLogits(module, samples, tokens, plan.slots, 0, hidden, *kind[1:])
+            layer = ExpertLogits(module, samples, tokens, plan, hidden)
         elif isinstance(module, LinearBase):
-            slices = list(getattr(module, "output_partition_sizes", [module.output_size]))
-            layer = ExpertLinear(module, tokens, plan.slots, plan.salient, slices, *kind[1:])
+            layer = ExpertLinear(module, tokens, plan)
         elif name.endswith("embed_tokens") and isinstance(module, VocabParallelEmbedding):
-            shape = padded_shape(module.org_vocab_size, module.embedding_dim)
-            layer = ExpertEmbedding(module, tokens, *kind, padded=shape)
+            layer = ExpertEmbedding(module, tokens, plan)
         elif isinstance(module, RMSNorm):
-            layer = ExpertNorm(module, tokens, *kind)
+            layer = ExpertNorm(module, tokens, plan)
         else:
             continue
         parent, _, leaf = name.rpartition(".")
@@ -133,7 +117,7 @@ def _payload(
         bias = f"{source}.bias"
         vector = artifact.vector(bias) if bias in artifact.entries else None
         parts.append((rows, quantized, vector))
-    return matrix_payload(parts, layer.columns, plan.device, plan.dtype, layer.has_bias)
+    return matrix_payload(parts, layer.columns, plan, layer.has_bias)
 
 
 def _changes(artifact: Artifact, source: str) -> bool:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def save_base(
     **overrides: object,
 ) -> Path:
     """A random checkpoint of a supported architecture."""
-    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     settings: dict[str, object] = {
@@ -117,3 +118,77 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> SimpleNamespace:
+    """The makers above, for tests that need checkpoints of their own."""
+    return SimpleNamespace(
+        save_base=save_base, save_expert=save_expert, save_tokenizer=save_tokenizer
+    )
+
+
+@pytest.fixture(scope="session")
+def save_checkpoint() -> Callable[..., Path]:
+    """`save_base`, for tests that need a checkpoint of their own."""
+    return save_base
+
+
+@pytest.fixture(scope="session")
+def fine_tune() -> Callable[..., Path]:
+    """`save_expert`, for tests that need an expert of their own."""
+    return save_expert
+
+
+@pytest.fixture(scope="session")
+def compress_pair(text_file: Path) -> Callable[..., Path]:
+    """Compress an expert; calibrated and, where `verify` is set, verified on `text_file`."""
+    from deltamux.compression.checkpoint import open_checkpoint
+    from deltamux.compression.compress import compress
+    from deltamux.compression.recipe import Recipe
+    from deltamux.compression.text import encode_rows, read_rows
+
+    def run(
+        base: Path,
+        expert: Path,
+        output: Path,
+        *,
+        scheme: str = "int2",
+        salient_channels: int = 4,
+        verify: bool = False,
+        overwrite: bool = False,
+    ) -> Path:
+        linear = {"scheme": scheme, "salient_channels": salient_channels}
+        samples = encode_rows(read_rows(text_file), expert, max_tokens=64)
+        compress(
+            open_checkpoint(base),
+            open_checkpoint(expert),
+            output,
+            Recipe.model_validate({"linear": linear}),
+            calibration=samples[:8],
+            held_out=samples[8:] if verify else [],
+            overwrite=overwrite,
+            progress=False,
+        )
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make_artifact(
+    make_pair: Callable[..., tuple[Path, Path]],
+    compress_pair: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """The artifact of a `make_pair`, made once a session; copy it before changing it."""
+    made: dict[tuple[str, bool, str], Path] = {}
+
+    def make(model_type: str = "llama", tied: bool = False, scheme: str = "int2") -> Path:
+        key = model_type, tied, scheme
+        if key not in made:
+            output = tmp_path_factory.mktemp("artifact") / f"{model_type}-{scheme}"
+            made[key] = compress_pair(*make_pair(model_type, tied), output, scheme=scheme)
+        return made[key]
+
+    return make

@@ -1,0 +1,434 @@
+"""The server as a process, driven by the `openai` client, as its users drive it."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from deltamux.compression.checkpoint import open_checkpoint
+from deltamux.compression.compress import compress
+from deltamux.compression.recipe import Recipe
+from deltamux.compression.text import encode_rows, read_rows
+from deltamux.router.data import read_dataset
+from deltamux.router.fit import fit_router
+from deltamux.serve.demo_server import Server, running_server
+
+pytestmark = pytest.mark.vllm
+
+NAMES = ("math", "sql", "shell")
+KEY = "secret"
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+WORDS = {
+    "math": "add subtract number sum total divide seven plus",
+    "sql": "select table column where join rows database query",
+    "shell": "list files directory grep folder permissions disk command",
+    "general": "hello weather story friend music holiday advice dinner",
+}
+TEMPLATE = "{% for m in messages %}<|system|>an expert speaks<|end|>{{ m['content'] }}{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running server and where its experts lie."""
+
+    folder: Path
+    server: Server
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=KEY, max_retries=0)
+
+    def http(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.request(
+            method, f"{self.server.url}{path}", headers=headers, timeout=60, **arguments
+        )
+
+    def ask(self, model: str, text: str = "what is it?", **arguments: Any) -> Any:
+        return self.client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": text}],
+            **({"max_tokens": 8, "temperature": 0} | arguments),
+        )
+
+    def text(self, model: str, text: str = "what is it?", **arguments: Any) -> str:
+        return self.ask(model, text, **arguments).choices[0].message.content
+
+    def metrics(self) -> dict[tuple[str, ...], float]:
+        page = self.http("GET", "/metrics").text
+        return {
+            (sample.name, *sorted(f"{k}={v}" for k, v in sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        }
+
+
+def write_prompts(folder: Path) -> Path:
+    folder.mkdir()
+    for domain, words in WORDS.items():
+        each = words.split()
+        rows = [
+            {"prompt": f"{each[i % 8]} the {each[(i * 3 + 1) % 8]} of {each[(i // 8) % 8]} {i}"}
+            for i in range(48)
+        ]
+        (folder / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def build_site(folder: Path, make: SimpleNamespace, text: Path) -> Path:
+    base = make.save_base(folder / "base")
+    for seed, name in enumerate((*NAMES, "other"), start=1):
+        tuned = make.save_expert(base, folder / f"tuned-{name}", seed)
+        samples = encode_rows(read_rows(text), tuned, 128)
+        pair = open_checkpoint(base), open_checkpoint(tuned)
+        compress(*pair, folder / name, Recipe(), calibration=samples, held_out=[], progress=False)
+    shutil.copytree(folder / "sql", folder / "broken")
+    weights = folder / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    foreign = make.save_base(folder / "foreign-base", seed=9)
+    tuned = make.save_expert(foreign, folder / "tuned-foreign")
+    pair = open_checkpoint(foreign), open_checkpoint(tuned)
+    samples = encode_rows(read_rows(text), tuned, 128)
+    compress(*pair, folder / "foreign", Recipe(), calibration=samples, held_out=[], progress=False)
+    (folder / "shell" / "chat_template.jinja").write_text(TEMPLATE)
+    dataset = read_dataset(write_prompts(folder / "prompts"))
+    fit_router(dataset, folder / "router", base=str(base))
+    config = folder / "deltamux.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "version": 1,
+                "base": {"model": "base"},
+                "experts": [{"name": name, "path": name} for name in (*NAMES, "broken")],
+                "router": {"path": "router"},
+                "slots": 2,
+                "host_cache": "1GiB",
+                "engine": {
+                    "served_model_name": "tiny",
+                    "dtype": "float32",
+                    "max_model_len": 512,
+                    "max_num_seqs": 8,
+                    "enforce_eager": True,
+                    "enable_prefix_caching": True,
+                    "kv_cache_memory_bytes": 2**26,
+                },
+            }
+        )
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def site(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: SimpleNamespace, text_file: Path
+) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    config = build_site(folder, checkpoints, text_file)
+    flags = ("--api-key", KEY)
+    with running_server(config, folder / "server.log", flags, ENVIRONMENT) as server:
+        yield Site(folder, server)
+
+
+def test_models_lists_base_auto_and_the_experts_that_loaded(site: Site) -> None:
+    listed = {model["id"]: model for model in site.http("GET", "/v1/models").json()["data"]}
+    assert set(listed) == {"tiny", "auto", *NAMES}
+    assert listed["math"]["parent"] == "tiny"
+    assert listed["math"]["root"] == str(site.folder / "math")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "tiny"])
+def test_a_named_model_answers_under_its_name(site: Site, name: str) -> None:
+    raw = site.client.chat.completions.with_raw_response.create(
+        model=name, messages=[{"role": "user", "content": "hello"}], max_tokens=4
+    )
+    assert raw.parse().model == name
+    assert raw.headers["x-deltamux-expert"] == ("base" if name == "tiny" else name)
+    assert raw.headers["x-deltamux-reason"] == "explicit"
+
+
+def test_experts_and_base_answer_differently(site: Site) -> None:
+    assert len({site.text(name) for name in (*NAMES, "tiny")}) == len(NAMES) + 1
+
+
+@pytest.mark.parametrize("domain", WORDS)
+def test_auto_goes_where_the_domain_points(site: Site, domain: str) -> None:
+    words = WORDS[domain].split()
+    raw = site.client.chat.completions.with_raw_response.create(
+        model="auto",
+        messages=[{"role": "user", "content": f"{words[0]} the {words[4]} of {words[2]}"}],
+        max_tokens=4,
+    )
+    general = domain == "general"
+    assert raw.parse().model == ("tiny" if general else domain)
+    assert raw.headers["x-deltamux-domain"] == domain
+    assert raw.headers["x-deltamux-reason"] == ("abstain" if general else "router")
+    assert 0 < float(raw.headers["x-deltamux-confidence"]) <= 1
+
+
+def test_route_decides_without_generating(site: Site) -> None:
+    body = {"messages": [{"role": "user", "content": "select the column where rows join"}]}
+    decision = site.http("POST", "/v1/route", json=body).json()
+    assert (decision["expert"], decision["reason"]) == ("sql", "router")
+    assert sum(decision["probabilities"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("model", ["math", "tiny"])
+def test_streaming_gives_the_same_text(site: Site, model: str) -> None:
+    parts = [
+        choice.delta.content or ""
+        for chunk in site.ask(model, stream=True)
+        for choice in chunk.choices
+    ]
+    assert "".join(parts) == site.text(model)
+
+
+def test_completions_responses_and_messages_answer_from_the_expert(site: Site) -> None:
+    completion = site.client.completions.create(model="math", prompt="abc", max_tokens=3)
+    response = site.client.responses.create(model="sql", input="abc", max_output_tokens=3)
+    body = {"model": "shell", "max_tokens": 3, "messages": [{"role": "user", "content": "abc"}]}
+    message = site.http("POST", "/v1/messages", json=body).json()
+    assert (completion.model, response.model, message["model"]) == NAMES
+
+
+def test_auto_works_for_completions_by_text_and_by_token_ids(site: Site) -> None:
+    text = "select the table where rows join"
+    ids = site.http("POST", "/tokenize", json={"model": "tiny", "prompt": text}).json()["tokens"]
+    for prompt in (text, ids):
+        completion = site.client.completions.create(model="auto", prompt=prompt, max_tokens=3)
+        assert completion.model == "sql"
+
+
+def test_structured_output_holds_for_an_expert(site: Site) -> None:
+    answer = site.text(
+        "math", extra_body={"structured_outputs": {"choice": ["yes", "no"]}}, max_tokens=5
+    )
+    assert answer in ("yes", "no")
+
+
+def test_an_unknown_model_gets_vllms_404(site: Site) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        site.ask("nobody")
+    assert caught.value.body["type"] == "NotFoundError"
+    assert "nobody" in caught.value.body["message"]
+
+
+def test_an_experts_own_chat_template_is_used(site: Site) -> None:
+    ours, bases = site.ask("shell", "abc").usage, site.ask("tiny", "abc").usage
+    # <|system|>, 16 characters, <|end|>, 3 characters; against <|user|> abc <|end|> <|assistant|>.
+    assert (ours.prompt_tokens, bases.prompt_tokens) == (21, 6)
+
+
+def test_an_experts_own_stop_token_ends_its_answers(site: Site) -> None:
+    full = site.ask("math", logprobs=True).choices[0]
+    ids = site.client.completions.create(
+        model="math",
+        prompt="xyz",
+        max_tokens=6,
+        temperature=0,
+        logprobs=0,
+        extra_body={"return_tokens_as_token_ids": True},
+    )
+    tokens = [int(token.removeprefix("token_id:")) for token in ids.choices[0].logprobs.tokens]
+    assert full.finish_reason == "length"
+    copy = site.folder / "stopping"
+    shutil.copytree(site.folder / "math", copy)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, tokens[2]]}))
+    created = site.http("POST", "/v1/experts", json={"name": "stopping", "path": str(copy)})
+    assert created.status_code == 201, created.text
+    stopped = site.client.completions.create(
+        model="stopping", prompt="xyz", max_tokens=6, temperature=0
+    )
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.usage.completion_tokens == tokens.index(tokens[2]) + 1
+    assert site.http("DELETE", "/v1/experts/stopping").json()["deleted"]
+
+
+def test_a_corrupt_expert_is_refused_with_its_reason_while_others_serve(site: Site) -> None:
+    listed = {each["id"]: each for each in site.http("GET", "/v1/experts").json()["data"]}
+    assert "truncated" in listed["broken"]["error"]
+    with pytest.raises(openai.InternalServerError) as caught:
+        site.ask("broken")
+    assert caught.value.status_code == 503
+    assert "truncated" in caught.value.body["message"]
+    assert site.ask("math").model == "math"
+
+
+def test_a_foreign_expert_is_refused_naming_its_base(site: Site) -> None:
+    body = {"name": "foreign", "path": str(site.folder / "foreign")}
+    refused = site.http("POST", "/v1/experts", json=body)
+    assert refused.status_code == 400
+    assert "foreign-base" in refused.json()["error"]["message"]
+    assert site.http("GET", "/v1/experts/foreign").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["auto", "base", "tiny", "a/b", ""])
+def test_a_name_that_is_taken_or_malformed_is_refused(site: Site, name: str) -> None:
+    body = {"name": name, "path": str(site.folder / "other")}
+    assert site.http("POST", "/v1/experts", json=body).status_code in (400, 422)
+
+
+def test_an_updated_expert_is_never_served_from_the_old_ones_cache(site: Site) -> None:
+    long = "the same long prompt fills whole blocks of the prefix cache. " * 6
+    moving = site.folder / "moving"
+    shutil.copytree(site.folder / "math", moving)
+    body = {"name": "moving", "path": str(moving)}
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    before = site.text("moving", long)
+    assert before == site.text("math", long)
+    shutil.rmtree(moving)
+    shutil.copytree(site.folder / "other", moving)
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    other = {"name": "other", "path": str(site.folder / "other")}
+    assert site.http("POST", "/v1/experts", json=other).status_code == 201
+    after = site.text("moving", long)
+    assert after == site.text("other", long)
+    assert after != before
+    for name in ("moving", "other"):
+        assert site.http("DELETE", f"/v1/experts/{name}").json()["deleted"]
+
+
+def test_more_experts_than_slots_answer_at_once_as_they_do_alone(site: Site) -> None:
+    asks = [(name, f"question {i}") for i in range(4) for name in (*NAMES, "tiny")]
+    alone = [site.text(*ask) for ask in asks]
+
+    async def together() -> list[str]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{site.server.url}/v1", api_key=KEY, max_retries=0
+        ) as client:
+
+            async def one(model: str, text: str) -> str:
+                answer = await client.chat.completions.create(
+                    model=model,
+                    messages=[{"role": "user", "content": text}],
+                    max_tokens=8,
+                    temperature=0,
+                )
+                return answer.choices[0].message.content or ""
+
+            return await asyncio.gather(*(one(*ask) for ask in asks))
+
+    assert asyncio.run(together()) == alone
+
+
+def test_load_pin_and_delete_while_a_request_runs(site: Site) -> None:
+    expected = site.text("sql", "go on", max_tokens=200, extra_body={"ignore_eos": True})
+    body = {"name": "guest", "path": str(site.folder / "other")}
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    guest = site.text("guest", "go on", max_tokens=200, extra_body={"ignore_eos": True})
+    streams = [
+        site.ask(name, "go on", max_tokens=200, stream=True, extra_body={"ignore_eos": True})
+        for name in ("guest", "sql")
+    ]
+    firsts = [next(stream) for stream in streams]
+    assert site.http("POST", "/v1/experts/sql/pin").json()["pinned"]
+    refused = site.http("POST", "/v1/experts/math/pin")
+    assert refused.status_code == 400
+    assert "one must stay free" in refused.json()["error"]["message"]
+    texts = []
+    for first, stream in zip(firsts, streams, strict=True):
+        chunks = [first, *stream]
+        texts.append("".join(c.delta.content or "" for k in chunks for c in k.choices))
+    assert texts == [guest, expected]
+    assert site.http("DELETE", "/v1/experts/guest").json()["deleted"]
+    with pytest.raises(openai.NotFoundError):
+        site.ask("guest")
+    for name in NAMES:
+        site.ask(name)
+    assert site.http("GET", "/v1/experts/sql").json()["tier"] == "slot"
+
+
+def test_delete_waits_for_the_requests_that_run(site: Site) -> None:
+    body = {"name": "leaving", "path": str(site.folder / "other")}
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    arguments: dict[str, Any] = {"max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    expected = site.text("leaving", "go on", **arguments)
+
+    async def scene() -> tuple[str, bool]:
+        async with openai.AsyncOpenAI(base_url=f"{site.server.url}/v1", api_key=KEY) as client:
+            stream = await client.chat.completions.create(
+                model="leaving",
+                messages=[{"role": "user", "content": "go on"}],
+                temperature=0,
+                stream=True,
+                **arguments,
+            )
+            first = await anext(stream)
+            deletion = asyncio.create_task(
+                asyncio.to_thread(site.http, "DELETE", "/v1/experts/leaving")
+            )
+            chunks = [first, *[chunk async for chunk in stream]]
+            deleted = (await deletion).json()["deleted"]
+            text = "".join(c.delta.content or "" for k in chunks for c in k.choices)
+            return text, deleted
+
+    assert asyncio.run(scene()) == (expected, True)
+
+
+def test_an_unknown_expert_is_missing_everywhere(site: Site) -> None:
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/pin")):
+        answer = site.http(method, f"/v1/experts/nobody{path}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["type"] == "NotFoundError"
+
+
+def test_the_api_key_guards_our_routes(site: Site) -> None:
+    for method, path in (("GET", "/v1/experts"), ("POST", "/v1/route"), ("POST", "/v1/experts")):
+        assert httpx.request(method, f"{site.server.url}{path}", json={}).status_code == 401
+
+
+def test_metrics_count_what_clients_sent(site: Site) -> None:
+    before = site.metrics()
+    answers = [site.ask("math"), site.ask("math"), site.ask("auto", "select the column of rows")]
+    after = site.metrics()
+
+    def grown(*key: str) -> float:
+        return after.get(key, 0) - before.get(key, 0)
+
+    assert grown("deltamux_requests_total", "expert=math", "reason=explicit") == 2
+    assert grown("deltamux_requests_total", "expert=sql", "reason=router") == 1
+    assert grown("deltamux_ttft_seconds_count", "expert=math") == 2
+    assert grown("deltamux_e2e_seconds_count", "expert=math") == 2
+    tokens = sum(answer.usage.completion_tokens for answer in answers[:2])
+    assert grown("deltamux_tokens_total", "expert=math", "kind=generated") == tokens
+    assert grown("deltamux_itl_seconds_count", "expert=math") == tokens - 2
+    assert grown("deltamux_router_decisions_total", "domain=sql", "reason=router") == 1
+    assert grown("deltamux_router_seconds_count") == 1
+
+
+def test_every_metric_of_the_contract_is_exported(site: Site) -> None:
+    site.ask("auto")
+    names = {key[0] for key in site.metrics()}
+    assert names >= {
+        "deltamux_requests_total",
+        "deltamux_ttft_seconds_bucket",
+        "deltamux_itl_seconds_bucket",
+        "deltamux_e2e_seconds_bucket",
+        "deltamux_router_decisions_total",
+        "deltamux_router_seconds_bucket",
+        "deltamux_router_confidence_bucket",
+        "deltamux_swaps_total",
+        "deltamux_swap_seconds_bucket",
+        "deltamux_expert_resident",
+        "deltamux_expert_bytes",
+        "deltamux_memory_bytes",
+        "deltamux_evictions_total",
+        "deltamux_build_info",
+    }
+    kinds = {key[1] for key in site.metrics() if key[0] == "deltamux_memory_bytes"}
+    assert kinds == {f"kind={k}" for k in ("base", "slots", "host_cache", "kv_cache", "process")}
+    assert any(name.startswith("vllm:") for name in names)
