@@ -81,12 +81,14 @@ def compress(
         The manifest, as written.
 
     Raises:
-        ValueError: The output exists, or the two checkpoints have no delta (see `compare`).
+        ValueError: The output exists, is no artifact to replace, or the two checkpoints have no delta (see `compare`).
     """
     if output.exists() and not overwrite:
         raise ValueError(
             f"{str(output)!r} exists already: name a new directory or pass --overwrite"
         )
+    if output.exists() and not (output / MANIFEST_FILE).is_file():
+        raise ValueError(f"{str(output)!r} is not a compressed expert: it is not overwritten")
     difference = compare(base, expert)
     energy = input_energy(expert, calibration, progress)
     draft = _quantize_all(difference, recipe, energy, progress)

@@ -6,7 +6,6 @@ assistant's. Losses count response tokens only.
 
 import json
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,8 @@ def read_rows(path: Path) -> list[list[dict[str, str]]]:
 
 def builtin_rows() -> list[list[dict[str, str]]]:
     """General conversations that come with deltamux, for experts without calibration text."""
-    source = resources.files("deltamux.compression") / "calibration.jsonl"
-    with resources.as_file(source) as path:
-        return read_rows(path)
+    # Not importlib.resources: it cannot read a namespace package that is installed editable.
+    return read_rows(Path(__file__).with_name("calibration.jsonl"))
 
 
 def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:

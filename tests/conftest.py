@@ -129,18 +129,6 @@ def checkpoints() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def save_checkpoint() -> Callable[..., Path]:
-    """`save_base`, for tests that need a checkpoint of their own."""
-    return save_base
-
-
-@pytest.fixture(scope="session")
-def fine_tune() -> Callable[..., Path]:
-    """`save_expert`, for tests that need an expert of their own."""
-    return save_expert
-
-
-@pytest.fixture(scope="session")
 def compress_pair(text_file: Path) -> Callable[..., Path]:
     """Compress an expert; calibrated and, where `verify` is set, verified on `text_file`."""
     from deltamux.compression.checkpoint import open_checkpoint

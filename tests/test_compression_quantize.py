@@ -67,8 +67,8 @@ def test_steps_minimise_the_weighted_error(scheme):
     error = weighted_error(delta, approximation, energy)
     best = torch.stack([grid_search_error(row, scheme, energy) for row in delta])
     # The error has several minima in the step and the search starts from two points: in rows as
-    # long as a model's it ends within 2 % of the best.
-    assert (error <= best * 1.02).all()
+    # long as a model's it ends within 5 % of the best (int4; the others within 1 %).
+    assert (error <= best * (1.05 if scheme is Scheme.INT4 else 1.01)).all()
 
 
 def test_steps_are_searched_under_the_calibration_energy():

@@ -1,0 +1,120 @@
+"""`deltamux serve`: what it hands to vLLM, and what it refuses at once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from deltamux.serve.cli import app
+from deltamux.serve.launch import vllm_arguments
+from deltamux.serve.settings import load_settings
+
+
+def settings(folder: Path, **changes: Any) -> Any:
+    (folder / "base").mkdir(exist_ok=True)
+    path = folder / "deltamux.yaml"
+    path.write_text(yaml.safe_dump({"base": {"model": "base"}} | changes))
+    return load_settings(path, {})
+
+
+def value(arguments: list[str], flag: str) -> str:
+    return arguments[arguments.index(flag) + 1]
+
+
+def test_the_configuration_becomes_vllms_flags(tmp_path: Path) -> None:
+    engine = {"max_model_len": 64, "enforce_eager": True, "enable_prefix_caching": False}
+    arguments = vllm_arguments(settings(tmp_path, slots=3, engine=engine), ["--port", "1"])
+    assert value(arguments, "--model") == str(tmp_path / "base")
+    assert value(arguments, "--max-loras") == "3"
+    assert value(arguments, "--max-model-len") == "64"
+    assert {"--enable-lora", "--enforce-eager", "--no-enable-prefix-caching"} <= set(arguments)
+    assert arguments[-2:] == ["--port", "1"]
+
+
+def test_vllm_gets_a_cpu_capacity_for_every_expert(tmp_path: Path) -> None:
+    experts = [{"name": f"e{i}", "path": f"e{i}"} for i in range(6)]
+    arguments = vllm_arguments(settings(tmp_path, slots=2, experts=experts), [])
+    assert value(arguments, "--max-cpu-loras") == "6"
+
+
+def test_deltamuxs_settings_are_part_of_vllms_cache_key(tmp_path: Path) -> None:
+    engine = {"additional_config": {"mine": 1}}
+    arguments = vllm_arguments(settings(tmp_path, engine=engine), [])
+    additional = json.loads(value(arguments, "--additional-config"))
+    assert additional["mine"] == 1
+    assert additional["deltamux"]["version"] == 1
+    assert additional["deltamux"]["slot"]["salient_channels"] == 8
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deltamux.serve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is not a file"),
+        ("base: {model: nowhere/at/all}", "neither a directory nor a hub id"),
+        ("base: {model: /}\nslots: none", "slots"),
+        ("speed: fast", "speed"),
+    ],
+)
+def test_a_wrong_start_is_one_line_and_exit_2(
+    tmp_path: Path, content: str | None, said: str
+) -> None:
+    path = tmp_path / "deltamux.yaml"
+    if content is not None:
+        path.write_text(content)
+    done = run("serve", str(path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_line_is_frozen() -> None:
+    commands = typer.main.get_command(app)
+    options = {
+        name: sorted(option for parameter in command.params for option in parameter.opts)
+        for name, command in commands.commands.items()  # type: ignore[attr-defined]
+        if name != "router"
+    }
+    assert options == {
+        "compress": [
+            "--calibration",
+            "--held-out",
+            "--json",
+            "--output",
+            "--overwrite",
+            "--recipe",
+            "-o",
+            "base",
+            "expert",
+        ],
+        "inspect": ["--json", "artifact"],
+        "merge": ["--dtype", "--output", "-o", "artifact", "base"],
+        "evaluate": [
+            "--data",
+            "--json",
+            "--max-rows",
+            "--max-tokens",
+            "artifact",
+            "base",
+            "expert",
+        ],
+        "route": ["--jsonl", "--router", "text"],
+        "serve": ["--host-cache", "--slots", "config"],
+        "demo": ["--root", "--serve"],
+    }

@@ -1,0 +1,129 @@
+"""`deltamux.yaml` and what overrides it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deltamux.serve.settings import (
+    PluginSettings,
+    load_settings,
+    parse_bytes,
+    plugin_settings,
+)
+
+FULL = {
+    "version": 1,
+    "base": {"model": "org/base", "revision": "main"},
+    "experts": [{"name": "math", "path": "experts/math"}, {"name": "sql", "path": "/abs/sql"}],
+    "router": {"path": "router", "fallback": "math"},
+    "slots": 3,
+    "host_cache": "8GiB",
+    "engine": {"max_model_len": 4096},
+}
+
+
+def write(folder: Path, content: object) -> Path:
+    path = folder / "deltamux.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GiB", 8 * 2**30), ("500 MB", 500_000_000), ("1.5kib", 1536), (77, 77), ("10", 10)],
+)
+def test_sizes_have_units(text: object, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "-1GB", "GiB", None])
+def test_a_size_that_is_none_is_refused_with_its_value(text: object) -> None:
+    with pytest.raises(ValueError, match="a size is a number") as caught:
+        parse_bytes(text)
+    assert repr(text) in str(caught.value)
+
+
+def test_a_full_configuration_is_read_with_paths_relative_to_its_folder(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, FULL), {})
+    assert settings.slots == 3
+    assert settings.host_cache == 8 * 2**30
+    assert [expert.path for expert in settings.experts] == [
+        tmp_path / "experts/math",
+        Path("/abs/sql"),
+    ]
+    assert settings.router is not None
+    assert settings.router.path == tmp_path / "router"
+    assert settings.base.model == "org/base"
+    assert settings.engine == {"max_model_len": 4096}
+
+
+def test_a_base_that_is_a_folder_beside_the_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    settings = load_settings(write(tmp_path, {"base": {"model": "base"}}), {})
+    assert settings.base.model == str(tmp_path / "base")
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    environment = {
+        "DELTAMUX_SLOTS": "7",
+        "DELTAMUX_HOST_CACHE": "1MB",
+        "DELTAMUX_BASE": "org/other",
+        "DELTAMUX_ROUTER": "/elsewhere",
+    }
+    settings = load_settings(write(tmp_path, FULL), environment)
+    assert (settings.slots, settings.host_cache) == (7, 1_000_000)
+    assert settings.base.model == "org/other"
+    assert settings.router is not None
+    assert settings.router.path == Path("/elsewhere")
+    assert settings.router.fallback == "math"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"slotz": 2}, "slotz"),
+        ({"slots": 0}, "slots"),
+        ({"version": 2}, "version"),
+        ({"host_cache": "much"}, "a size is a number"),
+        ({"experts": [{"name": "auto", "path": "x"}]}, "'auto'"),
+        ({"experts": [{"name": "a/b", "path": "x"}]}, "name"),
+        ({"experts": [{"name": "m", "path": "x"}, {"name": "m", "path": "y"}]}, "given twice"),
+        ({"router": {"path": "r", "fallback": "nobody"}}, "nobody"),
+        ({"base": {}}, "model"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_by_name(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ValueError, match="is not a deltamux configuration") as caught:
+        load_settings(write(tmp_path, FULL | change), {})
+    assert said in str(caught.value)
+
+
+def test_what_is_not_yaml_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deltamux.yaml"
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_settings(path, {})
+    path.write_text("just words")
+    with pytest.raises(ValueError, match="must hold a mapping, got str"):
+        load_settings(path, {})
+
+
+def test_settings_survive_the_way_through_vllm(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, FULL), {})
+    plugin = settings.plugin()
+    assert isinstance(plugin, PluginSettings)
+    assert plugin_settings({"deltamux": plugin.model_dump(mode="json")}) == plugin
+
+
+@pytest.mark.parametrize("content", [None, {}, {"other": 1}])
+def test_the_plugin_refuses_to_run_without_its_settings(content: object) -> None:
+    with pytest.raises(ValueError, match="--additional-config"):
+        plugin_settings(content)
+
+
+def test_the_plugin_refuses_unknown_settings() -> None:
+    with pytest.raises(ValueError, match="slotz"):
+        plugin_settings({"deltamux": {"version": 1, "slotz": 1}})
