@@ -81,7 +81,8 @@ def compress(
         The manifest, as written.
 
     Raises:
-        ValueError: The output exists, is no artifact to replace, or the two checkpoints have no delta (see `compare`).
+        ValueError: The output exists, is no artifact to replace, or the two checkpoints have no
+            delta (see `compare`).
     """
     if output.exists() and not overwrite:
         raise ValueError(

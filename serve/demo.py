@@ -5,6 +5,8 @@ clients → its metrics. Whatever is finished is kept, so that a second run star
 """
 
 import json
+import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +22,21 @@ from deltamux.compression.recipe import CalibrationRecipe, Recipe, dump_recipe
 from deltamux.router.config import FALLBACK_DOMAINS
 from deltamux.serve import demo_data, demo_experts
 from deltamux.serve.demo_base import make_base
-from deltamux.serve.demo_load import Scrape, mixed_load, run_load
+from deltamux.serve.demo_load import Ask, Scrape, mixed_load, run_load
 from deltamux.serve.demo_server import Server, start_server, stop_server
+from deltamux.serve.settings import BASE
 
 DOMAINS = demo_data.SPECIALISTS
 GENERAL = "general"
+BASE_NAME = "smollm2-135m"
 SLOTS = 2
 REQUESTS_PER_DOMAIN = 12
 ROUTER_PROMPTS = 300
 # Conversations to calibrate and to verify on: a minute of two cores an expert.
 COMPRESSION_ROWS = 40
 SEED = 0
+# Everything is local: neither a hub nor vLLM's usage statistics are to be asked.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 assert GENERAL in FALLBACK_DOMAINS
 
@@ -75,13 +81,15 @@ def demo_command(
 ) -> None:
     """Run the main job on a small real model."""
     start = time.perf_counter()
+    # Ended from outside, the demo still takes its server with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = DemoFolder(root.absolute())
     make_data(folder)
     make_experts(folder)
     make_router(folder)
     write_config(folder)
     typer.echo(f"\nserving {len(DOMAINS)} experts in {SLOTS} slots …")
-    server = start_server(folder.config, folder.root / "server.log")
+    server = start_server(folder.config, folder.root / "server.log", environment=ENVIRONMENT)
     try:
         result = measure(folder, server)
     except BaseException:
@@ -198,7 +206,7 @@ def write_config(folder: DemoFolder) -> None:
         "slots": SLOTS,
         "host_cache": "2GiB",
         "engine": {
-            "served_model_name": "smollm2-135m",
+            "served_model_name": BASE_NAME,
             "max_model_len": 1024,
             "max_num_seqs": 16,
             "enforce_eager": True,
@@ -214,8 +222,11 @@ def measure(folder: DemoFolder, server: Server) -> dict[str, Any]:
         name: [row["prompt"] for row in _rows(folder.data(name, "test"))[:REQUESTS_PER_DOMAIN]]
         for name in (*DOMAINS, GENERAL)
     }
-    prompts["smollm2-135m"] = prompts.pop(GENERAL)
+    prompts[BASE_NAME] = prompts.pop(GENERAL)
     asks = mixed_load(prompts, SEED)
+    # The CPU engine builds its kernels for each new batch size on first use.
+    run_load(server.url, [Ask(BASE_NAME, ask.prompt, ask.stream) for ask in asks], "warm-up")
+    warm = Scrape(server.url)
     begin = time.perf_counter()
     run_load(server.url, asks)
     wall = time.perf_counter() - begin
@@ -225,8 +236,8 @@ def measure(folder: DemoFolder, server: Server) -> dict[str, Any]:
         f"\n{'expert':<8}{'requests':>9}{'tokens/s':>10}{'TTFT p50':>11}{'p95':>9}"
         f"{'swaps':>7}{'bytes':>12}"
     )
-    for name in (*DOMAINS, "base"):
-        row = traffic(scrape, name, wall)
+    for name in (*DOMAINS, BASE):
+        row = traffic(scrape, warm, name, wall)
         size = expert_figures(folder, name) if name in DOMAINS else {}
         typer.echo(
             f"{name:<8}{row['requests']:>9}{row['tokens_per_second']:>10.1f}"
@@ -243,15 +254,23 @@ def measure(folder: DemoFolder, server: Server) -> dict[str, Any]:
     }
 
 
-def traffic(scrape: Scrape, expert: str, wall_seconds: float) -> dict[str, Any]:
-    """What the server counted for one expert."""
-    tokens = scrape.total("deltamux_tokens_total", expert=expert, kind="generated")
+def traffic(scrape: Scrape, warm: Scrape, expert: str, wall_seconds: float) -> dict[str, Any]:
+    """What the server counted for one expert during the load, the warm-up left out."""
+
+    def grown(name: str, **labels: str) -> float:
+        return scrape.total(name, expert=expert, **labels) - warm.total(
+            name, expert=expert, **labels
+        )
+
+    def ttft(q: float) -> float:
+        return scrape.quantile("deltamux_ttft_seconds", q, warm, expert=expert)
+
     return {
-        "requests": int(scrape.total("deltamux_requests_total", expert=expert)),
-        "tokens_per_second": tokens / wall_seconds,
-        "ttft_p50_seconds": scrape.quantile("deltamux_ttft_seconds", 0.5, expert=expert),
-        "ttft_p95_seconds": scrape.quantile("deltamux_ttft_seconds", 0.95, expert=expert),
-        "swaps": int(scrape.total("deltamux_swaps_total", expert=expert, tier="slot")),
+        "requests": int(grown("deltamux_requests_total")),
+        "tokens_per_second": grown("deltamux_tokens_total", kind="generated") / wall_seconds,
+        "ttft_p50_seconds": ttft(0.5),
+        "ttft_p95_seconds": ttft(0.95),
+        "swaps": int(grown("deltamux_swaps_total", tier="slot")),
     }
 
 

@@ -46,17 +46,17 @@ def mixed_load(prompts: Mapping[str, Sequence[str]], seed: int = 0) -> list[Ask]
     return asks
 
 
-def run_load(url: str, asks: Sequence[Ask]) -> list[str]:
+def run_load(url: str, asks: Sequence[Ask], label: str = "requests") -> list[str]:
     """Send the load with a real `openai` client, a few at a time; returns the answers."""
-    return asyncio.run(_run(url, asks))
+    return asyncio.run(_run(url, asks, label))
 
 
-async def _run(url: str, asks: Sequence[Ask]) -> list[str]:
+async def _run(url: str, asks: Sequence[Ask], label: str) -> list[str]:
     from openai import AsyncOpenAI
 
     gate = asyncio.Semaphore(CONCURRENCY)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        with tqdm(total=len(asks), desc="requests", unit="request") as bar:
+        with tqdm(total=len(asks), desc=label, unit="request") as bar:
 
             async def one(ask: Ask) -> str:
                 async with gate:
@@ -105,21 +105,38 @@ class Scrape:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
-    def quantile(self, name: str, q: float, **labels: str) -> float:
-        """A histogram's quantile, linear within a bucket, as PromQL's histogram_quantile."""
-        buckets = sorted(
-            (float(sample.labels["le"]), sample.value)
-            for sample in self._samples
-            if sample.name == f"{name}_bucket" and labels.items() <= sample.labels.items()
-        )
-        if not buckets or buckets[-1][1] == 0:
+    def quantile(self, name: str, q: float, since: "Scrape | None" = None, **labels: str) -> float:
+        """A histogram's quantile, linear within a bucket, as PromQL's histogram_quantile.
+
+        Args:
+            name: The histogram.
+            q: Which quantile, 0 to 1.
+            since: An earlier reading; only what came after it counts.
+            labels: Which of the histogram's series; all of them are added up.
+
+        Returns:
+            The quantile, NaN where nothing was observed; beyond the last bound, that bound.
+        """
+        buckets = self._buckets(name, labels)
+        if since is not None:
+            earlier = since._buckets(name, labels)
+            buckets = {bound: count - earlier.get(bound, 0) for bound, count in buckets.items()}
+        total = buckets.get(float("inf"), 0.0)
+        if total == 0:
             return float("nan")
-        rank = q * buckets[-1][1]
         lower, below = 0.0, 0.0
-        for upper, count in buckets:
-            if count >= rank:
+        for upper, count in sorted(buckets.items()):
+            if count >= q * total:
                 if upper == float("inf"):
-                    return lower
-                return lower + (upper - lower) * (rank - below) / (count - below)
+                    break
+                return lower + (upper - lower) * (q * total - below) / (count - below)
             lower, below = upper, count
         return lower
+
+    def _buckets(self, name: str, labels: dict[str, str]) -> dict[float, float]:
+        buckets: dict[float, float] = {}
+        for sample in self._samples:
+            if sample.name == f"{name}_bucket" and labels.items() <= sample.labels.items():
+                bound = float(sample.labels["le"])
+                buckets[bound] = buckets.get(bound, 0.0) + sample.value
+        return buckets

@@ -9,6 +9,7 @@ beside the old one, swaps the name, and drops the old one when its last request 
 import asyncio
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Expert:
         generation: Generation defaults of its own.
         stop_ids: End-of-sequence ids of its own.
         chat_template: Its own template, None where it has none.
+        variants: vLLM's handlers speaking for this expert, by method name.
         in_flight: Requests it is answering.
     """
 
@@ -53,6 +55,7 @@ class Expert:
     generation: dict[str, Any] = field(default_factory=dict)
     stop_ids: list[int] = field(default_factory=list)
     chat_template: str | None = None
+    variants: dict[str, Any] = field(default_factory=dict)
     in_flight: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -217,7 +220,9 @@ class ExpertRegistry:
 
     async def _drop(self, expert: Expert) -> None:
         if expert.in_flight:
-            await asyncio.wait_for(expert.idle.wait(), DRAIN_SECONDS)
+            # A request that outlasts the wait finds its expert again on disk.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(expert.idle.wait(), DRAIN_SECONDS)
         await self._engine.remove_lora(expert.request.lora_int_id)
 
     def _in_background(self, work: Any) -> None:

@@ -52,7 +52,6 @@ class Gateway:
         self._registry = registry
         self._route = route
         self._base_name = base_name
-        self._variants: dict[tuple[int, str], Any] = {}
 
     def decide(self, request: Any) -> Decision:
         """The decision for a request; an unknown model name is left to vLLM's 404."""
@@ -95,8 +94,9 @@ class Gateway:
     ) -> Any:
         expert.enter()
         try:
-            variant = self._variant(handler, expert)
-            result = await getattr(variant, method)(request, raw_request)
+            if method not in expert.variants:
+                expert.variants[method] = specialise(handler, expert)
+            result = await getattr(expert.variants[method], method)(request, raw_request)
         except BaseException:
             expert.leave()
             raise
@@ -104,13 +104,6 @@ class Gateway:
             return _until_end(result, expert)
         expert.leave()
         return result
-
-    def _variant(self, handler: Any, expert: Expert) -> Any:
-        """A handler with the expert's own chat template, stop tokens and generation defaults."""
-        key = id(handler), expert.request.lora_name
-        if key not in self._variants:
-            self._variants[key] = specialise(handler, expert)
-        return self._variants[key]
 
 
 def specialise(handler: Any, expert: Expert) -> Any:

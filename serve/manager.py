@@ -30,7 +30,7 @@ from deltamux.serve.store import (
     host_expert,
     open_artifact,
 )
-from deltamux.serve.wrap import expert_payloads, wrap_model
+from deltamux.serve.wrap import base_bytes, expert_payloads, wrap_model
 
 logger = init_logger("vllm.deltamux")
 
@@ -77,10 +77,10 @@ class ExpertManager:
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
         """Wrap the model's layers; called once, right after its weights are loaded."""
-        del vllm_config
         self._packed = dict(getattr(model, "packed_modules_mapping", {}))
-        base = sum(p.numel() * p.element_size() for p in model.parameters())
         self.layers = wrap_model(model, self.plan, self.tokens, self.samples)
+        tied = vllm_config.model_config.hf_config.tie_word_embeddings
+        base = base_bytes(self.layers, self.plan.dtype, tied)
         slots = sum(layer.device_bytes() for layer in self.layers.values())
         self.status.memory_bytes = {"base": base, "slots": slots, "host_cache": 0}
         self._publish()

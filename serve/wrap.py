@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from deltamux.compression.architecture import EMBEDDING, LM_HEAD
 from deltamux.compression.artifact import Artifact
 from deltamux.compression.quantize import QuantizedDelta
@@ -60,6 +62,22 @@ def wrap_model(
         setattr(model.get_submodule(parent), leaf, layer)
         wrapped[name] = layer
     return wrapped
+
+
+def base_bytes(wrapped: dict[str, ExpertLayer], dtype: torch.dtype, tied: bool) -> int:
+    """Memory of the base's weights, from the layers' sizes.
+
+    The CPU build keeps linear weights outside of the modules' parameters, in its kernels' layout.
+    """
+    weights = 0
+    for layer in wrapped.values():
+        if isinstance(layer, ExpertLinear):
+            weights += sum(layer.slices) * (layer.columns + layer.has_bias)
+        elif isinstance(layer, ExpertLogits):
+            weights += 0 if tied else layer.slices[0] * layer.columns
+        else:
+            weights += layer.weight.numel()
+    return weights * dtype.itemsize
 
 
 def expert_payloads(

@@ -87,7 +87,7 @@ def test_what_is_neither_directory_nor_hub_id_is_refused(source):
 
 
 def test_a_missing_tensor_is_named(make_pair):
-    with pytest.raises(ValueError, match="'no.such.weight' is missing"):
+    with pytest.raises(ValueError, match=r"'no\.such\.weight' is missing"):
         open_checkpoint(make_pair()[0]).load("no.such.weight")
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from deltamux.compression import compress as compress_module
 from deltamux.compression.architecture import Role
@@ -94,12 +95,14 @@ def test_without_held_out_text_nothing_is_verified(make_artifact):
     assert Artifact(make_artifact()).manifest.verification is None
 
 
-def test_compressing_twice_writes_the_same_weights(
+def test_compressing_twice_writes_the_same_tensors(
     make_pair, make_artifact, compress_pair, tmp_path
 ):
     again = compress_pair(*make_pair(), tmp_path / "artifact")
-    first = (make_artifact() / "model.safetensors").read_bytes()
-    assert (again / "model.safetensors").read_bytes() == first
+    first = load_file(make_artifact() / "model.safetensors")
+    second = load_file(again / "model.safetensors")
+    assert second.keys() == first.keys()
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -140,7 +143,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(make_pair, tmp_path):
 
 def test_an_existing_output_is_refused(make_pair, make_artifact, compress_pair, tmp_path):
     output = shutil.copytree(make_artifact(), tmp_path / "artifact")
-    with pytest.raises(ValueError, match="exists already: .* or pass --overwrite"):
+    with pytest.raises(ValueError, match=r"exists already: .* or pass --overwrite"):
         compress_pair(*make_pair(), output)
 
 
@@ -164,6 +167,20 @@ def test_overwrite_does_not_replace_what_is_no_artifact(make_pair, compress_pair
 
 def test_missing_parents_of_the_output_are_made(make_pair, compress_pair, tmp_path):
     assert Artifact(compress_pair(*make_pair(), tmp_path / "a" / "b")).entries
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(
+    make_pair, compress_pair, tmp_path
+):
+    base, expert = make_pair()
+    copied = shutil.copytree(expert, tmp_path / "expert")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(copied / "model.safetensors")
+    weights[name][0, 0] = float("nan")
+    save_file(weights, copied / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name!r} holds NaN or infinity"):
+        compress_pair(base, copied, tmp_path / "artifact")
+    assert [path.name for path in tmp_path.iterdir()] == ["expert"]
 
 
 @pytest.fixture(scope="module")

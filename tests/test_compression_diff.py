@@ -263,7 +263,7 @@ def test_an_unsupported_architecture_is_refused_by_its_name(copies):
     pair = copies()
     for root in pair:
         edit_config(root, model_type="gpt2")
-    with pytest.raises(ValueError, match="model_type must be one of llama, .* got 'gpt2'"):
+    with pytest.raises(ValueError, match=r"model_type must be one of llama, .* got 'gpt2'"):
         compare_roots(pair)
 
 

@@ -432,3 +432,14 @@ def test_every_metric_of_the_contract_is_exported(site: Site) -> None:
     kinds = {key[1] for key in site.metrics() if key[0] == "deltamux_memory_bytes"}
     assert kinds == {f"kind={k}" for k in ("base", "slots", "host_cache", "kv_cache", "process")}
     assert any(name.startswith("vllm:") for name in names)
+
+
+def test_the_memory_of_the_base_is_that_of_its_weights(site: Site) -> None:
+    from safetensors import safe_open
+
+    with safe_open(site.folder / "base" / "model.safetensors", framework="pt") as file:
+        weights = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    expected = sum(weight.numel() * weight.element_size() for weight in weights)
+    # vLLM pads the embedding's 272 rows to a multiple of 64.
+    padding = 48 * 64 * 4
+    assert site.metrics()["deltamux_memory_bytes", "kind=base"] == expected + padding

@@ -1,0 +1,92 @@
+"""Golden files of the artifact format: what an earlier version wrote must read the same for ever.
+
+`golden/format_1` holds a base of one layer, its compressed expert, and the SHA-256 of the float32
+bytes of everything read from it. Its matrices use every scheme, a row bitmap, dropped and salient
+channels; its expert has biases, a folded norm and a replaced one. A change of layout gets a new
+format version and a directory of its own: these files are never written again.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deltamux.compression.artifact import SCHEME_BITS, Artifact, content_hash, encode_matrix
+from deltamux.compression.checkpoint import open_checkpoint
+from deltamux.compression.quantize import Scheme
+from deltamux.compression.reconstruct import check_base, reconstructed
+
+GOLDEN = Path(__file__).parent / "golden" / "format_1"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def artifact():
+    return Artifact(GOLDEN / "artifact")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return open_checkpoint(GOLDEN / "base")
+
+
+def float32_sha256(tensor):
+    return hashlib.sha256(tensor.float().contiguous().numpy().tobytes()).hexdigest()
+
+
+def test_the_golden_artifact_is_intact(artifact):
+    artifact.check_content()
+    assert content_hash(artifact.root) == "cfb3fae96a366184"
+
+
+def test_the_golden_artifact_has_every_scheme_and_every_kind_of_tensor(artifact):
+    assert {entry.scheme for entry in artifact.entries.values()} == {*Scheme, None}
+    assert {*SCHEME_BITS, "ternary"} == set(Scheme)
+    suffixes = {name.rsplit(".", 1)[1] for name in load_file(artifact.root / "model.safetensors")}
+    assert suffixes == {
+        "channels",
+        "codes",
+        "delta",
+        "replacement",
+        "rows",
+        "salient_channels",
+        "salient_values",
+        "steps",
+    }
+
+
+def test_the_golden_artifact_lists_the_weights_that_were_stored(artifact):
+    assert list(artifact.entries) == list(EXPECTED["stored"])
+
+
+@pytest.mark.parametrize("name", EXPECTED["stored"])
+def test_a_golden_weight_reads_to_the_same_bytes(artifact, name):
+    if artifact.entries[name].scheme is None:
+        found = artifact.vector(name)
+    else:
+        found = artifact.quantized(name).dequantize()
+    assert float32_sha256(found) == EXPECTED["stored"][name]
+
+
+@pytest.mark.parametrize("name", EXPECTED["weights"])
+def test_a_golden_expert_is_rebuilt_to_the_same_bytes(artifact, base, name):
+    found = reconstructed(artifact, base)(name)
+    assert float32_sha256(found) == EXPECTED["weights"][name]
+
+
+def test_golden_matrices_are_written_as_they_were(artifact):
+    stored = load_file(artifact.root / "model.safetensors")
+    matrices = [name for name, entry in artifact.entries.items() if entry.scheme]
+    for name in matrices:
+        written = encode_matrix(name, artifact.quantized(name))
+        assert written.keys() == {key for key in stored if key.startswith(f"{name}.")}
+        for key, tensor in written.items():
+            assert tensor.dtype == stored[key].dtype, key
+            assert torch.equal(tensor, stored[key]), key
+
+
+def test_the_golden_base_has_the_hashes_of_the_manifest(artifact, base):
+    check_base(artifact, base)

@@ -1,0 +1,60 @@
+"""Payloads for a model's layers, with stand-ins for vLLM's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltamux.compression.artifact import Artifact
+from deltamux.compression.checkpoint import open_checkpoint
+from deltamux.compression.compress import compress
+from deltamux.compression.recipe import LinearRecipe, Recipe
+from deltamux.compression.text import encode_rows, read_rows
+from deltamux.serve.slots import SlotPlan
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def artifact(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_pair: Callable[..., tuple[Path, Path]],
+    text_file: Path,
+) -> Artifact:
+    base, expert = make_pair()
+    samples = encode_rows(read_rows(text_file), expert, 64)
+    output = tmp_path_factory.mktemp("wrap") / "expert"
+    recipe = Recipe(linear=LinearRecipe(salient_channels=5))
+    compress(
+        open_checkpoint(base),
+        open_checkpoint(expert),
+        output,
+        recipe,
+        calibration=samples,
+        held_out=[],
+        progress=False,
+    )
+    return Artifact(output)
+
+
+def plan(salient: int) -> SlotPlan:
+    return SlotPlan(2, salient, torch.float32, torch.device("cpu"))
+
+
+def test_an_expert_that_needs_more_room_than_a_slot_names_the_setting(artifact: Artifact) -> None:
+    from deltamux.serve.wrap import _check_fits
+
+    quantized = artifact.quantized("model.layers.0.mlp.down_proj.weight")
+    _check_fits(quantized, "down_proj", 64, plan(5))
+    with pytest.raises(ValueError, match=r"set slot.salient_channels to 5 and restart"):
+        _check_fits(quantized, "down_proj", 64, plan(4))
+    with pytest.raises(ValueError, match="has 64 rows, the served model 65"):
+        _check_fits(quantized, "down_proj", 65, plan(5))
+
+
+def test_a_weight_that_the_model_lacks_is_named(artifact: Artifact) -> None:
+    from deltamux.serve.wrap import expert_payloads
+
+    with pytest.raises(ValueError, match=r"changes 'lm_head.weight', which this model does not"):
+        expert_payloads(artifact, {}, {}, plan(5))
