@@ -76,6 +76,11 @@ class Checkpoint:
             ValueError: The checkpoint has no such tensor.
         """
         with self._open(name) as file:
+            if name not in file.keys():  # noqa: SIM118 - a file handle, not a mapping
+                raise ValueError(
+                    f"{str(self.files[name])!r} lacks the tensor {name!r}, which the index of "
+                    f"{self.source!r} places there: fetch or save the checkpoint again"
+                )
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 

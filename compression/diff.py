@@ -6,7 +6,7 @@ g_base ⊙ x̂, hence
 
     Δ = W_ft · diag(g_ft / g_base) − W_base .
 
-Where some g_base is zero or too small beside its change to divide by, the norm is not folded but
+Where some weight of the norm is zero or tiny beside its change, before or after, the norm is not folded but
 replaced: its own weight is stored and applied per token, and the linears keep the plain difference
 W_ft − W_base.
 """
@@ -25,7 +25,8 @@ from deltamux.compression.architecture import (
 )
 from deltamux.compression.checkpoint import Checkpoint
 
-# A norm weight that changes by more than this many times itself is not divided by.
+# A norm weight that changes by more than this many times its smaller value is not folded: neither
+# the ratio nor the calibration energy, which is divided by its square, would mean anything.
 FOLD_LIMIT = 100.0
 
 # Settings that change what the weights mean: a delta across two values of them is undefined.
@@ -36,7 +37,6 @@ SAME_SETTINGS = (
     "head_dim",
     "hidden_act",
     "rms_norm_eps",
-    "sliding_window",
 )
 
 
@@ -120,18 +120,30 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
 
 
 def _check_settings(base: Checkpoint, expert: Checkpoint) -> None:
-    ours = {key: base.config.get(key) for key in SAME_SETTINGS} | _rope_settings(base)
-    theirs = {key: expert.config.get(key) for key in SAME_SETTINGS} | _rope_settings(expert)
+    for key in SAME_SETTINGS:
+        # A setting that one side leaves to transformers' default is not compared.
+        if base.config.get(key) is not None and expert.config.get(key) is not None:
+            _check_equal(key, base.config[key], expert.config[key])
+    ours, theirs = _position_settings(base), _position_settings(expert)
     for key, value in ours.items():
-        if value is not None and theirs[key] is not None and value != theirs[key]:
-            raise ValueError(
-                f"setting {key!r} is {value!r} in the base and {theirs[key]!r} in the expert: "
-                "a delta needs equal ones"
-            )
+        if key in theirs:
+            _check_equal(key, value, theirs[key])
 
 
-def _rope_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """RoPE base and scaling under one pair of names; transformers 5 renamed and nested them."""
+def _check_equal(key: str, ours: Any, theirs: Any) -> None:
+    if ours != theirs:
+        raise ValueError(
+            f"setting {key!r} is {ours!r} in the base and {theirs!r} in the expert: "
+            "a delta needs equal ones"
+        )
+
+
+def _position_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """RoPE base and scaling under one pair of names, and the attention window.
+
+    transformers 5 renamed and nested the RoPE settings; a window of null means none, as does a
+    window that is switched off.
+    """
     config = checkpoint.config
     nested = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = nested.pop("rope_theta", config.get("rope_theta"))
@@ -139,7 +151,13 @@ def _rope_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     nested.setdefault("rope_type", legacy)
     if nested["rope_type"] == "default":
         nested = {}
-    return {"rope_theta": theta, "rope_scaling": nested}
+    settings: dict[str, Any] = {"rope_scaling": nested}
+    if theta is not None:
+        settings["rope_theta"] = theta
+    if "sliding_window" in config:
+        on = config.get("use_sliding_window", True)
+        settings["sliding_window"] = config["sliding_window"] if on else None
+    return settings
 
 
 def _sort_norms(
@@ -156,6 +174,7 @@ def _sort_norms(
             raise ValueError(f"tensor {spec.name!r} holds NaN or infinity: repair the checkpoint")
         if torch.equal(weight, tuned):
             continue
-        divisible = bool(((tuned - weight).abs() <= FOLD_LIMIT * weight.abs()).all())
+        smaller = torch.minimum(weight.abs(), tuned.abs())
+        divisible = bool(((tuned - weight).abs() <= FOLD_LIMIT * smaller).all())
         (folded if spec.name in read and divisible else replaced).add(spec.name)
     return frozenset(folded), frozenset(replaced)

@@ -20,7 +20,7 @@ from enum import StrEnum
 
 import torch
 
-STEP_STARTS = (1.0, 1.5)
+STEP_STARTS = (0.7, 1.0, 1.5)
 STEP_ITERATIONS = 4
 # Rows whose steps are searched at once: few enough to stay in the cache of one core.
 ROW_BLOCK = 128

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from deltamux.compression.architecture import Role
+from deltamux.compression.architecture import EMBEDDING, Role
 from deltamux.compression.artifact import Artifact
 from deltamux.compression.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint
 
@@ -87,7 +87,8 @@ def merge(
         target = Path(scratch) / "checkpoint"
         target.mkdir()
         _write_shards(base, load, dtype, target, progress)
-        _write_side_files(artifact, dtype, target)
+        written = dtype or base.load(EMBEDDING).dtype
+        _write_side_files(artifact, written, target)
         target.rename(output)
 
 
@@ -125,12 +126,11 @@ def _write_shards(
     (target / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
-def _write_side_files(artifact: Artifact, dtype: torch.dtype | None, target: Path) -> None:
+def _write_side_files(artifact: Artifact, dtype: torch.dtype, target: Path) -> None:
     config = json.loads((artifact.root / CONFIG_FILE).read_text())
     config.pop("quantization_config", None)
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
     (target / CONFIG_FILE).write_text(json.dumps(config, indent=2))
     as_checkpoint = Checkpoint(artifact.root, str(artifact.root), None, {})
     for path in as_checkpoint.side_files():

@@ -301,3 +301,17 @@ def test_a_norm_that_is_not_finite_is_refused_before_any_long_work(copies, value
     edit_weights(pair[1], spoil)
     with pytest.raises(ValueError, match=f"{NORM!r} holds NaN or infinity"):
         compare_roots(pair)
+
+
+def test_an_attention_window_on_one_side_only_is_refused(copies):
+    base, expert = copies("mistral")
+    edit_config(base, sliding_window=None)
+    edit_config(expert, sliding_window=4096)
+    with pytest.raises(ValueError, match="'sliding_window' is None in the base and 4096"):
+        compare_roots((base, expert))
+
+
+def test_a_norm_weight_that_the_expert_zeroes_is_replaced(copies):
+    base, expert = copies()
+    edit_weights(expert, lambda weights: weights[NORM].index_fill_(0, torch.tensor([3]), 0))
+    assert NORM in compare_roots((base, expert)).replaced
