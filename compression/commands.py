@@ -7,18 +7,28 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from deltamux.compression.architecture import EMBEDDING
 from deltamux.compression.artifact import Artifact
 from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
 from deltamux.compression.compress import compress
 from deltamux.compression.diff import compare
 from deltamux.compression.evaluate import evaluate, report, summary
-from deltamux.compression.recipe import load_recipe
+from deltamux.compression.recipe import CalibrationRecipe, load_recipe
 from deltamux.compression.reconstruct import check_base, merge
-from deltamux.compression.text import Sample, builtin_rows, encode_rows, read_rows
+from deltamux.compression.text import (
+    Sample,
+    builtin_rows,
+    encode_rows,
+    find_tokenizer,
+    random_samples,
+    read_rows,
+)
 
 # Rows set aside for verification where no held-out file is given.
 HELD_OUT_SHARE = 8
 HELD_OUT_ROWS = 32
+# Length of a random sample, where there is no tokenizer to read text with.
+RANDOM_TOKENS = 128
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -43,22 +53,43 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     chosen = load_recipe(recipe)
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
-    limits = chosen.calibration
-    rows = read_rows(calibration) if calibration else builtin_rows()
-    if held_out:
-        checked = read_rows(held_out)
-    else:
-        split = min(HELD_OUT_ROWS, len(rows) // HELD_OUT_SHARE)
-        rows, checked = rows[split:], rows[:split]
-    text = encode_rows(rows[: limits.samples], pair[1].root, limits.max_tokens)
-    held: list[Sample] = []
-    if checked:
-        held = encode_rows(checked[: limits.samples], pair[1].root, limits.max_tokens)
+    text, held = _texts(pair, chosen.calibration, calibration, held_out)
     manifest = compress(*pair, output, chosen, calibration=text, held_out=held, overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps(manifest.totals.model_dump() | (manifest.verification or {})))
     else:
         typer.echo(f"{output}: {summary(manifest)}")
+
+
+def _texts(
+    pair: tuple[Checkpoint, Checkpoint],
+    limits: CalibrationRecipe,
+    calibration: Path | None,
+    held_out: Path | None,
+) -> tuple[list[Sample], list[Sample]]:
+    """Calibration and held-out samples, from files or from what deltamux brings along."""
+    rows = read_rows(calibration) if calibration else builtin_rows()
+    checked = read_rows(held_out) if held_out else []
+    if not held_out:
+        split = min(HELD_OUT_ROWS, len(rows) // HELD_OUT_SHARE)
+        rows, checked = rows[split:], rows[:split]
+    tokenizer = find_tokenizer(pair[1].root, pair[0].root)
+    if tokenizer is None:
+        if calibration or held_out:
+            raise ValueError(
+                f"neither {pair[1].source!r} nor {pair[0].source!r} has a tokenizer to read "
+                "the given text with: save one beside the weights"
+            )
+        typer.echo(
+            "warning: no tokenizer beside the weights; calibrating on random tokens", err=True
+        )
+        vocabulary = pair[1].shape(EMBEDDING)[0]
+        length = min(limits.max_tokens, RANDOM_TOKENS)
+        samples = random_samples(vocabulary, len(rows) + len(checked), length)
+        return samples[len(checked) :], samples[: len(checked)]
+    text = encode_rows(rows[: limits.samples], tokenizer, limits.max_tokens)
+    chosen = checked[: limits.samples]
+    return text, encode_rows(chosen, tokenizer, limits.max_tokens) if chosen else []
 
 
 def inspect_command(
@@ -139,7 +170,10 @@ def evaluate_command(  # noqa: PLR0917 - a command line, called by name
     pair: tuple[Checkpoint, Checkpoint] = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     check_base(opened, pair[0])
-    samples = encode_rows(read_rows(data)[:max_rows], pair[1].root, max_tokens)
+    tokenizer = find_tokenizer(pair[1].root, pair[0].root)
+    if tokenizer is None:
+        raise ValueError(f"neither {expert!r} nor {base!r} has a tokenizer: save one beside it")
+    samples = encode_rows(read_rows(data)[:max_rows], tokenizer, max_tokens)
     result = report(evaluate(*pair, opened, samples), opened)
     if as_json:
         typer.echo(json.dumps(result))

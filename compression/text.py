@@ -65,6 +65,28 @@ def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def find_tokenizer(*directories: Path) -> Path | None:
+    """The first directory that holds a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    for directory in directories:
+        if any((directory / name).is_file() for name in names):
+            return directory
+    return None
+
+
+def random_samples(vocabulary: int, count: int, length: int) -> list[Sample]:
+    """Uniformly random token ids: what is left to calibrate on where there is no tokenizer.
+
+    Args:
+        vocabulary: Number of token ids.
+        count: Number of samples.
+        length: Tokens of each, at least 2; the second half counts as response.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (count, length), generator=generator)
+    return [Sample(row, length // 2) for row in ids]
+
+
 def encode_rows(
     rows: list[list[dict[str, str]]], tokenizer_directory: Path, max_tokens: int
 ) -> list[Sample]:

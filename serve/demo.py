@@ -23,7 +23,12 @@ from deltamux.router.config import FALLBACK_DOMAINS
 from deltamux.serve import demo_data, demo_experts
 from deltamux.serve.demo_base import make_base
 from deltamux.serve.demo_load import Ask, Scrape, mixed_load, run_load
-from deltamux.serve.demo_server import Server, start_server, stop_server
+from deltamux.serve.demo_server import (
+    Server,
+    deltamux_serve,
+    start_server,
+    stop_server,
+)
 from deltamux.serve.settings import BASE
 
 DOMAINS = demo_data.SPECIALISTS
@@ -89,7 +94,8 @@ def demo_command(
     make_router(folder)
     write_config(folder)
     typer.echo(f"\nserving {len(DOMAINS)} experts in {SLOTS} slots …")
-    server = start_server(folder.config, folder.root / "server.log", environment=ENVIRONMENT)
+    command = deltamux_serve(folder.config)
+    server = start_server(command, folder.root / "server.log", ENVIRONMENT)
     try:
         result = measure(folder, server)
     except BaseException:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,30 +35,38 @@ class Server:
 
 @contextmanager
 def running_server(
-    config: Path, log: Path, flags: tuple[str, ...] = (), environment: dict[str, str] | None = None
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """Run `deltamux serve` on a free port of 127.0.0.1 until the block ends.
-
-    Raises:
-        RuntimeError: The server ended or did not answer; the message quotes its last words.
-    """
-    server = start_server(config, log, flags, environment)
+    """Run a server until the block ends; see `start_server`."""
+    server = start_server(command, log, environment)
     try:
         yield server
     finally:
         stop_server(server)
 
 
+def deltamux_serve(config: Path) -> list[str]:
+    """The command that serves a configuration."""
+    return [sys.executable, "-m", "deltamux.serve", "serve", str(config)]
+
+
 def start_server(
-    config: Path, log: Path, flags: tuple[str, ...] = (), environment: dict[str, str] | None = None
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> Server:
-    """Start a server and wait until it is healthy."""
+    """Start a server on a free port of 127.0.0.1 and wait until it is healthy.
+
+    Args:
+        command: What serves, without host and port.
+        log: Where its output goes.
+        environment: Added to this process's.
+
+    Raises:
+        RuntimeError: The server ended or did not answer; the message quotes its last words.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "deltamux.serve", "serve", str(config)]
-    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -60,7 +60,47 @@ def row_arguments(rows: RowMap) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return rows.slot_of_row, rows.order, rows.starts
 
 
-class ExpertLinear(ExpertLayer):
+class MatrixLayer(ExpertLayer):
+    """A layer whose slots hold code matrices.
+
+    Attributes:
+        slices: Output rows of each slice.
+        columns: Input channels.
+        has_bias: Whether experts may change a bias.
+    """
+
+    slices: list[int]
+    columns: int
+    has_bias: bool
+    matrix: MatrixSlots
+
+    def load_slot(self, slot: int, payload: Payload | None) -> None:
+        """Copy an expert's matrix into a slot."""
+        if isinstance(payload, MatrixPayload):
+            self.matrix.load(slot, payload)
+        else:
+            self.matrix.clear(slot)
+
+    def device_bytes(self) -> int:
+        """Memory of the slot buffers."""
+        return slot_bytes(self.matrix)
+
+    def add_delta(self, output: torch.Tensor, x: torch.Tensor, rows: RowMap) -> None:
+        """Add the delta product of `x` to `output`, in place."""
+        matrix = self.matrix
+        torch.ops.deltamux.add_linear(
+            output.view(-1, output.shape[-1]),
+            x.reshape(-1, x.shape[-1]),
+            *row_arguments(rows),
+            matrix.codes,
+            matrix.steps,
+            matrix.channels,
+            matrix.values,
+            matrix.bias,
+        )
+
+
+class ExpertLinear(MatrixLayer):
     """A linear, possibly merged from slices (q, k, v; gate, up).
 
     Args:
@@ -76,42 +116,17 @@ class ExpertLinear(ExpertLayer):
         self.columns = int(base_layer.input_size_per_partition)
         self.has_bias = getattr(base_layer, "bias", None) is not None
         salient = plan.salient * len(self.slices)
-        self.buffers_ = MatrixSlots(plan, sum(self.slices), self.columns, salient, self.has_bias)
+        self.matrix = MatrixSlots(plan, sum(self.slices), self.columns, salient, self.has_bias)
 
     def forward(self, x: torch.Tensor) -> Any:
         """The base's output with each row's delta added."""
         result = self.base_layer(x)
         output = result[0] if isinstance(result, tuple) else result
-        add_linear(output, x, self.buffers_, self.rows)
+        self.add_delta(output, x, self.rows)
         return result
 
-    def load_slot(self, slot: int, payload: Payload | None) -> None:
-        """Copy an expert's matrix into a slot."""
-        if isinstance(payload, MatrixPayload):
-            self.buffers_.load(slot, payload)
-        else:
-            self.buffers_.clear(slot)
 
-    def device_bytes(self) -> int:
-        """Memory of the slot buffers."""
-        return slot_bytes(self.buffers_)
-
-
-def add_linear(output: torch.Tensor, x: torch.Tensor, slots: MatrixSlots, rows: RowMap) -> None:
-    """Add the delta product of `x` to `output`, in place."""
-    torch.ops.deltamux.add_linear(
-        output.view(-1, output.shape[-1]),
-        x.reshape(-1, x.shape[-1]),
-        *row_arguments(rows),
-        slots.codes,
-        slots.steps,
-        slots.channels,
-        slots.values,
-        slots.bias,
-    )
-
-
-class ExpertLogits(ExpertLayer):
+class ExpertLogits(MatrixLayer):
     """The logits processor: adds the lm_head's delta.
 
     vLLM calls it with two kinds of rows: the sampled positions, gathered into a tensor of their own,
@@ -133,7 +148,7 @@ class ExpertLogits(ExpertLayer):
         self.slices = [int(base_layer.org_vocab_size)]
         self.columns = hidden
         self.has_bias = False
-        self.buffers_ = MatrixSlots(plan, self.slices[0], hidden, 0, self.has_bias)
+        self.matrix = MatrixSlots(plan, self.slices[0], hidden, 0, self.has_bias)
         self._base_logits = base_layer._get_logits
         # Scaling and soft capping come after the projection, in the base layer's own forward.
         base_layer._get_logits = self._get_logits
@@ -147,7 +162,7 @@ class ExpertLogits(ExpertLayer):
         if logits is not None:
             logits = logits.contiguous()
             rows = self._rows_of(hidden_states)
-            add_linear(logits, hidden_states.to(logits.dtype), self.buffers_, rows)
+            self.add_delta(logits, hidden_states.to(logits.dtype), rows)
         return logits
 
     def _rows_of(self, hidden_states: torch.Tensor) -> RowMap:
@@ -157,17 +172,6 @@ class ExpertLogits(ExpertLayer):
             return self.rows
         start = hidden_states.storage_offset() // hidden_states.stride(0)
         return self.tokens.span(start, length)
-
-    def load_slot(self, slot: int, payload: Payload | None) -> None:
-        """Copy an expert's lm_head into a slot."""
-        if isinstance(payload, MatrixPayload):
-            self.buffers_.load(slot, payload)
-        else:
-            self.buffers_.clear(slot)
-
-    def device_bytes(self) -> int:
-        """Memory of the slot buffers."""
-        return slot_bytes(self.buffers_)
 
 
 class ExpertEmbedding(ExpertLayer):

@@ -13,6 +13,7 @@ from deltamux.serve.layers import (
     ExpertLinear,
     ExpertLogits,
     ExpertNorm,
+    MatrixLayer,
 )
 from deltamux.serve.rows import RowMap
 from deltamux.serve.slots import (
@@ -127,7 +128,7 @@ def _payload(
         return NormPayload(artifact.vector(f"{sources[0]}.weight").to(plan.dtype))
     if isinstance(layer, ExpertEmbedding):
         return rows_payload(artifact.quantized(f"{sources[0]}.weight"), plan.dtype)
-    assert isinstance(layer, ExpertLinear | ExpertLogits)
+    assert isinstance(layer, MatrixLayer)
     parts = []
     for source, rows in zip(sources, layer.slices, strict=True):
         quantized = _find(artifact, f"{source}.weight")

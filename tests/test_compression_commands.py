@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -112,6 +113,22 @@ def test_compress_names_a_bad_line_of_the_text(make_pair, tmp_path):
     text.write_text('{"prompt": "a"}\n')
     message = refusal("compress", *make_pair(), "-o", tmp_path / "a", "--calibration", text)
     assert message.startswith(f"{text}:1: a row needs")
+
+
+def test_compress_works_without_a_tokenizer_but_not_on_text(make_pair, text_file, tmp_path):
+    bare = []
+    for root in make_pair():
+        copy = tmp_path / root.name
+        copy.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(root / name, copy / name)
+        bare.append(copy)
+    output = run_well("compress", *bare, "-o", tmp_path / "out", "--json").stdout
+    assert json.loads(output.splitlines()[-1])["gain_kept"] is not None
+    assert "has a tokenizer to read" in refusal(
+        "compress", *bare, "-o", tmp_path / "no", "--calibration", text_file
+    )
+    assert not (tmp_path / "no").exists()
 
 
 def test_inspect_prints_what_the_manifest_says_as_json(compressed, make_pair):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from deltamux.compression.recipe import Recipe
 from deltamux.compression.text import encode_rows, read_rows
 from deltamux.router.data import read_dataset
 from deltamux.router.fit import fit_router
-from deltamux.serve.demo_server import Server, running_server
+from deltamux.serve.demo_server import Server, deltamux_serve, running_server
 
 pytestmark = pytest.mark.vllm
 
@@ -139,8 +140,8 @@ def site(
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     config = build_site(folder, checkpoints, text_file)
-    flags = ("--api-key", KEY)
-    with running_server(config, folder / "server.log", flags, ENVIRONMENT) as server:
+    command = [*deltamux_serve(config), "--api-key", KEY]
+    with running_server(command, folder / "server.log", ENVIRONMENT) as server:
         yield Site(folder, server)
 
 
@@ -443,3 +444,26 @@ def test_the_memory_of_the_base_is_that_of_its_weights(site: Site) -> None:
     # vLLM pads the embedding's 272 rows to a multiple of 64.
     padding = 48 * 64 * 4
     assert site.metrics()["deltamux_memory_bytes", "kind=base"] == expected + padding
+
+
+def test_vllms_own_command_serves_experts_too(site: Site) -> None:
+    additional = {
+        "deltamux": {"version": 1, "experts": [{"name": "sql", "path": f"{site.folder}/sql"}]}
+    }
+    command = [
+        sys.executable,
+        *("-m", "vllm.entrypoints.openai.api_server", "--model", f"{site.folder}/base"),
+        *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256"),
+        *("--enforce-eager", "--kv-cache-memory-bytes", str(2**26), "--max-num-seqs", "4"),
+        *("--enable-lora", "--max-loras", "2", "--lora-modules", f"math={site.folder}/math"),
+        *("--additional-config", json.dumps(additional), "--api-key", KEY),
+    ]
+    environment = ENVIRONMENT | {"VLLM_PLUGINS": "deltamux"}
+    with running_server(command, site.folder / "plain.log", environment) as server:
+        plain = Site(site.folder, server)
+        for name in ("math", "sql", "tiny"):
+            assert plain.ask(name).model == name
+            assert plain.text(name) == site.text(name)
+        assert plain.ask("auto").model == "tiny"
+        listed = plain.http("GET", "/v1/experts").json()["data"]
+        assert {each["id"] for each in listed} == {"math", "sql"}
