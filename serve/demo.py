@@ -5,6 +5,7 @@ clients → its metrics. Whatever is finished is kept, so that a second run star
 """
 
 import json
+import shlex
 import signal
 import sys
 import time
@@ -22,14 +23,14 @@ from deltamux.compression.recipe import CalibrationRecipe, Recipe, dump_recipe
 from deltamux.router.config import FALLBACK_DOMAINS
 from deltamux.serve import demo_data, demo_experts
 from deltamux.serve.demo_base import make_base
-from deltamux.serve.demo_load import Ask, Scrape, mixed_load, run_load
+from deltamux.serve.demo_load import MAX_TOKENS, Ask, Scrape, mixed_load, run_load
 from deltamux.serve.demo_server import (
     Server,
     deltamux_serve,
     start_server,
     stop_server,
 )
-from deltamux.serve.settings import BASE
+from deltamux.serve.settings import AUTO, BASE
 
 DOMAINS = demo_data.SPECIALISTS
 GENERAL = "general"
@@ -106,7 +107,7 @@ def demo_command(
             stop_server(server)
     result["seconds"] = round(time.perf_counter() - start, 1)
     if serve:
-        typer.echo(_curl(server))
+        typer.echo(_curl(folder, server))
     typer.echo(json.dumps(result))
 
 
@@ -301,10 +302,15 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _curl(server: Server) -> str:
-    body = {"model": "auto", "messages": [{"role": "user", "content": "List the largest files."}]}
+def _curl(folder: DemoFolder, server: Server) -> str:
+    body = {
+        "model": AUTO,
+        "messages": [{"role": "user", "content": _rows(folder.data("shell", "test"))[0]["prompt"]}],
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+    }
     return (
         f"\nthe server runs on (stop it with: kill {server.process.pid}); try:\n"
         f"curl -i {server.url}/v1/chat/completions -H 'content-type: application/json' "
-        f"-d '{json.dumps(body)}'\n"
+        f"-d {shlex.quote(json.dumps(body))}\n"
     )
