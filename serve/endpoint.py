@@ -39,9 +39,13 @@ class DeltamuxEndpoint:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Load experts and router, and wrap vLLM's handlers."""
-        del args
         if engine_client is None:
             return
+        if (getattr(args, "api_server_count", None) or 1) > 1:
+            raise ValueError(
+                f"deltamux needs one API server process, got {args.api_server_count}: each would "
+                "number the experts on its own"
+            )
         config = engine_client.vllm_config
         settings = plugin_settings(config.additional_config)
         models = getattr(state, compat.MODELS_HANDLER)
@@ -136,7 +140,12 @@ def _headers(decision: Decision) -> list[tuple[bytes, bytes]]:
         "confidence": f"{decision.confidence:.4f}",
         "reason": decision.reason,
     }
-    return [(HEADER_PREFIX + key.encode(), value.encode()) for key, value in fields.items()]
+    return [(HEADER_PREFIX + key.encode(), _header_value(value)) for key, value in fields.items()]
+
+
+def _header_value(text: str) -> bytes:
+    """Visible ASCII; a domain's name comes from training data and may hold anything."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text).encode()
 
 
 class RegisterBody(BaseModel):

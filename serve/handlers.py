@@ -5,15 +5,19 @@ request → decision → admission (host cache) → the expert's own template an
 """
 
 import copy
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
-from deltamux.router.decision import REASON_EXPLICIT, Decision
+from deltamux.router.decision import REASON_EXPLICIT, REASON_ROUTER_ERROR, Decision
 from deltamux.serve import metrics
 from deltamux.serve.autoroute import AutoRoute, explicit
 from deltamux.serve.experts import Expert, ExpertError, ExpertRegistry
 from deltamux.serve.settings import AUTO, BASE
+
+logger = logging.getLogger("vllm.deltamux")
 
 
 class RoutedHandler:
@@ -59,6 +63,10 @@ class Gateway:
         if model != AUTO:
             return explicit(model if model and self._registry.get(model) else None)
         decision, seconds = self._route.decide(request)
+        expert = self._registry.get(decision.expert) if decision.expert else None
+        if decision.expert and (expert is None or expert.error):
+            logger.error("deltamux: the router chose %r, which is not served", decision.expert)
+            decision = replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
         metrics.router_decisions.labels(decision.domain, decision.reason).inc()
         metrics.router_seconds.observe(seconds)
         metrics.router_confidence.observe(decision.confidence)

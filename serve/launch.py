@@ -79,6 +79,8 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
 
 def _flag(name: str, value: Any) -> list[str]:
     dashed = name.replace("_", "-")
+    if value is None:
+        return []
     if isinstance(value, bool):
         return [f"--{dashed}" if value else f"--no-{dashed}"]
     if isinstance(value, dict):

@@ -49,12 +49,7 @@ class ExpertManager:
     ) -> None:
         del embedding_modules
         settings = plugin_settings(vllm_config.additional_config)
-        parallel = vllm_config.parallel_config
-        if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-            raise ValueError(
-                "deltamux serves experts on one device: tensor and pipeline parallel sizes must be "
-                f"1, got {parallel.tensor_parallel_size} and {parallel.pipeline_parallel_size}"
-            )
+        _check_one_device(vllm_config.parallel_config)
         define_ops()
         model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         self.plan = SlotPlan(
@@ -106,15 +101,18 @@ class ExpertManager:
         Raises:
             ValueError: The artifact is refused; the message says why.
         """
-        if request.lora_int_id in self.host:
-            self.host.get(request.lora_int_id)
+        expert_id = request.lora_int_id
+        if expert_id in self.host and self._expert(expert_id).error is None:
+            self.host.get(expert_id)
             return True
         self._load(request)
+        # What a slot may hold of it is what was there before: the next batch copies it anew.
+        self._release_slot(expert_id)
         self._publish()
         return True
 
     def pin_adapter(self, expert_id: int) -> bool:
-        """Bring an expert into a slot and keep it there.
+        """Bring an expert into a slot, and let it be the last to leave.
 
         Raises:
             ValueError: The expert is not loaded, or no slot would be left for the others.
@@ -221,7 +219,10 @@ class ExpertManager:
         free = set(range(self.plan.slots)) - set(self.resident.values())
         if free:
             return min(free)
-        victim = next(each for each in self.resident if each not in keep | self.pinned)
+        # vLLM's scheduler knows the number of slots but not the pins: a batch that needs every slot
+        # takes a pinned one too, and its expert returns with its next request.
+        idle = [each for each in self.resident if each not in keep]
+        victim = min(idle, key=lambda each: each in self.pinned)
         self.status.evictions += 1
         return self._release_slot(victim)
 
@@ -245,3 +246,12 @@ class ExpertManager:
             expert.tier = in_host if expert.slot is None else "slot"
         self.status.memory_bytes["host_cache"] = self.host.num_bytes
         publish(self.status)
+
+
+def _check_one_device(parallel: Any) -> None:
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if getattr(parallel, name) > 1:
+            raise ValueError(
+                f"deltamux serves experts on one device: {name} must be 1, "
+                f"got {getattr(parallel, name)}"
+            )

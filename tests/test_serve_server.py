@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -351,6 +352,34 @@ def test_load_pin_and_delete_while_a_request_runs(site: Site) -> None:
     for name in NAMES:
         site.ask(name)
     assert site.http("GET", "/v1/experts/sql").json()["tier"] == "slot"
+
+
+def test_a_batch_that_needs_every_slot_is_served_in_spite_of_pins(site: Site) -> None:
+    assert site.http("POST", "/v1/experts/sql/pin").json()["pinned"]
+    asks = [(name, f"go on {i}") for i in range(3) for name in ("math", "shell")]
+    alone = [site.text(*ask, max_tokens=40) for ask in asks]
+    with ThreadPoolExecutor(len(asks)) as pool:
+        together = list(pool.map(lambda ask: site.text(*ask, max_tokens=40), asks))
+    assert together == alone
+    assert site.ask("sql").model == "sql"
+    assert site.http("GET", "/v1/experts/sql").json()["tier"] == "slot"
+
+
+def test_an_expert_that_leaves_the_disk_stays_served_and_a_bad_update_changes_nothing(
+    site: Site,
+) -> None:
+    fading = site.folder / "fading"
+    shutil.copytree(site.folder / "other", fading)
+    body = {"name": "fading", "path": str(fading)}
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    before = site.text("fading")
+    weights = fading / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    refused = site.http("POST", "/v1/experts", json=body)
+    assert refused.status_code == 400
+    assert "truncated" in refused.json()["error"]["message"]
+    assert site.text("fading") == before
+    assert site.http("DELETE", "/v1/experts/fading").json()["deleted"]
 
 
 def test_delete_waits_for_the_requests_that_run(site: Site) -> None:
