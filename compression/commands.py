@@ -116,9 +116,9 @@ def inspect_command(
         return
     typer.echo(f"expert  {manifest.expert}\nbase    {manifest.base.source}")
     typer.echo(f"{summary(manifest)}\n")
-    typer.echo(f"{'weight':<14}{'scheme':<9}{'tensors':>8}{'MB':>9}{'error':>9}  16-bit channels")
+    typer.echo(f"{'weight':<26}{'scheme':<9}{'tensors':>8}{'MB':>9}{'error':>9}  16-bit channels")
     for kind, scheme, count, size, error, salient in _by_kind(opened):
-        typer.echo(f"{kind:<14}{scheme:<9}{count:>8}{size / 1e6:>9.3f}{error:>9.4f}  {salient}")
+        typer.echo(f"{kind:<26}{scheme:<9}{count:>8}{size / 1e6:>9.3f}{error:>9.4f}  {salient}")
 
 
 def _by_kind(opened: Artifact) -> list[tuple[str, str, int, int, float, int]]:
