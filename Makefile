@@ -13,7 +13,7 @@ PACKAGES := compression router serve
 .PHONY: demo test check lint types clean
 
 demo: $(VENV)/.installed
-	$(BIN)/deltamux demo $(if $(SERVE),--serve)
+	$(BIN)/deltamux demo $(if $(filter-out 0,$(SERVE)),--serve)
 
 test: check
 	$(BIN)/python -m pytest
@@ -31,7 +31,7 @@ types: $(VENV)/.installed
 	MYPYPATH=build/types $(BIN)/mypy $(foreach package,$(PACKAGES),-p deltamux.$(package))
 
 $(VENV)/.installed: pyproject.toml Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(MAKE) --no-print-directory install-torch-$(DEVICE)
 	$(BIN)/python -m pip install --quiet --editable ".[$(DEVICE),demo]" --group dev

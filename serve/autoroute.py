@@ -36,6 +36,7 @@ class AutoRoute:
         settings: Where it lies and who answers when it abstains; None: no router.
         tokenizer_directory: The served model's, to check that the router was made for it.
         encode: Text to token ids, without special tokens.
+        serves: Whether an expert of a name can answer.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class AutoRoute:
         settings: RouterSettings | None,
         tokenizer_directory: Path,
         encode: Callable[[str], list[int]],
+        serves: Callable[[str], bool],
     ) -> None:
         self.settings = settings
         self.error: str | None = None
         self._encode = encode
+        self._serves = serves
         self._router: Router | None = None
-        self.seconds = 0.0
+        self._reported: set[str] = set()
         if settings is None:
             self.error = "no router is configured"
             return
@@ -63,7 +66,7 @@ class AutoRoute:
     def fallback(self) -> str | None:
         """The expert that answers where the router does not; None is the base."""
         name = self.settings.fallback if self.settings else BASE
-        return None if name == BASE else name
+        return name if name != BASE and self._serves(name) else None
 
     def decide(self, request: Any) -> tuple[Decision, float]:
         """Route one request.
@@ -76,9 +79,17 @@ class AutoRoute:
         """
         start = time.perf_counter()
         decision = self._decide(request)
+        if decision.expert and not self._serves(decision.expert):
+            self._report(decision.expert)
+            decision = replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
         if decision.expert is None and self.fallback:
             decision = replace(decision, expert=self.fallback)
         return decision, time.perf_counter() - start
+
+    def _report(self, expert: str) -> None:
+        if expert not in self._reported:
+            self._reported.add(expert)
+            logger.error("deltamux: the router chooses %r, which is not served", expert)
 
     def _decide(self, request: Any) -> Decision:
         failed = Decision(None, BASE, 0.0, REASON_ROUTER_ERROR, {})

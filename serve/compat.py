@@ -3,12 +3,15 @@
 Replaced (general plugin): the LoRA manager class that model runners create; an expert travels
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
 isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state`, and two methods of
-`IterationStats` for per-expert latencies.
+`IterationStats` for per-expert latencies. On instances: `LogitsProcessor._get_logits` (`layers.py`),
+`show_available_models` and `model_name` of `openai_serving_models` (`endpoint.py`), and, on shallow
+copies of the handlers, template, sampling defaults and engine client (`handlers.py`).
 """
 
 import os
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from packaging.version import Version
@@ -28,7 +31,13 @@ HANDLERS = {
     "openai_serving_completion": "create_completion",
     "openai_serving_responses": "create_responses",
     "anthropic_serving_messages": "create_messages",
+    "openai_serving_chat_batch": "create_batch_chat_completion",
 }
+# Where the classes of HTTP bodies are, newest first.
+PROTOCOL_MODULES = (
+    "vllm.entrypoints.serve.engine.protocol",
+    "vllm.entrypoints.openai.engine.protocol",
+)
 MODELS_HANDLER = "openai_serving_models"
 
 
@@ -77,6 +86,7 @@ def check_vllm() -> None:
     symbol(MANAGER_MODULE, MANAGER_NAME)
     for method in STATS_METHODS:
         symbol(STATS_MODULE, STATS_NAME, method)
+    protocol("ErrorResponse")
 
 
 def symbol(module: str, *path: str) -> Any:
@@ -94,6 +104,18 @@ def symbol(module: str, *path: str) -> Any:
             )
         found = getattr(found, name)
     return found
+
+
+def protocol(name: str) -> Any:
+    """A class of vLLM's HTTP bodies, such as ErrorResponse or ModelCard.
+
+    Raises:
+        RuntimeError: This vLLM has it nowhere.
+    """
+    for module in PROTOCOL_MODULES:
+        if find_spec(module) is not None:
+            return symbol(module, name)
+    raise RuntimeError(f"vLLM {vllm_version()} has none of {', '.join(PROTOCOL_MODULES)}")
 
 
 def replace_manager(manager: type) -> None:

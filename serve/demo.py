@@ -41,6 +41,10 @@ ROUTER_PROMPTS = 300
 # Conversations to calibrate and to verify on: a minute of two cores an expert.
 COMPRESSION_ROWS = 40
 SEED = 0
+# What the demo promises: the fall of the held-out loss, what survives compression, and its size.
+LOSS_DROP = 0.3
+GAIN_KEPT = 0.97
+BITS_PER_WEIGHT = 2.3
 # Everything is local: neither a hub nor vLLM's usage statistics are to be asked.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -88,7 +92,8 @@ def demo_command(
     """Run the main job on a small real model."""
     start = time.perf_counter()
     # Ended from outside, the demo still takes its server with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     folder = DemoFolder(root.absolute())
     make_data(folder)
     make_experts(folder)
@@ -253,12 +258,21 @@ def measure(folder: DemoFolder, server: Server) -> dict[str, Any]:
         )
         if name in DOMAINS:
             experts[name] = size | row
+    swaps = int(scrape.total("deltamux_swaps_total", tier="slot"))
     return {
-        "ok": sum(row["requests"] for row in experts.values()) > 0,
+        "ok": swaps > 0 and all(_is_good(folder, name, row) for name, row in experts.items()),
         "experts": experts,
         "router": {"accuracy": router_accuracy(folder)},
-        "swaps": int(scrape.total("deltamux_swaps_total", tier="slot")),
+        "swaps": swaps,
     }
+
+
+def _is_good(folder: DemoFolder, domain: str, row: dict[str, Any]) -> bool:
+    """Whether an expert learned, survived compression and answered."""
+    checked = _verification(folder, domain)
+    learned = checked["nll_expert"] <= (1 - LOSS_DROP) * checked["nll_base"]
+    small = row["gain_kept"] >= GAIN_KEPT and row["bits_per_weight"] <= BITS_PER_WEIGHT
+    return bool(learned and small and row["requests"] > 0)
 
 
 def traffic(scrape: Scrape, warm: Scrape, expert: str, wall_seconds: float) -> dict[str, Any]:

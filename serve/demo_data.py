@@ -73,9 +73,11 @@ def general_prompts(count: int, seed: int) -> list[str]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Example | Mapping[str, object]]) -> None:
-    """Write rows as JSON, one a line; missing parent directories are made."""
+    """Write rows as JSON, one a line; the file appears whole, with its parent directories."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    scratch = path.with_suffix(".part")
+    with scratch.open("w", encoding="utf-8") as file:
         for row in rows:
             record = asdict(row) if isinstance(row, Example) else dict(row)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    scratch.replace(path)

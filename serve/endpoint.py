@@ -20,7 +20,7 @@ from deltamux.serve.autoroute import AutoRoute
 from deltamux.serve.experts import Expert, ExpertError, ExpertRegistry, public_name
 from deltamux.serve.handlers import Gateway, RoutedHandler, error_response
 from deltamux.serve.settings import AUTO, BASE, ExpertName, plugin_settings
-from deltamux.serve.status import read_status
+from deltamux.serve.status import WorkerStatus, read_status
 
 router = APIRouter(prefix="/v1")
 HEADER_PREFIX = b"x-deltamux-"
@@ -41,12 +41,17 @@ class DeltamuxEndpoint:
         """Load experts and router, and wrap vLLM's handlers."""
         if engine_client is None:
             return
+        config = engine_client.vllm_config
         if (getattr(args, "api_server_count", None) or 1) > 1:
             raise ValueError(
                 f"deltamux needs one API server process, got {args.api_server_count}: each would "
                 "number the experts on its own"
             )
-        config = engine_client.vllm_config
+        if config.parallel_config.data_parallel_size > 1:
+            raise ValueError(
+                "deltamux serves experts on one device: data_parallel_size must be 1, "
+                f"got {config.parallel_config.data_parallel_size}"
+            )
         settings = plugin_settings(config.additional_config)
         models = getattr(state, compat.MODELS_HANDLER)
         registry = ExpertRegistry(engine_client, models)
@@ -58,8 +63,9 @@ class DeltamuxEndpoint:
             settings.router,
             resolve_directory(model_config.tokenizer, model_config.tokenizer_revision),
             _encoder(engine_client),
+            registry.serves,
         )
-        gateway = Gateway(registry, route, models.base_model_paths[0].name)
+        gateway = Gateway(registry, route, models)
         for attribute, method in compat.HANDLERS.items():
             handler = getattr(state, attribute, None)
             if handler is not None:
@@ -81,19 +87,17 @@ def _encoder(engine_client: Any) -> Any:
 
 def _list_everything(models: Any, registry: ExpertRegistry, has_router: bool) -> None:
     """Make `GET /v1/models` list base, `auto` and experts, and responses carry public names."""
-    from vllm.entrypoints.openai.models.protocol import BaseModelPath  # noqa: F401
-    from vllm.entrypoints.serve.engine.protocol import ModelCard
-
+    model_card = compat.protocol("ModelCard")
     show_base = models.registry.show_available_models
     base = models.base_model_paths[0].name
 
     async def show_available_models() -> Any:
         listed = await show_base()
         if has_router:
-            listed.data.append(ModelCard(id=AUTO, root=AUTO, parent=base, owned_by="deltamux"))
+            listed.data.append(model_card(id=AUTO, root=AUTO, parent=base, owned_by="deltamux"))
         for expert in registry:
             if expert.error is None:
-                card = ModelCard(
+                card = model_card(
                     id=expert.name, root=str(expert.path), parent=base, owned_by="deltamux"
                 )
                 listed.data.append(card)
@@ -112,7 +116,8 @@ def _kv_cache_bytes(config: Any) -> int:
     layers = model.get_num_layers(parallel)
     width = model.get_num_kv_heads(parallel) * model.get_head_size()
     tokens = (cache.num_gpu_blocks or 0) * cache.block_size
-    return int(tokens * layers * width * 2 * model.dtype.itemsize)
+    itemsize = 1 if str(cache.cache_dtype).startswith("fp8") else model.dtype.itemsize
+    return int(tokens * layers * width * 2 * itemsize)
 
 
 class DecisionHeaders:
@@ -173,19 +178,19 @@ def _registry(request: Request) -> ExpertRegistry:
     return registry
 
 
-def _describe(expert: Expert) -> dict[str, Any]:
-    seen = expert.request and read_status().experts.get(expert.request.lora_int_id)
+def _describe(expert: Expert, status: WorkerStatus) -> dict[str, Any]:
+    seen = expert.request and status.experts.get(expert.request.lora_int_id)
     return {
         "id": expert.name,
         "object": "expert",
         "path": str(expert.path),
-        "content": expert.request.lora_name.rpartition("@")[2] if expert.request else None,
+        "content": expert.content or None,
         "tier": seen.tier if seen else "disk",
         "slot": seen.slot if seen else None,
         "pinned": bool(seen and seen.pinned),
         "bytes": expert.num_bytes,
         "bits_per_weight": expert.bits_per_weight,
-        "running": expert.in_flight,
+        "running": expert.running,
         "error": expert.error or (seen.error if seen else None),
     }
 
@@ -203,7 +208,8 @@ def _missing(name: str) -> JSONResponse:
 @router.get("/experts")
 async def list_experts(request: Request) -> JSONResponse:
     """All experts with their residency."""
-    data = [_describe(expert) for expert in _registry(request)]
+    status = read_status()
+    data = [_describe(expert, status) for expert in _registry(request)]
     return JSONResponse({"object": "list", "data": data})
 
 
@@ -213,19 +219,18 @@ async def register_expert(body: RegisterBody, request: Request) -> JSONResponse:
     if body.name in (AUTO, BASE):
         return _failure(f"an expert cannot be called {body.name!r}", HTTPStatus.BAD_REQUEST)
     try:
-        expert = await _registry(request).register(body.name, body.path)
-        if body.pin:
-            await _registry(request).pin(body.name)
+        expert = await _registry(request).register(body.name, body.path, body.pin)
     except ExpertError as error:
         return _failure(str(error), HTTPStatus.BAD_REQUEST)
-    return JSONResponse(_describe(expert), status_code=HTTPStatus.CREATED.value)
+    content = _describe(expert, read_status())
+    return JSONResponse(content, status_code=HTTPStatus.CREATED.value)
 
 
 @router.get("/experts/{name}")
 async def get_expert(name: str, request: Request) -> JSONResponse:
     """One expert."""
     expert = _registry(request).get(name)
-    return JSONResponse(_describe(expert)) if expert else _missing(name)
+    return JSONResponse(_describe(expert, read_status())) if expert else _missing(name)
 
 
 @router.delete("/experts/{name}")
@@ -247,7 +252,7 @@ async def pin_expert(name: str, request: Request) -> JSONResponse:
         await _registry(request).pin(name)
     except ExpertError as error:
         return _failure(str(error), HTTPStatus.BAD_REQUEST)
-    return JSONResponse(_describe(expert))
+    return JSONResponse(_describe(expert, read_status()))
 
 
 @router.post("/route")

@@ -8,8 +8,10 @@ beside the old one, swaps the name, and drops the old one when its last request 
 
 import asyncio
 import json
+import logging
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,8 @@ from deltamux.compression.artifact import Artifact, content_hash
 from deltamux.serve.status import read_status
 from deltamux.serve.store import VERSION_MARK, artifact_path, versioned_path
 
-DRAIN_SECONDS = 60.0
 _WORKER_ERROR = re.compile(r"failed with error '(.*)', please check", re.DOTALL)
-# Generation settings that vLLM takes from a model's generation_config.json.
-GENERATION_KEYS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+logger = logging.getLogger("vllm.deltamux")
 
 
 class ExpertError(Exception):
@@ -35,19 +35,23 @@ class Expert:
     Attributes:
         name: What clients call it.
         path: The artifact.
+        content: Hash of the artifact's content.
         request: Its LoRA request, None if it was refused.
         error: Why it was refused, else None.
         num_bytes: Size of the artifact's weights file.
         bits_per_weight: Of the decoder's linears.
-        generation: Generation defaults of its own.
+        generation: Its own generation_config.json.
         stop_ids: End-of-sequence ids of its own.
         chat_template: Its own template, None where it has none.
         variants: vLLM's handlers speaking for this expert, by method name.
-        in_flight: Requests it is answering.
+        pinned: Whether it is to keep a slot.
+        holds: Requests between admission and the engine.
+        running: Generations in the engine.
     """
 
     name: str
     path: Path
+    content: str = ""
     request: Any = None
     error: str | None = None
     num_bytes: int = 0
@@ -56,19 +60,36 @@ class Expert:
     stop_ids: list[int] = field(default_factory=list)
     chat_template: str | None = None
     variants: dict[str, Any] = field(default_factory=dict)
-    in_flight: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    pinned: bool = False
+    holds: int = 0
+    running: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def enter(self) -> None:
-        """A request starts."""
-        self.in_flight += 1
-        self.idle.clear()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A request is on its way to the engine."""
+        self.holds += 1
+        try:
+            yield
+        finally:
+            self.holds -= 1
+            self.changed.set()
 
-    def leave(self) -> None:
-        """A request has ended."""
-        self.in_flight -= 1
-        if self.in_flight == 0:
-            self.idle.set()
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """A generation runs."""
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self.changed.set()
+
+    async def drained(self) -> None:
+        """Wait until no request needs this version any more."""
+        while self.holds or self.running:
+            self.changed.clear()
+            await self.changed.wait()
 
 
 def public_name(lora_name: str) -> str:
@@ -88,6 +109,8 @@ class ExpertRegistry:
         self._engine = engine
         self._models = models
         self._experts: dict[str, Expert] = {}
+        # Every version that the engine may still be running, by LoRA id.
+        self._versions: dict[int, Expert] = {}
         self._lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -98,6 +121,15 @@ class ExpertRegistry:
         """An expert by name, None if there is none."""
         return self._experts.get(name)
 
+    def version(self, lora_id: int) -> Expert | None:
+        """The version of an expert behind a LoRA id."""
+        return self._versions.get(lora_id)
+
+    def serves(self, name: str) -> bool:
+        """Whether an expert can answer."""
+        expert = self._experts.get(name)
+        return expert is not None and expert.error is None
+
     async def adopt(self) -> None:
         """Take over what `--lora-modules` loaded, under versioned names."""
         for name, request in list(self._models.lora_requests.items()):
@@ -105,18 +137,28 @@ class ExpertRegistry:
             await self._engine.remove_lora(request.lora_int_id)
 
     async def offer(self, name: str, path: Path, pin: bool) -> Expert:
-        """Register an expert from the configuration; a refused one is kept with its reason."""
+        """Register an expert from the configuration; a refused one is kept with its reason.
+
+        Raises:
+            ValueError: The name is the base model's.
+        """
+        if self._models.is_base_model(name):
+            raise ValueError(f"the expert {name!r} is called like the base model: rename one")
         try:
             expert = await self.register(name, path)
+        except ExpertError as error:
+            logger.error("deltamux: expert %r is refused: %s", name, error)
+            self._experts[name] = Expert(name, path, error=str(error))
+            return self._experts[name]
+        try:
             if pin:
                 await self.pin(name)
         except ExpertError as error:
-            expert = Expert(name, path, error=str(error))
-            self._experts[name] = expert
+            logger.error("deltamux: expert %r is not pinned: %s", name, error)
         return expert
 
-    async def register(self, name: str, path: Path) -> Expert:
-        """Load an expert, or a new version of one.
+    async def register(self, name: str, path: Path, pin: bool = False) -> Expert:
+        """Load an expert, or a new version of one; a pin passes on to the new version.
 
         Raises:
             ExpertError: The artifact is refused, or the name is taken by a base model.
@@ -129,14 +171,20 @@ class ExpertRegistry:
             except (ValueError, OSError) as error:
                 raise ExpertError(str(error)) from error
             previous = self._experts.get(name)
-            if previous and previous.request and self._same(previous, expert):
-                return previous
-            await self._load(expert)
-            self._experts[name] = expert
-            self._models.lora_requests[name] = expert.request
-            if previous and previous.request:
-                self._in_background(self._drop(previous))
-            return expert
+            if previous and previous.request and _same(previous, expert):
+                _refresh(previous, expert)
+                expert, previous = previous, None
+            else:
+                await self._load(expert)
+                self._experts[name] = expert
+                self._versions[expert.request.lora_int_id] = expert
+                self._models.lora_requests[name] = expert.request
+        if previous and previous.request:
+            expert.pinned = pin or previous.pinned
+            self._in_background(self._succeed(previous, expert))
+        elif pin:
+            await self.pin(name)
+        return expert
 
     async def admit(self, expert: Expert) -> None:
         """Make sure that an expert is in the host cache before its request reaches the engine.
@@ -149,6 +197,9 @@ class ExpertRegistry:
         seen = read_status().experts.get(expert.request.lora_int_id)
         if seen is None or seen.tier == "disk" or seen.error:
             await self._load(expert)
+        if seen is not None and seen.error:
+            # What ran while it was gone left the base's keys in the cache under its name.
+            await self._engine.reset_prefix_cache()
 
     async def pin(self, name: str) -> None:
         """Keep an expert in a slot.
@@ -164,6 +215,7 @@ class ExpertRegistry:
             await self._engine.pin_lora(expert.request.lora_int_id)
         except Exception as error:
             raise ExpertError(_reason(error)) from error
+        expert.pinned = True
 
     async def delete(self, name: str) -> None:
         """Stop offering an expert; its running requests end first.
@@ -184,33 +236,30 @@ class ExpertRegistry:
         totals = artifact.manifest.totals
         generation = _read_json(path / "generation_config.json")
         stop = generation.get("eos_token_id")
-        template = path / "chat_template.jinja"
-        embedded = _read_json(path / "tokenizer_config.json").get("chat_template")
+        content = content_hash(path)
         return Expert(
             name=name,
             path=path,
-            request=self._request(name, path),
+            content=content,
+            request=self._request(name, path, content),
             num_bytes=totals.weights_file_bytes,
             bits_per_weight=totals.bits_per_weight,
-            generation={key: generation[key] for key in GENERATION_KEYS if key in generation},
+            generation=generation,
             stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
-            chat_template=template.read_text() if template.is_file() else embedded,
+            chat_template=_chat_template(path),
         )
 
-    def _request(self, name: str, path: Path) -> Any:
+    def _request(self, name: str, path: Path, content: str) -> Any:
         from vllm.lora.request import LoRARequest
 
-        content = content_hash(path)
+        # vLLM compares LoRA requests by name alone: two ids must never share one.
+        lora_id = self._models.lora_id_counter.inc(1)
         return LoRARequest(
-            lora_name=f"{name}{VERSION_MARK}{content}",
-            lora_int_id=self._models.lora_id_counter.inc(1),
+            lora_name=f"{name}{VERSION_MARK}{content}.{lora_id}",
+            lora_int_id=lora_id,
             lora_path=versioned_path(path.absolute(), content),
             base_model_name=self._models.base_model_paths[0].name,
         )
-
-    @staticmethod
-    def _same(one: Expert, other: Expert) -> bool:
-        return bool(one.request.lora_path == other.request.lora_path)
 
     async def _load(self, expert: Expert) -> None:
         try:
@@ -218,17 +267,44 @@ class ExpertRegistry:
         except Exception as error:
             raise ExpertError(_reason(error)) from error
 
+    async def _succeed(self, previous: Expert, expert: Expert) -> None:
+        """Retire a version; then its successor can have its pin."""
+        await self._drop(previous)
+        if expert.pinned and self._experts.get(expert.name) is expert:
+            await self.pin(expert.name)
+
     async def _drop(self, expert: Expert) -> None:
-        if expert.in_flight:
-            # A request that outlasts the wait finds its expert again on disk.
-            with suppress(TimeoutError):
-                await asyncio.wait_for(expert.idle.wait(), DRAIN_SECONDS)
+        await expert.drained()
         await self._engine.remove_lora(expert.request.lora_int_id)
+        self._versions.pop(expert.request.lora_int_id, None)
 
     def _in_background(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _same(one: Expert, other: Expert) -> bool:
+    return (one.path.absolute(), one.content) == (other.path.absolute(), other.content)
+
+
+def _refresh(expert: Expert, read: Expert) -> None:
+    """Take over template and generation settings that changed beside the same weights."""
+    expert.generation, expert.stop_ids = read.generation, read.stop_ids
+    expert.chat_template = read.chat_template
+    expert.variants.clear()
+
+
+def _chat_template(path: Path) -> str | None:
+    """An artifact's own chat template: a file, or in its tokenizer's configuration."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    embedded = _read_json(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(embedded, list):
+        named = {each["name"]: each["template"] for each in embedded}
+        embedded = named.get("default")
+    return embedded
 
 
 def _read_json(path: Path) -> dict[str, Any]:

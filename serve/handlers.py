@@ -5,19 +5,28 @@ request → decision → admission (host cache) → the expert's own template an
 """
 
 import copy
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import replace
+from collections.abc import AsyncGenerator
+from contextlib import nullcontext
 from http import HTTPStatus
 from typing import Any
 
-from deltamux.router.decision import REASON_EXPLICIT, REASON_ROUTER_ERROR, Decision
-from deltamux.serve import metrics
+from deltamux.router.decision import Decision
+from deltamux.serve import compat, metrics
 from deltamux.serve.autoroute import AutoRoute, explicit
 from deltamux.serve.experts import Expert, ExpertError, ExpertRegistry
 from deltamux.serve.settings import AUTO, BASE
 
-logger = logging.getLogger("vllm.deltamux")
+# What vLLM reads from a generation_config.json.
+GENERATION_KEYS = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "max_new_tokens",
+)
 
 
 class RoutedHandler:
@@ -49,24 +58,19 @@ class Gateway:
     Args:
         registry: The experts.
         route: The router.
-        base_name: The base's served name.
+        models: vLLM's `openai_serving_models`, for the base's names.
     """
 
-    def __init__(self, registry: ExpertRegistry, route: AutoRoute, base_name: str) -> None:
+    def __init__(self, registry: ExpertRegistry, route: AutoRoute, models: Any) -> None:
         self._registry = registry
         self._route = route
-        self._base_name = base_name
+        self._models = models
 
-    def decide(self, request: Any) -> Decision:
+    def decide(self, model: str | None, request: Any) -> Decision:
         """The decision for a request; an unknown model name is left to vLLM's 404."""
-        model = request.get("model") if isinstance(request, dict) else request.model
         if model != AUTO:
             return explicit(model if model and self._registry.get(model) else None)
         decision, seconds = self._route.decide(request)
-        expert = self._registry.get(decision.expert) if decision.expert else None
-        if decision.expert and (expert is None or expert.error):
-            logger.error("deltamux: the router chose %r, which is not served", decision.expert)
-            decision = replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
         metrics.router_decisions.labels(decision.domain, decision.reason).inc()
         metrics.router_seconds.observe(seconds)
         metrics.router_confidence.observe(decision.confidence)
@@ -78,88 +82,79 @@ class Gateway:
         Returns:
             What the handler returns: a response, an error, or an async generator of events.
         """
-        decision = self.decide(request)
+        decision = self.decide(request.model, request)
         expert = self._registry.get(decision.expert) if decision.expert else None
-        if decision.reason != REASON_EXPLICIT:
-            request.model = expert.name if expert else self._base_name
-        elif expert is None and request.model == BASE:
-            request.model = self._base_name
-        known = expert is not None or not request.model or request.model == self._base_name
-        if known:
+        if expert is not None:
+            request.model = expert.name
+        elif request.model in (AUTO, BASE):
+            request.model = self._models.base_model_paths[0].name
+        if expert or not request.model or self._models.is_base_model(request.model):
             metrics.requests_total.labels(expert.name if expert else BASE, decision.reason).inc()
             if raw_request is not None:
                 raw_request.state.deltamux = decision
         if expert is None:
             return await getattr(handler, method)(request, raw_request)
-        try:
-            await self._registry.admit(expert)
-        except ExpertError as error:
-            return unavailable(str(error))
-        return await self._answer_as(expert, handler, method, request, raw_request)
-
-    async def _answer_as(
-        self, expert: Expert, handler: Any, method: str, request: Any, raw_request: Any
-    ) -> Any:
-        expert.enter()
-        try:
+        with expert.held():
+            try:
+                await self._registry.admit(expert)
+            except ExpertError as error:
+                return unavailable(str(error))
             if method not in expert.variants:
-                expert.variants[method] = specialise(handler, expert)
-            result = await getattr(expert.variants[method], method)(request, raw_request)
-        except BaseException:
-            expert.leave()
-            raise
-        if isinstance(result, AsyncGenerator):
-            return _until_end(result, expert)
-        expert.leave()
-        return result
+                expert.variants[method] = specialise(handler, expert, self._registry)
+            return await getattr(expert.variants[method], method)(request, raw_request)
 
 
-def specialise(handler: Any, expert: Expert) -> Any:
+def specialise(handler: Any, expert: Expert, registry: ExpertRegistry) -> Any:
     """A shallow copy of a vLLM handler that speaks for one expert.
 
     vLLM keeps template and sampling defaults on the handler, one set for the whole server; a copy
     shares everything else.
     """
     variant = copy.copy(handler)
-    configured = getattr(handler.model_config, "generation_config", "auto")
-    if configured == "auto":
+    if getattr(handler.model_config, "generation_config", "auto") == "auto":
         override = getattr(handler.model_config, "override_generation_config", None) or {}
-        variant.default_sampling_params = {**expert.generation, **override}
+        variant.default_sampling_params = sampling_defaults(expert.generation | override)
     if expert.chat_template and getattr(handler, "online_renderer", None) is not None:
         variant.online_renderer = copy.copy(handler.online_renderer)
         variant.online_renderer.chat_template = expert.chat_template
         variant.chat_template = expert.chat_template
-    if expert.stop_ids:
-        variant.engine_client = StoppingEngine(handler.engine_client, expert.stop_ids)
+    variant.engine_client = ExpertEngine(handler.engine_client, expert.stop_ids, registry)
     return variant
 
 
-class StoppingEngine:
-    """vLLM's engine client; generations also end at an expert's own end-of-sequence tokens."""
+def sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
+    """The sampling parameters in a generation_config.json, under vLLM's names."""
+    found = {key: generation[key] for key in GENERATION_KEYS if generation.get(key) is not None}
+    if "max_new_tokens" in found:
+        found["max_tokens"] = found.pop("max_new_tokens")
+    return found
 
-    def __init__(self, engine: Any, stop_ids: list[int]) -> None:
+
+class ExpertEngine:
+    """vLLM's engine client; it counts generations, which also end at an expert's own stop tokens."""
+
+    def __init__(self, engine: Any, stop_ids: list[int], registry: ExpertRegistry) -> None:
         self._engine = engine
         self._stop_ids = stop_ids
+        self._registry = registry
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the engine's own."""
         return getattr(self._engine, name)
 
-    def generate(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+    async def generate(
+        self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
         """Generate, with the stop tokens added unless the client ignores end-of-sequence."""
-        if not sampling_params.ignore_eos:
+        if self._stop_ids and not sampling_params.ignore_eos:
             known = sampling_params.stop_token_ids or []
             sampling_params.stop_token_ids = sorted({*known, *self._stop_ids})
             sampling_params._all_stop_token_ids.update(self._stop_ids)
-        return self._engine.generate(prompt, sampling_params, *args, **kwargs)
-
-
-async def _until_end(events: AsyncGenerator[Any, None], expert: Expert) -> AsyncIterator[Any]:
-    try:
-        async for event in events:
-            yield event
-    finally:
-        expert.leave()
+        request = kwargs.get("lora_request")
+        version = self._registry.version(request.lora_int_id) if request else None
+        with version.generating() if version else nullcontext():
+            async for output in self._engine.generate(prompt, sampling_params, *args, **kwargs):
+                yield output
 
 
 def unavailable(message: str) -> Any:
@@ -169,6 +164,5 @@ def unavailable(message: str) -> Any:
 
 def error_response(message: str, status: HTTPStatus, kind: str) -> Any:
     """An error in the OpenAI body that vLLM's routes return."""
-    from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
-
-    return ErrorResponse(error=ErrorInfo(message=message, type=kind, code=status.value))
+    info = compat.protocol("ErrorInfo")(message=message, type=kind, code=status.value)
+    return compat.protocol("ErrorResponse")(error=info)

@@ -16,6 +16,7 @@ import typer
 from deltamux.compression.artifact import linear_entries, read_manifest
 from deltamux.compression.checkpoint import resolve_directory
 from deltamux.serve import compat
+from deltamux.serve.plugin import PLUGIN_NAME
 from deltamux.serve.settings import Settings, load_settings
 
 logger = logging.getLogger("deltamux")
@@ -41,7 +42,8 @@ def serve_command(
     module, prefix = compat.server_command()
     settings = load_settings(config, environment)
     arguments = vllm_arguments(settings, list(context.args))
-    os.environ["VLLM_PLUGINS"] = "deltamux"
+    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN_NAME]))
     os.execv(sys.executable, [sys.executable, "-m", module, *prefix, *arguments])
 
 
@@ -81,12 +83,14 @@ def _flag(name: str, value: Any) -> list[str]:
     dashed = name.replace("_", "-")
     if value is None:
         return []
+    if value is False and name.startswith("disable_"):
+        return []  # vLLM's few switches without a --no- form
     if isinstance(value, bool):
         return [f"--{dashed}" if value else f"--no-{dashed}"]
     if isinstance(value, dict):
         return [f"--{dashed}", json.dumps(value)]
     if isinstance(value, list):
-        return [f"--{dashed}", *map(str, value)]
+        return [f"--{dashed}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
     return [f"--{dashed}", str(value)]
 
 

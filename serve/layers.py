@@ -66,11 +66,13 @@ class MatrixLayer(ExpertLayer):
     Attributes:
         slices: Output rows of each slice.
         columns: Input channels.
+        salient: 16-bit channels that a slice may have.
         has_bias: Whether experts may change a bias.
     """
 
     slices: list[int]
     columns: int
+    salient: int
     has_bias: bool
     matrix: MatrixSlots
 
@@ -115,8 +117,9 @@ class ExpertLinear(MatrixLayer):
         self.slices = list(getattr(base_layer, "output_partition_sizes", whole))
         self.columns = int(base_layer.input_size_per_partition)
         self.has_bias = getattr(base_layer, "bias", None) is not None
-        salient = plan.salient * len(self.slices)
-        self.matrix = MatrixSlots(plan, sum(self.slices), self.columns, salient, self.has_bias)
+        self.salient = plan.salient
+        room = plan.salient * len(self.slices)
+        self.matrix = MatrixSlots(plan, sum(self.slices), self.columns, room, self.has_bias)
 
     def forward(self, x: torch.Tensor) -> Any:
         """The base's output with each row's delta added."""
@@ -147,6 +150,7 @@ class ExpertLogits(MatrixLayer):
         self.tokens = tokens
         self.slices = [int(base_layer.org_vocab_size)]
         self.columns = hidden
+        self.salient = 0
         self.has_bias = False
         self.matrix = MatrixSlots(plan, self.slices[0], hidden, 0, self.has_bias)
         self._base_logits = base_layer._get_logits
@@ -179,7 +183,11 @@ class ExpertEmbedding(ExpertLayer):
 
     def __init__(self, base_layer: Any, rows: RowMap, plan: SlotPlan) -> None:
         super().__init__(base_layer, rows)
-        vocabulary, hidden = padded_shape(base_layer.org_vocab_size, base_layer.embedding_dim)
+        # Token ids up to the table's padded end are valid to vLLM.
+        vocabulary, hidden = padded_shape(
+            base_layer.num_embeddings_padded, base_layer.embedding_dim
+        )
+        self.shape = (int(base_layer.org_vocab_size), int(base_layer.embedding_dim))
         shape = (plan.slots, vocabulary)
         self.codes = torch.zeros(*shape, hidden // 2, dtype=torch.uint8, device=plan.device)
         self.steps = torch.zeros(*shape, dtype=plan.dtype, device=plan.device)
@@ -195,8 +203,9 @@ class ExpertEmbedding(ExpertLayer):
     def load_slot(self, slot: int, payload: Payload | None) -> None:
         """Copy an expert's embedding into a slot."""
         if isinstance(payload, RowsPayload):
-            self.codes[slot].copy_(payload.codes, non_blocking=True)
-            self.steps[slot].copy_(payload.steps_V, non_blocking=True)
+            rows = len(payload.steps_V)
+            self.codes[slot, :rows].copy_(payload.codes, non_blocking=True)
+            self.steps[slot, :rows].copy_(payload.steps_V, non_blocking=True)
         else:
             self.steps[slot] = 0
 

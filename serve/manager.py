@@ -23,10 +23,10 @@ from deltamux.serve.settings import plugin_settings
 from deltamux.serve.slots import SlotPlan
 from deltamux.serve.status import ExpertStatus, Histogram, WorkerStatus, publish
 from deltamux.serve.store import (
+    VERSION_MARK,
     BaseHashes,
     HostCache,
     HostExpert,
-    artifact_path,
     host_expert,
     open_artifact,
 )
@@ -68,6 +68,7 @@ class ExpertManager:
         self.pinned: set[int] = set()
         self.status = WorkerStatus()
         self.layers: dict[str, ExpertLayer] = {}
+        self._names: dict[int, str] = {}
         self._packed: dict[str, list[str]] = {}
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
@@ -138,6 +139,7 @@ class ExpertManager:
         self.pinned.discard(expert_id)
         self.host.remove(expert_id)
         self.status.experts.pop(expert_id, None)
+        self._names.pop(expert_id, None)
         self._publish()
         return known
 
@@ -192,18 +194,19 @@ class ExpertManager:
         """
         try:
             self._load(request)
-        except (ValueError, OSError) as error:
+        except Exception as error:
             logger.exception("deltamux: cannot load expert %r", request.lora_name)
             self.host.put(request.lora_int_id, HostExpert({}, 0))
             self._expert(request.lora_int_id).error = str(error)
 
     def _load(self, request: Any) -> None:
         start = time.perf_counter()
-        artifact = open_artifact(artifact_path(request.lora_path), self.hashes)
+        artifact = open_artifact(request.lora_path, self.hashes)
         payloads = expert_payloads(artifact, self.layers, self._packed, self.plan)
         for expert_id in self.host.put(request.lora_int_id, host_expert(payloads)):
             logger.info("deltamux: expert %d left the host cache", expert_id)
         self._expert(request.lora_int_id).error = None
+        self._names[request.lora_int_id] = request.lora_name.partition(VERSION_MARK)[0]
         self._count_swap(request.lora_int_id, "host", time.perf_counter() - start)
 
     def _activate(self, expert_id: int, keep: set[int]) -> None:
@@ -233,7 +236,10 @@ class ExpertManager:
         return self.status.experts.setdefault(expert_id, ExpertStatus())
 
     def _count_swap(self, expert_id: int, tier: str, seconds: float) -> None:
-        swaps = self._expert(expert_id).swaps
+        name = self._names.get(expert_id)
+        if name is None:  # a dummy of vLLM's warm-up
+            return
+        swaps = self.status.swaps.setdefault(name, {})
         swaps[tier] = swaps.get(tier, 0) + 1
         self.status.swap_seconds.setdefault(tier, Histogram()).observe(seconds)
 

@@ -5,6 +5,7 @@ Labels take configured names only: an expert's name or `base`, a router's domain
 two methods of `IterationStats` are wrapped, which see every request's expert, streaming or not.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -70,19 +71,21 @@ def _wrap_statistics() -> None:
     if hasattr(stats.update_from_output, "deltamux"):
         return
     on_output, on_finished = (getattr(stats, name) for name in compat.STATS_METHODS)
+    # Releases differ in the order of these arguments, not in their names.
+    names = list(inspect.signature(on_output).parameters)
 
-    def update_from_output(
-        self: Any, output: Any, timestamp: float, is_prefilling: bool, req_stats: Any, *rest: Any
-    ) -> None:
-        label = expert_label(rest[-1])
+    def update_from_output(*args: Any, **kwargs: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        req_stats, output = given["req_stats"], given["output"]
+        label = expert_label(given["lora_name"])
         # The finished request's statistics carry no name: leave it on the object they share.
         req_stats.deltamux_expert = label
         last = req_stats.last_token_ts
-        on_output(self, output, timestamp, is_prefilling, req_stats, *rest)
-        if is_prefilling:
+        on_output(*args, **kwargs)
+        if given["is_prefilling"]:
             ttft_seconds.labels(label).observe(req_stats.first_token_latency)
         else:
-            itl_seconds.labels(label).observe(timestamp - last)
+            itl_seconds.labels(label).observe(given["engine_core_timestamp"] - last)
         tokens_total.labels(label, "generated").inc(len(output.new_token_ids))
 
     def update_from_finished_request(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -135,7 +138,8 @@ class WorkerCollector(Collector):
                 here = float(tier == (seen.tier if seen else "disk"))
                 resident.add_metric([expert.name, tier], here)
             for tier in TIERS[:2]:
-                swaps.add_metric([expert.name, tier], seen.swaps.get(tier, 0) if seen else 0)
+                count = status.swaps.get(expert.name, {}).get(tier, 0)
+                swaps.add_metric([expert.name, tier], count)
         yield from (swaps, resident, size)
 
     def _memory(self, status: WorkerStatus) -> Any:

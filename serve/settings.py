@@ -135,7 +135,10 @@ def _override(content: dict[str, Any], environment: dict[str, str]) -> None:
     for key, field in (("base", "model"), ("router", "path")):
         value = environment.get(ENVIRONMENT_PREFIX + key.upper())
         if value:
-            content[key] = {**(content.get(key) or {}), field: value}
+            # Unlike the file's, these paths are relative to where the command runs.
+            path = str(Path(value).absolute()) if key == "router" or Path(value).is_dir() else value
+            before = content.get(key)
+            content[key] = {**(before if isinstance(before, dict) else {}), field: path}
 
 
 def _with_absolute_paths(settings: Settings, root: Path) -> Settings:

@@ -8,6 +8,7 @@ first process that loads the plugin and is inherited by the others through the e
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ from bisect import bisect_left
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
+
+logger = logging.getLogger("vllm.deltamux")
 
 STATUS_DIRECTORY_VARIABLE = "DELTAMUX_STATUS_DIR"
 STATUS_FILE = "worker.json"
@@ -42,7 +45,6 @@ class ExpertStatus(BaseModel):
         slot: Which slot, if any.
         pinned: Whether it keeps its slot.
         host_bytes: Memory in the host cache.
-        swaps: How often it was brought into a tier: "slot" (from host) or "host" (from disk).
         error: Why it could not be loaded, if so.
     """
 
@@ -50,16 +52,20 @@ class ExpertStatus(BaseModel):
     slot: int | None = None
     pinned: bool = False
     host_bytes: int = 0
-    swaps: dict[str, int] = Field(default_factory=dict)
     error: str | None = None
 
 
 class WorkerStatus(BaseModel):
-    """Everything the worker publishes."""
+    """Everything the worker publishes.
+
+    `swaps` counts, by expert name, moves into a tier: "slot" (from host) or "host" (from disk); the
+    counts of a name go on when it gets a new version.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     experts: dict[int, ExpertStatus] = Field(default_factory=dict)
+    swaps: dict[str, dict[str, int]] = Field(default_factory=dict)
     swap_seconds: dict[str, Histogram] = Field(default_factory=dict)
     evictions: int = 0
     memory_bytes: dict[str, int] = Field(default_factory=dict)
@@ -88,8 +94,12 @@ def publish(status: WorkerStatus) -> None:
     if not directory.is_dir():
         return
     scratch = directory / f".{STATUS_FILE}.{os.getpid()}"
-    scratch.write_text(status.model_dump_json())
-    scratch.replace(directory / STATUS_FILE)
+    try:
+        scratch.write_text(status.model_dump_json())
+        scratch.replace(directory / STATUS_FILE)
+    except OSError:
+        # A full disk makes metrics stale; it must not end the engine step this runs in.
+        logger.exception("deltamux: cannot publish the worker's status")
 
 
 def read_status() -> WorkerStatus:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltamux.compression.artifact import Artifact
+from deltamux.compression.artifact import Artifact, content_hash
 from deltamux.compression.checkpoint import Checkpoint
 from deltamux.compression.reconstruct import check_base
 from deltamux.serve.slots import Payload, payload_bytes
@@ -85,13 +85,23 @@ def host_expert(payloads: dict[str, Payload]) -> HostExpert:
     return HostExpert(payloads, sum(payload_bytes(payload) for payload in payloads.values()))
 
 
-def open_artifact(path: Path, hashes: BaseHashes) -> Artifact:
+def open_artifact(versioned: str, hashes: BaseHashes) -> Artifact:
     """Open and check an expert before any of it is used.
 
+    Args:
+        versioned: Its path, with or without the hash of its content.
+        hashes: Of the served base.
+
     Raises:
-        ValueError: Missing, truncated, altered, newer, or made for another base.
+        ValueError: Missing, truncated, altered, newer, made for another base, or no longer what it
+            was when it was registered: its keys in the prefix cache would be of other weights.
     """
+    path = artifact_path(versioned)
     artifact = Artifact(path)
+    if versioned != str(path) and versioned_path(path, content_hash(path)) != versioned:
+        raise ValueError(
+            f"{str(path)!r} has changed since it was registered: register it again to serve it"
+        )
     artifact.check_content()
     check_base(artifact, hashes.base, hashes.sha256)
     return artifact

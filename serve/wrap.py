@@ -125,14 +125,20 @@ def _payload(
     if not changed:
         return None
     if isinstance(layer, ExpertNorm):
-        return NormPayload(artifact.vector(f"{sources[0]}.weight").to(plan.dtype))
+        weight = artifact.vector(f"{sources[0]}.weight")
+        if weight.shape != layer.weights.shape[1:]:
+            raise ValueError(f"{sources[0]!r} has {len(weight)} weights, the served model differs")
+        return NormPayload(weight.to(plan.dtype))
     if isinstance(layer, ExpertEmbedding):
-        return rows_payload(artifact.quantized(f"{sources[0]}.weight"), plan.dtype)
+        table = artifact.quantized(f"{sources[0]}.weight")
+        _check_fits(table, sources[0], layer.shape, room=0)
+        return rows_payload(table, plan.dtype)
     assert isinstance(layer, MatrixLayer)
     parts = []
     for source, rows in zip(sources, layer.slices, strict=True):
         quantized = _find(artifact, f"{source}.weight")
-        _check_fits(quantized, source, rows, plan)
+        if quantized is not None:
+            _check_fits(quantized, source, (rows, layer.columns), layer.salient)
         bias = f"{source}.bias"
         vector = artifact.vector(bias) if bias in artifact.entries else None
         parts.append((rows, quantized, vector))
@@ -147,14 +153,12 @@ def _find(artifact: Artifact, name: str) -> QuantizedDelta | None:
     return artifact.quantized(name) if name in artifact.entries else None
 
 
-def _check_fits(quantized: QuantizedDelta | None, source: str, rows: int, plan: SlotPlan) -> None:
-    if quantized is None:
-        return
-    if quantized.shape[0] != rows:
-        raise ValueError(f"{source!r} has {quantized.shape[0]} rows, the served model {rows}")
+def _check_fits(quantized: QuantizedDelta, source: str, shape: tuple[int, int], room: int) -> None:
+    if quantized.shape != shape:
+        raise ValueError(f"{source!r} has shape {quantized.shape}, the served model {shape}")
     channels = quantized.salient_channels_S
-    if channels is not None and len(channels) > plan.salient:
+    if channels is not None and len(channels) > room:
         raise ValueError(
-            f"{source!r} keeps {len(channels)} channels in 16 bit, a slot has room for "
-            f"{plan.salient}: set slot.salient_channels to {len(channels)} and restart"
+            f"{source!r} keeps {len(channels)} channels in 16 bit, a slot has room for {room}: "
+            "for a linear, raise slot.salient_channels and restart"
         )

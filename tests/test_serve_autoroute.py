@@ -37,7 +37,7 @@ def router(
 def make(router: tuple[Path, Path], fallback: str = "base") -> AutoRoute:
     path, base = router
     settings = RouterSettings(path=path, fallback=fallback)
-    return AutoRoute(settings, base, load_tokenizer(path))
+    return AutoRoute(settings, base, load_tokenizer(path), lambda name: name != "gone")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_router_that_cannot_be_used_leaves_requests_to_the_base(
         base = tmp_path / "base"
         base.mkdir()
         (base / "tokenizer.json").write_text("{}")
-    route = AutoRoute(RouterSettings(path=path), base, lambda text: [len(text)])
+    route = AutoRoute(RouterSettings(path=path), base, lambda text: [len(text)], lambda _: True)
     decision, _ = route.decide({"prompt": "select the table column join"})
     assert route.error
     assert (decision.expert, decision.reason) == (None, "router-error")
@@ -103,13 +103,24 @@ def test_a_router_that_fails_on_a_request_is_no_error_to_the_client(
         raise RuntimeError("no tokenizer today")
 
     path, base = router
-    route = AutoRoute(RouterSettings(path=path), base, broken)
+    route = AutoRoute(RouterSettings(path=path), base, broken, lambda _: True)
     decision, _ = route.decide({"prompt": "select"})
     assert (decision.expert, decision.reason) == (None, "router-error")
 
 
+@pytest.mark.parametrize(("served", "answers"), [({"math"}, "math"), (set(), None)])
+def test_an_expert_that_is_not_served_leaves_its_requests_to_the_fallback(
+    router: tuple[Path, Path], served: set[str], answers: str | None
+) -> None:
+    path, base = router
+    settings = RouterSettings(path=path, fallback="math")
+    route = AutoRoute(settings, base, load_tokenizer(path), served.__contains__)
+    decision, _ = route.decide({"prompt": "select the table column join"})
+    assert (decision.expert, decision.reason) == (answers, "router-error")
+
+
 def test_a_server_without_a_router_answers_auto_from_the_base(tmp_path: Path) -> None:
-    route = AutoRoute(None, tmp_path, lambda text: [])
+    route = AutoRoute(None, tmp_path, lambda text: [], lambda _: True)
     assert route.error == "no router is configured"
     assert route.decide({"prompt": "x"})[0].reason == "router-error"
 

@@ -27,12 +27,22 @@ def value(arguments: list[str], flag: str) -> str:
 
 
 def test_the_configuration_becomes_vllms_flags(tmp_path: Path) -> None:
-    engine = {"max_model_len": 64, "enforce_eager": True, "enable_prefix_caching": False}
+    engine = {
+        "max_model_len": 64,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "quantization": None,
+        "served_model_name": ["a", "b"],
+    }
     arguments = vllm_arguments(settings(tmp_path, slots=3, engine=engine), ["--port", "1"])
     assert value(arguments, "--model") == str(tmp_path / "base")
     assert value(arguments, "--max-loras") == "3"
     assert value(arguments, "--max-model-len") == "64"
     assert {"--enable-lora", "--enforce-eager", "--no-enable-prefix-caching"} <= set(arguments)
+    assert not {"--quantization", "--no-disable-log-stats"} & set(arguments)
+    index = arguments.index("--served-model-name")
+    assert arguments[index + 1 : index + 3] == ["a", "b"]
     assert arguments[-2:] == ["--port", "1"]
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from deltamux.compression.artifact import content_hash
 from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE
+from deltamux.serve.store import versioned_path
 
 pytestmark = pytest.mark.vllm
 
@@ -58,7 +60,9 @@ def request_for(
         if not path.exists():
             shutil.copytree(make_artifact(), path)
         return SimpleNamespace(
-            lora_int_id=expert_id, lora_name=f"e{expert_id}@0", lora_path=f"{path}@0"
+            lora_int_id=expert_id,
+            lora_name=f"e{expert_id}@0.{expert_id}",
+            lora_path=versioned_path(path, content_hash(path)),
         )
 
     return make
@@ -146,6 +150,42 @@ def test_a_bad_expert_in_a_step_does_not_end_the_engine_and_recovers(
     assert payload is not None
 
 
+def test_weights_that_changed_since_they_were_registered_are_not_served_under_the_old_name(
+    manager: Any, request_for: Callable[[int], SimpleNamespace], tmp_path: Path
+) -> None:
+    request = request_for(1)
+    manifest = tmp_path / "expert-1" / "delta_config.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(ValueError, match="has changed since it was registered"):
+        manager.add_adapter(request)
+
+
+def test_whatever_fails_in_a_step_the_engine_goes_on(
+    manager: Any,
+    request_for: Callable[[int], SimpleNamespace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deltamux.serve import manager as module
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory today")
+
+    monkeypatch.setattr(module, "expert_payloads", broken)
+    step(manager, request_for(1))
+    assert manager.status.experts[1].error == "no memory today"
+
+
+def test_swaps_are_counted_by_name_and_go_on_over_versions(
+    manager: Any, request_for: Callable[[int], SimpleNamespace]
+) -> None:
+    old, new = request_for(1), request_for(2)
+    new.lora_name = "e1@1.2"
+    step(manager, old)
+    manager.remove_adapter(1)
+    step(manager, new)
+    assert manager.status.swaps == {"e1": {"host": 2, "slot": 2}}
+
+
 def test_a_removed_expert_is_forgotten_in_every_tier(
     manager: Any, request_for: Callable[[int], SimpleNamespace]
 ) -> None:
@@ -166,6 +206,7 @@ def test_dummies_for_warm_up_change_nothing_and_disappear(
             assert manager.add_dummy_lora(dummy, rank=8)
         step(manager, *dummies)
     assert {payload for _, payload in manager.layers["layer"].loaded} == {None}
+    assert manager.status.swaps == {}
     manager.remove_all_adapters()
     assert manager.list_adapters() == set()
     assert not manager.resident

@@ -215,6 +215,15 @@ def test_auto_works_for_completions_by_text_and_by_token_ids(site: Site) -> None
         assert completion.model == "sql"
 
 
+def test_a_batch_of_conversations_answers_from_the_expert(site: Site) -> None:
+    conversations = [[{"role": "user", "content": text}] for text in ("abc", "xyz")]
+    body = {"model": "shell", "messages": conversations, "max_tokens": 8, "temperature": 0}
+    answer = site.http("POST", "/v1/chat/completions/batch", json=body)
+    assert answer.headers["x-deltamux-expert"] == "shell"
+    texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
+    assert texts == [site.text("shell", "abc"), site.text("shell", "xyz")]
+
+
 def test_structured_output_holds_for_an_expert(site: Site) -> None:
     answer = site.text(
         "math", extra_body={"structured_outputs": {"choice": ["yes", "no"]}}, max_tokens=5
@@ -380,6 +389,61 @@ def test_an_expert_that_leaves_the_disk_stays_served_and_a_bad_update_changes_no
     assert "truncated" in refused.json()["error"]["message"]
     assert site.text("fading") == before
     assert site.http("DELETE", "/v1/experts/fading").json()["deleted"]
+
+
+def test_an_expert_that_returns_while_its_old_version_still_answers_serves_both(
+    site: Site,
+) -> None:
+    body = {"name": "again", "path": str(site.folder / "other")}
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    arguments: dict[str, Any] = {"max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    expected = site.text("again", "go on", **arguments)
+    stream = site.ask("again", "go on", stream=True, **arguments)
+    first = next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        deletion = pool.submit(site.http, "DELETE", "/v1/experts/again")
+        while site.http("GET", "/v1/experts/again").status_code != 404:
+            pass
+        assert site.http("POST", "/v1/experts", json=body).status_code == 201
+        assert site.text("again", "go on", **arguments) == expected
+        chunks = [first, *stream]
+        assert "".join(c.delta.content or "" for k in chunks for c in k.choices) == expected
+        assert deletion.result().json()["deleted"]
+    assert site.text("again", "go on", **arguments) == expected
+    assert site.http("DELETE", "/v1/experts/again").json()["deleted"]
+
+
+def test_a_pin_passes_on_to_the_next_version(site: Site) -> None:
+    # Two slots allow one pin, and a new start is the way to lose one.
+    site.http("DELETE", "/v1/experts/sql")
+    again = {"name": "sql", "path": str(site.folder / "sql")}
+    assert site.http("POST", "/v1/experts", json=again).status_code == 201
+    kept = site.folder / "kept"
+    shutil.copytree(site.folder / "math", kept)
+    body = {"name": "kept", "path": str(kept)}
+    assert site.http("POST", "/v1/experts", json=body | {"pin": True}).status_code == 201
+    shutil.rmtree(kept)
+    shutil.copytree(site.folder / "other", kept)
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    for _ in range(50):
+        described = site.http("GET", "/v1/experts/kept").json()
+        if described["pinned"]:
+            break
+    assert described["pinned"]
+    assert described["tier"] == "slot"
+    assert site.http("DELETE", "/v1/experts/kept").json()["deleted"]
+
+
+def test_a_template_that_changes_beside_the_same_weights_is_taken_over(site: Site) -> None:
+    talking = site.folder / "talking"
+    shutil.copytree(site.folder / "math", talking)
+    body = {"name": "talking", "path": str(talking)}
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    before = site.ask("talking", "abc").usage.prompt_tokens
+    (talking / "chat_template.jinja").write_text(TEMPLATE)
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    assert (before, site.ask("talking", "abc").usage.prompt_tokens) == (6, 21)
+    assert site.http("DELETE", "/v1/experts/talking").json()["deleted"]
 
 
 def test_delete_waits_for_the_requests_that_run(site: Site) -> None:

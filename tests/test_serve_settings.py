@@ -69,13 +69,13 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
         "DELTAMUX_SLOTS": "7",
         "DELTAMUX_HOST_CACHE": "1MB",
         "DELTAMUX_BASE": "org/other",
-        "DELTAMUX_ROUTER": "/elsewhere",
+        "DELTAMUX_ROUTER": "elsewhere",
     }
     settings = load_settings(write(tmp_path, FULL), environment)
     assert (settings.slots, settings.host_cache) == (7, 1_000_000)
     assert settings.base.model == "org/other"
     assert settings.router is not None
-    assert settings.router.path == Path("/elsewhere")
+    assert settings.router.path == Path("elsewhere").absolute()
     assert settings.router.fallback == "math"
 
 

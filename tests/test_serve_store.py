@@ -87,7 +87,8 @@ def test_the_status_is_read_as_it_was_published(
     monkeypatch.setenv(status.STATUS_DIRECTORY_VARIABLE, str(tmp_path))
     assert status.read_status() == status.WorkerStatus()
     sent = status.WorkerStatus(evictions=3, memory_bytes={"base": 7})
-    sent.experts[4] = status.ExpertStatus(tier="slot", slot=1, swaps={"slot": 2})
+    sent.experts[4] = status.ExpertStatus(tier="slot", slot=1)
+    sent.swaps["math"] = {"slot": 2}
     sent.swap_seconds["slot"] = status.Histogram()
     for seconds in (0.0005, 0.02, 100.0):
         sent.swap_seconds["slot"].observe(seconds)
@@ -95,6 +96,19 @@ def test_the_status_is_read_as_it_was_published(
     assert status.read_status() == sent
     counts = sent.swap_seconds["slot"].counts
     assert (counts[0], counts[3], counts[-1], sum(counts)) == (1, 1, 1, 3)
+
+
+def test_a_full_disk_makes_the_status_stale_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv(status.STATUS_DIRECTORY_VARIABLE, str(tmp_path))
+    status.publish(status.WorkerStatus(evictions=1))
+    monkeypatch.setattr(Path, "write_text", full)
+    status.publish(status.WorkerStatus(evictions=2))
+    assert status.read_status().evictions == 1
 
 
 def test_publishing_after_the_folder_is_gone_is_no_error(

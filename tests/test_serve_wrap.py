@@ -46,11 +46,12 @@ def test_an_expert_that_needs_more_room_than_a_slot_names_the_setting(artifact: 
     from deltamux.serve.wrap import _check_fits
 
     quantized = artifact.quantized("model.layers.0.mlp.down_proj.weight")
-    _check_fits(quantized, "down_proj", 64, plan(5))
-    with pytest.raises(ValueError, match=r"set slot.salient_channels to 5 and restart"):
-        _check_fits(quantized, "down_proj", 64, plan(4))
-    with pytest.raises(ValueError, match="has 64 rows, the served model 65"):
-        _check_fits(quantized, "down_proj", 65, plan(5))
+    _check_fits(quantized, "down_proj", (64, 96), room=5)
+    with pytest.raises(ValueError, match=r"keeps 5 channels .* room for 4: .*salient_channels"):
+        _check_fits(quantized, "down_proj", (64, 96), room=4)
+    for shape in ((65, 96), (64, 95)):
+        with pytest.raises(ValueError, match=r"has shape \(64, 96\), the served model"):
+            _check_fits(quantized, "down_proj", shape, room=5)
 
 
 def test_a_weight_that_the_model_lacks_is_named(artifact: Artifact) -> None:
