@@ -5,84 +5,41 @@ clients → its metrics. Whatever is finished is kept, so that a second run star
 """
 
 import json
-import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
 
-from deltamux.compression.artifact import Artifact
-from deltamux.compression.checkpoint import open_checkpoint
 from deltamux.compression.commands import compress_command
 from deltamux.compression.recipe import CalibrationRecipe, Recipe, dump_recipe
 from deltamux.router.config import FALLBACK_DOMAINS
 from deltamux.serve import demo_data, demo_experts
 from deltamux.serve.demo_base import make_base
-from deltamux.serve.demo_load import MAX_TOKENS, Ask, Scrape, mixed_load, run_load
-from deltamux.serve.demo_server import (
-    Server,
-    deltamux_serve,
-    start_server,
-    stop_server,
+from deltamux.serve.demo_folder import (
+    DOMAINS,
+    GENERAL,
+    SEED,
+    DemoFolder,
+    expert_figures,
+    router_accuracy,
+    rows,
+    verification,
 )
-from deltamux.serve.settings import AUTO, BASE
+from deltamux.serve.demo_report import BASE_NAME, curl_line, measure
+from deltamux.serve.demo_server import deltamux_serve, start_server, stop_server
 
-DOMAINS = demo_data.SPECIALISTS
-GENERAL = "general"
-BASE_NAME = "smollm2-135m"
 SLOTS = 2
-REQUESTS_PER_DOMAIN = 12
 ROUTER_PROMPTS = 300
 # Conversations to calibrate and to verify on: a minute of two cores an expert.
 COMPRESSION_ROWS = 40
-SEED = 0
-# What the demo promises: the fall of the held-out loss, what survives compression, and its size.
-LOSS_DROP = 0.3
-GAIN_KEPT = 0.97
-BITS_PER_WEIGHT = 2.3
 # Everything is local: neither a hub nor vLLM's usage statistics are to be asked.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 assert GENERAL in FALLBACK_DOMAINS
-
-
-@dataclass(frozen=True)
-class DemoFolder:
-    """Where the demo keeps what it makes."""
-
-    root: Path
-
-    @property
-    def base(self) -> Path:
-        """The base checkpoint."""
-        return self.root / "base"
-
-    @property
-    def router(self) -> Path:
-        """The router."""
-        return self.root / "router"
-
-    @property
-    def config(self) -> Path:
-        """The server's configuration."""
-        return self.root / "deltamux.yaml"
-
-    def data(self, domain: str, split: str) -> Path:
-        """Generated text of a domain."""
-        return self.root / "data" / domain / f"{split}.jsonl"
-
-    def expert(self, domain: str) -> Path:
-        """A tuned checkpoint."""
-        return self.root / "experts" / domain
-
-    def compressed(self, domain: str) -> Path:
-        """A compressed expert."""
-        return self.root / "compressed" / domain
 
 
 def demo_command(
@@ -112,7 +69,7 @@ def demo_command(
             stop_server(server)
     result["seconds"] = round(time.perf_counter() - start, 1)
     if serve:
-        typer.echo(_curl(folder, server))
+        typer.echo(curl_line(folder, server))
     typer.echo(json.dumps(result))
 
 
@@ -147,7 +104,7 @@ def make_experts(folder: DemoFolder) -> None:
             typer.echo(f"\nfine-tuning {domain} (every weight)")
             examples = [
                 demo_data.Example(row["prompt"], row["response"])
-                for row in _rows(folder.data(domain, "train"))
+                for row in rows(folder.data(domain, "train"))
             ]
             demo_experts.train_expert(folder.base, examples, folder.expert(domain), seed=SEED)
         if not folder.compressed(domain).is_dir():
@@ -165,7 +122,7 @@ def make_experts(folder: DemoFolder) -> None:
         f"{'loss base':>11}{'expert':>8}{'compr.':>8}{'gain kept':>11}"
     )
     for domain in DOMAINS:
-        row, checked = expert_figures(folder, domain), _verification(folder, domain)
+        row, checked = expert_figures(folder, domain), verification(folder, domain)
         typer.echo(
             f"{domain:<8}{row['bytes_full'] / 1e6:>9.1f} MB{row['bytes'] / 1e6:>9.1f} MB"
             f"{row['bytes_full'] / row['bytes']:>6.1f}x{row['bits_per_weight']:>13.3f}"
@@ -193,21 +150,6 @@ def make_router(folder: DemoFolder) -> None:
     typer.echo(f"router: {router_accuracy(folder):.1%} of held-out prompts to the right expert")
 
 
-def router_accuracy(folder: DemoFolder) -> float:
-    """Share of held-out prompts of all domains that reach their expert (or, of none, the base)."""
-    from deltamux.router.router import Router
-    from deltamux.router.tokenizer import load_tokenizer
-
-    router, encode = Router.load(folder.router), load_tokenizer(folder.router)
-    right = total = 0
-    for domain in (*DOMAINS, GENERAL):
-        for row in _rows(folder.data(domain, "test")):
-            decision = router.decide([row["prompt"]], encode)
-            right += decision.expert == (None if domain == GENERAL else domain)
-            total += 1
-    return right / total
-
-
 def write_config(folder: DemoFolder) -> None:
     """The server's configuration, as a user would write it."""
     content = {
@@ -226,105 +168,3 @@ def write_config(folder: DemoFolder) -> None:
         },
     }
     folder.config.write_text(yaml.safe_dump(content, sort_keys=False))
-
-
-def measure(folder: DemoFolder, server: Server) -> dict[str, Any]:
-    """Load the server and read its metrics; prints the closing table."""
-    prompts = {
-        name: [row["prompt"] for row in _rows(folder.data(name, "test"))[:REQUESTS_PER_DOMAIN]]
-        for name in (*DOMAINS, GENERAL)
-    }
-    prompts[BASE_NAME] = prompts.pop(GENERAL)
-    asks = mixed_load(prompts, SEED)
-    # The CPU engine builds its kernels for each new batch size on first use.
-    run_load(server.url, [Ask(BASE_NAME, ask.prompt, ask.stream) for ask in asks], "warm-up")
-    warm = Scrape(server.url)
-    begin = time.perf_counter()
-    run_load(server.url, asks)
-    wall = time.perf_counter() - begin
-    scrape = Scrape(server.url)
-    experts = {}
-    typer.echo(
-        f"\n{'expert':<8}{'requests':>9}{'tokens/s':>10}{'TTFT p50':>11}{'p95':>9}"
-        f"{'swaps':>7}{'bytes':>12}"
-    )
-    for name in (*DOMAINS, BASE):
-        row = traffic(scrape, warm, name, wall)
-        size = expert_figures(folder, name) if name in DOMAINS else {}
-        typer.echo(
-            f"{name:<8}{row['requests']:>9}{row['tokens_per_second']:>10.1f}"
-            f"{row['ttft_p50_seconds']:>9.3f} s{row['ttft_p95_seconds']:>7.3f} s"
-            f"{row['swaps']:>7}{size.get('bytes', 0):>12,}"
-        )
-        if name in DOMAINS:
-            experts[name] = size | row
-    swaps = int(scrape.total("deltamux_swaps_total", tier="slot"))
-    return {
-        "ok": swaps > 0 and all(_is_good(folder, name, row) for name, row in experts.items()),
-        "experts": experts,
-        "router": {"accuracy": router_accuracy(folder)},
-        "swaps": swaps,
-    }
-
-
-def _is_good(folder: DemoFolder, domain: str, row: dict[str, Any]) -> bool:
-    """Whether an expert learned, survived compression and answered."""
-    checked = _verification(folder, domain)
-    learned = checked["nll_expert"] <= (1 - LOSS_DROP) * checked["nll_base"]
-    small = row["gain_kept"] >= GAIN_KEPT and row["bits_per_weight"] <= BITS_PER_WEIGHT
-    return bool(learned and small and row["requests"] > 0)
-
-
-def traffic(scrape: Scrape, warm: Scrape, expert: str, wall_seconds: float) -> dict[str, Any]:
-    """What the server counted for one expert during the load, the warm-up left out."""
-
-    def grown(name: str, **labels: str) -> float:
-        return scrape.total(name, expert=expert, **labels) - warm.total(
-            name, expert=expert, **labels
-        )
-
-    def ttft(q: float) -> float:
-        return scrape.quantile("deltamux_ttft_seconds", q, warm, expert=expert)
-
-    return {
-        "requests": int(grown("deltamux_requests_total")),
-        "tokens_per_second": grown("deltamux_tokens_total", kind="generated") / wall_seconds,
-        "ttft_p50_seconds": ttft(0.5),
-        "ttft_p95_seconds": ttft(0.95),
-        "swaps": int(grown("deltamux_swaps_total", tier="slot")),
-    }
-
-
-def expert_figures(folder: DemoFolder, domain: str) -> dict[str, Any]:
-    """Sizes and quality of a compressed expert."""
-    artifact = Artifact(folder.compressed(domain))
-    return {
-        "bits_per_weight": artifact.manifest.totals.bits_per_weight,
-        "bytes": artifact.total_bytes(),
-        "bytes_full": open_checkpoint(folder.expert(domain)).total_bytes(),
-        "gain_kept": _verification(folder, domain)["gain_kept"],
-    }
-
-
-def _verification(folder: DemoFolder, domain: str) -> dict[str, float]:
-    verification = Artifact(folder.compressed(domain)).manifest.verification
-    assert verification is not None
-    return verification
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _curl(folder: DemoFolder, server: Server) -> str:
-    body = {
-        "model": AUTO,
-        "messages": [{"role": "user", "content": _rows(folder.data("shell", "test"))[0]["prompt"]}],
-        "max_tokens": MAX_TOKENS,
-        "temperature": 0,
-    }
-    return (
-        f"\nthe server runs on (stop it with: kill {server.process.pid}); try:\n"
-        f"curl -i {server.url}/v1/chat/completions -H 'content-type: application/json' "
-        f"-d {shlex.quote(json.dumps(body))}\n"
-    )

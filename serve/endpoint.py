@@ -17,7 +17,8 @@ from deltamux.compression.checkpoint import resolve_directory
 from deltamux.router.decision import Decision
 from deltamux.serve import compat, metrics
 from deltamux.serve.autoroute import AutoRoute
-from deltamux.serve.experts import Expert, ExpertError, ExpertRegistry, public_name
+from deltamux.serve.expert import Expert, ExpertError, public_name
+from deltamux.serve.experts import ExpertRegistry
 from deltamux.serve.handlers import Gateway, RoutedHandler, error_response
 from deltamux.serve.settings import AUTO, BASE, ExpertName, plugin_settings
 from deltamux.serve.status import WorkerStatus, read_status

@@ -7,94 +7,17 @@ beside the old one, swaps the name, and drops the old one when its last request 
 """
 
 import asyncio
-import json
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamux.compression.artifact import Artifact, content_hash
+from deltamux.serve.expert import Expert, ExpertError, read_expert
 from deltamux.serve.status import read_status
 from deltamux.serve.store import VERSION_MARK, artifact_path, versioned_path
 
 _WORKER_ERROR = re.compile(r"failed with error '(.*)', please check", re.DOTALL)
 logger = logging.getLogger("vllm.deltamux")
-
-
-class ExpertError(Exception):
-    """An expert cannot answer; the message says why, for the client."""
-
-
-@dataclass
-class Expert:
-    """One version of one expert.
-
-    Attributes:
-        name: What clients call it.
-        path: The artifact.
-        content: Hash of the artifact's content.
-        request: Its LoRA request, None if it was refused.
-        error: Why it was refused, else None.
-        num_bytes: Size of the artifact's weights file.
-        bits_per_weight: Of the decoder's linears.
-        generation: Its own generation_config.json.
-        stop_ids: End-of-sequence ids of its own.
-        chat_template: Its own template, None where it has none.
-        variants: vLLM's handlers speaking for this expert, by method name.
-        pinned: Whether it is to keep a slot.
-        holds: Requests between admission and the engine.
-        running: Generations in the engine.
-    """
-
-    name: str
-    path: Path
-    content: str = ""
-    request: Any = None
-    error: str | None = None
-    num_bytes: int = 0
-    bits_per_weight: float = 0.0
-    generation: dict[str, Any] = field(default_factory=dict)
-    stop_ids: list[int] = field(default_factory=list)
-    chat_template: str | None = None
-    variants: dict[str, Any] = field(default_factory=dict)
-    pinned: bool = False
-    holds: int = 0
-    running: int = 0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """A request is on its way to the engine."""
-        self.holds += 1
-        try:
-            yield
-        finally:
-            self.holds -= 1
-            self.changed.set()
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        """A generation runs."""
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-            self.changed.set()
-
-    async def drained(self) -> None:
-        """Wait until no request needs this version any more."""
-        while self.holds or self.running:
-            self.changed.clear()
-            await self.changed.wait()
-
-
-def public_name(lora_name: str) -> str:
-    """The expert's name behind a versioned LoRA name."""
-    return lora_name.partition(VERSION_MARK)[0]
 
 
 class ExpertRegistry:
@@ -167,14 +90,15 @@ class ExpertRegistry:
             raise ExpertError(f"{name!r} is the base model's name: choose another")
         async with self._lock:
             try:
-                expert = await asyncio.to_thread(self._read, name, path)
+                expert = await asyncio.to_thread(read_expert, name, path)
             except (ValueError, OSError) as error:
                 raise ExpertError(str(error)) from error
             previous = self._experts.get(name)
-            if previous and previous.request and _same(previous, expert):
-                _refresh(previous, expert)
+            if previous and previous.request and previous.same_weights(expert):
+                previous.take_over(expert)
                 expert, previous = previous, None
             else:
+                expert.request = self._request(expert)
                 await self._load(expert)
                 self._experts[name] = expert
                 self._versions[expert.request.lora_int_id] = expert
@@ -230,34 +154,15 @@ class ExpertRegistry:
         if expert.request:
             await self._drop(expert)
 
-    def _read(self, name: str, path: Path) -> Expert:
-        artifact = Artifact(path)
-        artifact.check_content()
-        totals = artifact.manifest.totals
-        generation = _read_json(path / "generation_config.json")
-        stop = generation.get("eos_token_id")
-        content = content_hash(path)
-        return Expert(
-            name=name,
-            path=path,
-            content=content,
-            request=self._request(name, path, content),
-            num_bytes=totals.weights_file_bytes,
-            bits_per_weight=totals.bits_per_weight,
-            generation=generation,
-            stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
-            chat_template=_chat_template(path),
-        )
-
-    def _request(self, name: str, path: Path, content: str) -> Any:
+    def _request(self, expert: Expert) -> Any:
         from vllm.lora.request import LoRARequest
 
         # vLLM compares LoRA requests by name alone: two ids must never share one.
         lora_id = self._models.lora_id_counter.inc(1)
         return LoRARequest(
-            lora_name=f"{name}{VERSION_MARK}{content}.{lora_id}",
+            lora_name=f"{expert.name}{VERSION_MARK}{expert.content}.{lora_id}",
             lora_int_id=lora_id,
-            lora_path=versioned_path(path.absolute(), content),
+            lora_path=versioned_path(expert.path.absolute(), expert.content),
             base_model_name=self._models.base_model_paths[0].name,
         )
 
@@ -282,36 +187,6 @@ class ExpertRegistry:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _same(one: Expert, other: Expert) -> bool:
-    return (one.path.absolute(), one.content) == (other.path.absolute(), other.content)
-
-
-def _refresh(expert: Expert, read: Expert) -> None:
-    """Take over template and generation settings that changed beside the same weights."""
-    expert.generation, expert.stop_ids = read.generation, read.stop_ids
-    expert.chat_template = read.chat_template
-    expert.variants.clear()
-
-
-def _chat_template(path: Path) -> str | None:
-    """An artifact's own chat template: a file, or in its tokenizer's configuration."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text()
-    embedded = _read_json(path / "tokenizer_config.json").get("chat_template")
-    if isinstance(embedded, list):
-        named = {each["name"]: each["template"] for each in embedded}
-        embedded = named.get("default")
-    return embedded
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
 
 
 def _reason(error: Exception) -> str:

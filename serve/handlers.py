@@ -13,7 +13,8 @@ from typing import Any
 from deltamux.router.decision import Decision
 from deltamux.serve import compat, metrics
 from deltamux.serve.autoroute import AutoRoute, explicit
-from deltamux.serve.experts import Expert, ExpertError, ExpertRegistry
+from deltamux.serve.expert import Expert, ExpertError
+from deltamux.serve.experts import ExpertRegistry
 from deltamux.serve.settings import AUTO, BASE
 
 # What vLLM reads from a generation_config.json.

@@ -21,7 +21,8 @@ from prometheus_client.registry import REGISTRY, Collector
 
 from deltamux.compression.artifact import deltamux_version
 from deltamux.serve import compat
-from deltamux.serve.experts import ExpertRegistry, public_name
+from deltamux.serve.expert import public_name
+from deltamux.serve.experts import ExpertRegistry
 from deltamux.serve.settings import BASE
 from deltamux.serve.status import SWAP_BUCKETS, WorkerStatus, read_status
 
