@@ -69,6 +69,12 @@ class Checkpoint:
         with self._open(name) as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, without reading its values."""
+        with self._open(name) as file:
+            dtype: torch.dtype = file.get_slice(name)[:0].dtype
+        return dtype
+
     def load(self, name: str) -> torch.Tensor:
         """The tensor as stored, on the CPU.
 

@@ -87,7 +87,7 @@ def merge(
         target = Path(scratch) / "checkpoint"
         target.mkdir()
         _write_shards(base, load, dtype, target, progress)
-        written = dtype or base.load(EMBEDDING).dtype
+        written = dtype or base.dtype(EMBEDDING)
         _write_side_files(artifact, written, target)
         target.rename(output)
 
@@ -110,7 +110,7 @@ def _write_shards(
         shards[-1].clear()
 
     for name in tqdm(sorted(base.files), desc="merge", unit="tensor", disable=not progress):
-        tensor = load(name).to(dtype or base.load(name).dtype).contiguous()
+        tensor = load(name).to(dtype or base.dtype(name)).contiguous()
         num_bytes = tensor.numel() * tensor.element_size()
         if shards[-1] and size + num_bytes > SHARD_BYTES:
             flush()

@@ -89,6 +89,22 @@ def check_vllm() -> None:
     protocol("ErrorResponse")
 
 
+def check_one_device(parallel: Any) -> None:
+    """Refuse parallelism; `parallel` is vLLM's ParallelConfig.
+
+    The API server has to ask too: in a worker of a dense model vLLM sets data_parallel_size to 1.
+
+    Raises:
+        ValueError: The message names the size.
+    """
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if getattr(parallel, name) > 1:
+            raise ValueError(
+                f"deltamux serves experts on one device: {name} must be 1, "
+                f"got {getattr(parallel, name)}"
+            )
+
+
 def symbol(module: str, *path: str) -> Any:
     """A vLLM symbol by name.
 

@@ -17,11 +17,12 @@ from deltamux.compression.checkpoint import resolve_directory
 from deltamux.router.decision import Decision
 from deltamux.serve import compat, metrics
 from deltamux.serve.autoroute import AutoRoute
-from deltamux.serve.expert import Expert, ExpertError, public_name
+from deltamux.serve.expert import Expert, ExpertError
 from deltamux.serve.experts import ExpertRegistry
 from deltamux.serve.handlers import Gateway, RoutedHandler, error_response
 from deltamux.serve.settings import AUTO, BASE, ExpertName, plugin_settings
 from deltamux.serve.status import WorkerStatus, read_status
+from deltamux.serve.store import public_name
 
 router = APIRouter(prefix="/v1")
 HEADER_PREFIX = b"x-deltamux-"
@@ -48,11 +49,7 @@ class DeltamuxEndpoint:
                 f"deltamux needs one API server process, got {args.api_server_count}: each would "
                 "number the experts on its own"
             )
-        if config.parallel_config.data_parallel_size > 1:
-            raise ValueError(
-                "deltamux serves experts on one device: data_parallel_size must be 1, "
-                f"got {config.parallel_config.data_parallel_size}"
-            )
+        compat.check_one_device(config.parallel_config)
         settings = plugin_settings(config.additional_config)
         models = getattr(state, compat.MODELS_HANDLER)
         registry = ExpertRegistry(engine_client, models)

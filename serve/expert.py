@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.compression.artifact import Artifact, content_hash
-from deltamux.serve.store import VERSION_MARK
 
 
 class ExpertError(Exception):
@@ -89,11 +88,6 @@ class Expert:
         self.generation, self.stop_ids = read.generation, read.stop_ids
         self.chat_template = read.chat_template
         self.variants.clear()
-
-
-def public_name(lora_name: str) -> str:
-    """The expert's name behind a versioned LoRA name."""
-    return lora_name.partition(VERSION_MARK)[0]
 
 
 def read_expert(name: str, path: Path) -> Expert:

@@ -14,7 +14,7 @@ from typing import Any
 
 from deltamux.serve.expert import Expert, ExpertError, read_expert
 from deltamux.serve.status import read_status
-from deltamux.serve.store import VERSION_MARK, artifact_path, versioned_path
+from deltamux.serve.store import artifact_path, versioned_name, versioned_path
 
 _WORKER_ERROR = re.compile(r"failed with error '(.*)', please check", re.DOTALL)
 logger = logging.getLogger("vllm.deltamux")
@@ -157,10 +157,9 @@ class ExpertRegistry:
     def _request(self, expert: Expert) -> Any:
         from vllm.lora.request import LoRARequest
 
-        # vLLM compares LoRA requests by name alone: two ids must never share one.
         lora_id = self._models.lora_id_counter.inc(1)
         return LoRARequest(
-            lora_name=f"{expert.name}{VERSION_MARK}{expert.content}.{lora_id}",
+            lora_name=versioned_name(expert.name, expert.content, lora_id),
             lora_int_id=lora_id,
             lora_path=versioned_path(expert.path.absolute(), expert.content),
             base_model_name=self._models.base_model_paths[0].name,

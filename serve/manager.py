@@ -16,6 +16,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from deltamux.compression.checkpoint import open_checkpoint
+from deltamux.serve import compat
 from deltamux.serve.layers import ExpertLayer
 from deltamux.serve.ops import define_ops
 from deltamux.serve.rows import RowMap
@@ -23,12 +24,12 @@ from deltamux.serve.settings import plugin_settings
 from deltamux.serve.slots import SlotPlan
 from deltamux.serve.status import ExpertStatus, Histogram, WorkerStatus, publish
 from deltamux.serve.store import (
-    VERSION_MARK,
     BaseHashes,
     HostCache,
     HostExpert,
     host_expert,
     open_artifact,
+    public_name,
 )
 from deltamux.serve.wrap import base_bytes, expert_payloads, wrap_model
 
@@ -49,7 +50,7 @@ class ExpertManager:
     ) -> None:
         del embedding_modules
         settings = plugin_settings(vllm_config.additional_config)
-        _check_one_device(vllm_config.parallel_config)
+        compat.check_one_device(vllm_config.parallel_config)
         define_ops()
         model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         self.plan = SlotPlan(
@@ -206,7 +207,7 @@ class ExpertManager:
         for expert_id in self.host.put(request.lora_int_id, host_expert(payloads)):
             logger.info("deltamux: expert %d left the host cache", expert_id)
         self._expert(request.lora_int_id).error = None
-        self._names[request.lora_int_id] = request.lora_name.partition(VERSION_MARK)[0]
+        self._names[request.lora_int_id] = public_name(request.lora_name)
         self._count_swap(request.lora_int_id, "host", time.perf_counter() - start)
 
     def _activate(self, expert_id: int, keep: set[int]) -> None:
@@ -252,12 +253,3 @@ class ExpertManager:
             expert.tier = in_host if expert.slot is None else "slot"
         self.status.memory_bytes["host_cache"] = self.host.num_bytes
         publish(self.status)
-
-
-def _check_one_device(parallel: Any) -> None:
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if getattr(parallel, name) > 1:
-            raise ValueError(
-                f"deltamux serves experts on one device: {name} must be 1, "
-                f"got {getattr(parallel, name)}"
-            )

@@ -21,10 +21,10 @@ from prometheus_client.registry import REGISTRY, Collector
 
 from deltamux.compression.artifact import deltamux_version
 from deltamux.serve import compat
-from deltamux.serve.expert import public_name
 from deltamux.serve.experts import ExpertRegistry
 from deltamux.serve.settings import BASE
 from deltamux.serve.status import SWAP_BUCKETS, WorkerStatus, read_status
+from deltamux.serve.store import public_name
 
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30)
 ITL_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)

@@ -22,6 +22,16 @@ def versioned_path(path: Path, content: str) -> str:
     return f"{path}{VERSION_MARK}{content}"
 
 
+def versioned_name(name: str, content: str, lora_id: int) -> str:
+    """What vLLM calls one version of an expert; it compares LoRA requests by this name alone."""
+    return f"{name}{VERSION_MARK}{content}.{lora_id}"
+
+
+def public_name(lora_name: str) -> str:
+    """The expert's name behind a versioned name."""
+    return lora_name.partition(VERSION_MARK)[0]
+
+
 def artifact_path(versioned: str) -> Path:
     """The directory behind a versioned path (or a bare one)."""
     path, mark, version = versioned.rpartition(VERSION_MARK)
