@@ -20,6 +20,11 @@ LINEARS: dict[str, str | None] = {
     "mlp.up_proj": "post_attention_layernorm",
     "mlp.down_proj": None,
 }
+# linear -> the first linear that reads the same activations.
+FIRST_READER: dict[str, str] = {
+    linear: next(other for other, read in LINEARS.items() if read == norm) if norm else linear
+    for linear, norm in LINEARS.items()
+}
 FOLDABLE_NORMS = ("input_layernorm", "post_attention_layernorm")
 OTHER_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 

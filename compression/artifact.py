@@ -7,8 +7,9 @@ for, with N output rows and K input channels:
 
 | suffix | dtype, shape | meaning |
 |---|---|---|
-| `.codes` | int32 [R, words] or, ternary, uint8 [R, bytes] | packed codes (see `pack.py`) |
-| `.steps` | bfloat16 [R] | step of each row: Δ̂_ij = s_i (c_ij − z) |
+| `.codes` | int32 [R, words] or, ternary, uint8 [R, bytes] | codes at a fixed width (see `pack.py`) |
+| `.deflated` | uint8 [bytes] | instead of `.codes`: the same under an entropy code |
+| `.steps` | bfloat16 [R] or [1] | step of each row, or of all: Δ̂_ij = s_i (c_ij − z) |
 | `.channels` | int32 [K'] | input channels that have codes, ascending; absent: all K |
 | `.salient_channels` | int32 [C] | input channels with a 16-bit part, ascending |
 | `.salient_values` | bfloat16 [N, C] | added to Δ̂ in those channels |
@@ -32,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 
 from deltamux.compression.architecture import Role
 from deltamux.compression.pack import (
+    deflate,
+    inflate,
     pack_bitmap,
     pack_bits,
     pack_trits,
@@ -46,6 +49,7 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 MANIFEST_FILE = "delta_config.json"
 RECIPE_FILE = "recipe.yaml"
+# Bits of a code at a fixed width; the other schemes have packings of their own.
 SCHEME_BITS = {"int2": 2, "int3": 3, "int4": 4, "sign": 1}
 
 
@@ -82,6 +86,7 @@ class TensorEntry(_Model):
     shape: tuple[int, ...]
     classes: ChannelClasses | None = None
     rows: int | None = None
+    deflated: bool = False
     folded_norm: str | None = None
     bytes: int
     error: float
@@ -121,10 +126,13 @@ def deltamux_version() -> str:
 
 def encode_matrix(name: str, quantized: QuantizedDelta) -> dict[str, torch.Tensor]:
     """The tensors that a quantized matrix is stored in, under the weight's name."""
-    ternary = quantized.scheme is Scheme.TERNARY
-    codes = quantized.codes_RC
-    packed = pack_trits(codes) if ternary else pack_bits(codes, SCHEME_BITS[quantized.scheme])
-    tensors = {f"{name}.codes": packed, f"{name}.steps": quantized.steps_R}
+    scheme, steps = quantized.scheme, quantized.steps_R
+    suffix = "deflated" if quantized.deflated else "codes"
+    same = len(steps) > 0 and bool((steps == steps[0]).all())
+    tensors = {
+        f"{name}.{suffix}": _encode_codes(quantized.codes_RC, scheme, quantized.deflated),
+        f"{name}.steps": steps[:1].clone() if same else steps,
+    }
     if quantized.rows_R is not None:
         changed = torch.zeros(quantized.shape[0], dtype=torch.bool)
         changed[quantized.rows_R] = True
@@ -135,6 +143,14 @@ def encode_matrix(name: str, quantized: QuantizedDelta) -> dict[str, torch.Tenso
         tensors[f"{name}.salient_channels"] = quantized.salient_channels_S.to(torch.int32)
         tensors[f"{name}.salient_values"] = quantized.salient_values_NS.contiguous()
     return tensors
+
+
+def _encode_codes(codes: torch.Tensor, scheme: Scheme, deflated: bool) -> torch.Tensor:
+    if deflated:
+        return deflate(codes, scheme.levels, int(scheme.zero_point))
+    if scheme is Scheme.TERNARY:
+        return pack_trits(codes)
+    return pack_bits(codes, SCHEME_BITS[scheme])
 
 
 class Artifact:
@@ -161,22 +177,29 @@ class Artifact:
         salient = self._find(f"{name}.salient_channels")
         channels = self._find(f"{name}.channels")
         bitmap = self._find(f"{name}.rows")
-        packed = self._get(f"{name}.codes")
-        coded = columns if channels is None else len(channels)
-        if entry.scheme is Scheme.TERNARY:
-            codes = unpack_trits(packed, coded)
-        else:
-            codes = unpack_bits(packed, SCHEME_BITS[entry.scheme], coded)
+        coded_rows = rows if entry.rows is None else entry.rows
+        codes = self._codes(entry, coded_rows, columns if channels is None else len(channels))
         return QuantizedDelta(
             scheme=entry.scheme,
             shape=(rows, columns),
             codes_RC=codes,
-            steps_R=self._get(f"{name}.steps"),
+            steps_R=self._get(f"{name}.steps").expand(coded_rows),
             rows_R=None if bitmap is None else unpack_bitmap(bitmap, rows).nonzero().squeeze(1),
             channels_C=None if channels is None else channels.long(),
             salient_channels_S=None if salient is None else salient.long(),
             salient_values_NS=self._find(f"{name}.salient_values"),
+            deflated=entry.deflated,
         )
+
+    def _codes(self, entry: TensorEntry, rows: int, columns: int) -> torch.Tensor:
+        assert entry.scheme is not None
+        if entry.deflated:
+            stream = self._get(f"{entry.name}.deflated")
+            return inflate(stream, entry.scheme.levels, rows, columns)
+        packed = self._get(f"{entry.name}.codes")
+        if entry.scheme is Scheme.TERNARY:
+            return unpack_trits(packed, columns)
+        return unpack_bits(packed, SCHEME_BITS[entry.scheme], columns)
 
     def vector(self, name: str) -> torch.Tensor:
         """A norm's replacement or a bias's delta."""
@@ -223,7 +246,7 @@ def _stored(entry: TensorEntry) -> Iterator[str]:
     elif entry.role is Role.BIAS:
         yield "delta"
     else:
-        yield from ("codes", "steps")
+        yield from ("deflated" if entry.deflated else "codes", "steps")
         if entry.rows is not None:
             yield "rows"
         if entry.classes and entry.classes.dropped:

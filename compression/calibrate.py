@@ -1,58 +1,78 @@
-"""Second moments of every linear's input, collected on the expert.
+"""Second moments of every linear's input, collected on the expert layer by layer.
 
-Quantization error in input channel j reaches the output in proportion to E[x_j²] (the diagonal of
-the layer-wise Hessian of Optimal Brain Compression, Frantar & Alistarh 2022). The model runs and
-the sums are taken in float32: in bfloat16 sums stop growing after a few hundred terms, and CPUs
-without matrix units are no faster in it.
+Changing a linear's weight by E changes its output by E x, so that the mean squared change of the
+output is tr(E H Eᵀ) with H = E[x xᵀ] (Optimal Brain Compression, Frantar & Alistarh 2022, arXiv
+2208.11580). The model runs and the sums are taken in float32: in bfloat16 sums stop growing after a
+few hundred terms, and CPUs without matrix units are no faster in it.
+
+Linears that read the same activations (q, k, v; gate, up) share one matrix.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from deltamux.compression.architecture import FIRST_READER, layer_prefix
 from deltamux.compression.checkpoint import Checkpoint
-from deltamux.compression.forward import StreamedModel, batches
+from deltamux.compression.forward import Activations, StreamedModel, batches
 from deltamux.compression.text import Sample
 
-BATCH_TOKENS = 16_384
+BATCH_TOKENS = 8_192
 
 
-def input_energy(
-    expert: Checkpoint, samples: list[Sample], progress: bool = True
-) -> dict[str, torch.Tensor]:
-    """E[x_j²] of each linear's input over the tokens of the samples.
+def second_moments(
+    expert: Checkpoint,
+    samples: list[Sample],
+    skip: Callable[[int], bool] = lambda _layer: False,
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """E[x xᵀ] of the inputs of each layer's linears over the tokens of the samples.
 
     Args:
         expert: The fine-tuned model the activations come from.
         samples: Calibration conversations.
-        progress: Show a bar.
+        skip: Layers to pass without collecting.
 
-    Returns:
-        Linear weight name to float32 [K].
+    Yields:
+        Layer index, and linear weight name to float32 [K, K] on the computing device; empty for a
+        layer that was skipped. The next layer runs when the next item is asked for.
     """
     streamed = StreamedModel(expert.root, expert.load, torch.float32, expert.tied)
+    states = streamed.start(list(batches(samples, BATCH_TOKENS)))
+    for layer in range(streamed.num_layers):
+        if skip(layer):
+            streamed.advance(states, layer)
+            yield layer, {}
+            continue
+        yield layer, _advance_and_average(streamed, states, layer)
+
+
+def _advance_and_average(
+    streamed: StreamedModel, states: list[Activations], layer: int
+) -> dict[str, torch.Tensor]:
+    """Run one layer over all batches; E[x xᵀ] by the name of every linear."""
     sums: dict[str, torch.Tensor] = {}
-    mask = torch.empty(0)
+    linears = dict(streamed.linears(layer))
+    prefix = layer_prefix(layer)
+    sources = {
+        name: f"{prefix}{FIRST_READER[name.removeprefix(prefix).removesuffix('.weight')]}.weight"
+        for name in linears
+    }
 
-    def collect(name: str) -> None:
+    def collect(name: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            energy = args[0].float().square()
-            total = torch.einsum("btk,bt->k", energy, mask)
-            sums[name] = sums[name] + total if name in sums else total
+            assert streamed.running is not None
+            x_TK = args[0][streamed.running.inside_BT]
+            sums[name] = torch.addmm(sums[name], x_TK.T, x_TK) if name in sums else x_TK.T @ x_TK
 
-        modules[name].register_forward_pre_hook(hook)
+        return hook
 
-    modules = dict(streamed.linears())
-    for name in modules:
-        collect(name)
-    plan = list(batches(samples, BATCH_TOKENS))
-    steps = len(plan) * len(streamed.model.layers)
-    with tqdm(total=steps, desc="calibrate", unit="layer", disable=not progress) as bar:
-        for layer in streamed.model.layers:
-            layer.register_forward_hook(lambda *_: bar.update() and None)
-        for batch in plan:
-            lengths = torch.tensor([len(sample.ids) for sample in batch])
-            mask = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).float()
-            streamed.hidden_states(batch)
-    tokens = sum(len(sample.ids) for sample in samples)
-    return {name: total / tokens for name, total in sums.items()}
+    hooks = [
+        linears[name].register_forward_pre_hook(collect(name)) for name in set(sources.values())
+    ]
+    streamed.advance(states, layer)
+    for handle in hooks:
+        handle.remove()
+    tokens = sum(int(state.inside_BT.sum()) for state in states)
+    means = {source: total / tokens for source, total in sums.items()}
+    return {name: means[source] for name, source in sources.items()}

@@ -43,7 +43,7 @@ def write_card(manifest: Manifest, recipe: Recipe, target: Path) -> None:
         name=Path(manifest.expert).name,
         base=manifest.base.source,
         bits=f"{totals.bits_per_weight:.3f}",
-        scheme=recipe.linear.scheme.value,
+        scheme=recipe.linear.scheme,
         salient=recipe.linear.salient_channels,
         full_mb=f"{totals.expert_bytes / 1e6:.1f}",
         delta_mb=f"{totals.weights_file_bytes / 1e6:.1f}",

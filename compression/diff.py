@@ -72,16 +72,17 @@ class Difference:
             raise ValueError(f"tensor {spec.name!r} holds NaN or infinity: repair the checkpoint")
         return delta
 
-    def served_energy(self, spec: TensorSpec, energy_K: torch.Tensor) -> torch.Tensor:
-        """Input energy of a linear in serving, where a folded norm has the base's weight.
+    def served_moment(self, spec: TensorSpec, moment_KK: torch.Tensor) -> torch.Tensor:
+        """E[x xᵀ] of a linear's input in serving, where a folded norm has the base's weight.
 
         Args:
             spec: The linear.
-            energy_K: E[x_j²] of its input in the expert.
+            moment_KK: E[x xᵀ] of its input in the expert.
         """
         if spec.norm not in self.folded:
-            return energy_K
-        return energy_K / self._norm_ratio(spec.norm).square().clamp_min(1e-12)
+            return moment_KK
+        inverse_K = 1 / self._norm_ratio(spec.norm).to(moment_KK.device)
+        return moment_KK * inverse_K.unsqueeze(1) * inverse_K
 
     def _norm_ratio(self, norm: str) -> torch.Tensor:
         weight, tuned = self.base.load(norm).float(), self.expert.load(norm).float()

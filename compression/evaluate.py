@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from deltamux.compression.artifact import Artifact, Manifest
 from deltamux.compression.checkpoint import Checkpoint
-from deltamux.compression.forward import StreamedModel, batches
+from deltamux.compression.forward import StreamedModel, WeightSource, batches
 from deltamux.compression.reconstruct import reconstructed
 from deltamux.compression.text import Sample
 
@@ -41,6 +41,49 @@ class Evaluation:
     tokens: int
 
 
+class Reference:
+    """Base and expert on fixed text, run once and compared with any number of other models.
+
+    Args:
+        base: The shared model.
+        expert: The uncompressed fine-tune.
+        samples: Held-out conversations.
+        progress: Show a bar.
+    """
+
+    def __init__(
+        self, base: Checkpoint, expert: Checkpoint, samples: list[Sample], progress: bool = True
+    ) -> None:
+        self._base, self._expert, self._progress = base, expert, progress
+        self._plan = list(batches(samples, BATCH_TOKENS))
+        self._states = [self._run(base, base.load), self._run(expert, expert.load)]
+        self._targets = torch.cat(
+            [sample.ids[sample.response_start :] for batch in self._plan for sample in batch]
+        )
+
+    def compare(self, source: WeightSource) -> Evaluation:
+        """Measure a model that is given by its weights."""
+        states = [*self._states, self._run(self._base, source)]
+        return _compare(states, self._targets)
+
+    def _run(self, like: Checkpoint, source: WeightSource) -> "_Predictions":
+        """Final hidden states and head. Layout and configuration are the expert's."""
+        model = StreamedModel(self._expert.root, source, torch.float32, like.tied)
+        with tqdm(
+            total=model.num_layers, desc="evaluate", unit="layer", disable=not self._progress
+        ) as bar:
+            return _Predictions(model.hidden_states(self._plan, bar.update), model.head())
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    hidden_PH: torch.Tensor
+    head_VH: torch.Tensor
+
+    def log_probabilities(self, span: slice) -> torch.Tensor:
+        return functional.log_softmax(self.hidden_PH[span] @ self.head_VH.T, dim=-1)
+
+
 def evaluate(
     base: Checkpoint,
     expert: Checkpoint,
@@ -49,42 +92,24 @@ def evaluate(
     progress: bool = True,
 ) -> Evaluation:
     """Compare base, expert and decompressed expert on the samples' response tokens."""
-    models = [
-        StreamedModel(base.root, base.load, torch.float32, base.tied),
-        StreamedModel(expert.root, expert.load, torch.float32, expert.tied),
-        StreamedModel(expert.root, reconstructed(artifact, base), torch.float32, base.tied),
-    ]
-    plan = list(batches(samples, BATCH_TOKENS))
-    hidden: list[torch.Tensor] = []
-    with tqdm(total=len(plan) * 3, desc="evaluate", unit="batch", disable=not progress) as bar:
-        for model in models:
-            states = []
-            for batch in plan:
-                states.append(model.hidden_states(batch))
-                bar.update()
-            hidden.append(torch.cat(states))
-    targets = torch.cat([sample.ids[sample.response_start :] for batch in plan for sample in batch])
-    return _compare(hidden, [model.head() for model in models], targets)
+    reference = Reference(base, expert, samples, progress)
+    return reference.compare(reconstructed(artifact, base))
 
 
 @torch.no_grad()
-def _compare(
-    hidden: list[torch.Tensor], heads: list[torch.Tensor], targets: torch.Tensor
-) -> Evaluation:
+def _compare(models: list[_Predictions], targets: torch.Tensor) -> Evaluation:
     """Sums over positions, in chunks: the logits of all of them would not fit in memory."""
     nll = torch.zeros(3, dtype=torch.float64)
     kl = torch.zeros(3, dtype=torch.float64)
     agreed = 0
     for start in range(0, len(targets), HEAD_CHUNK):
         span = slice(start, start + HEAD_CHUNK)
-        logs = [
-            functional.log_softmax(states[span] @ head.T, dim=-1)
-            for states, head in zip(hidden, heads, strict=True)
-        ]
-        expert = logs[1]
+        logs = [model.log_probabilities(span) for model in models]
+        expert, wanted = logs[1], targets[span].to(logs[1].device)
         for index, log in enumerate(logs):
-            nll[index] += functional.nll_loss(log, targets[span], reduction="sum").double()
-            kl[index] += functional.kl_div(log, expert, log_target=True, reduction="sum").double()
+            nll[index] += functional.nll_loss(log, wanted, reduction="sum").double().cpu()
+            divergence = functional.kl_div(log, expert, log_target=True, reduction="sum")
+            kl[index] += divergence.double().cpu()
         agreed += int((logs[2].argmax(dim=-1) == expert.argmax(dim=-1)).sum())
     nll, kl = nll / len(targets), kl / len(targets)
     gain = float(nll[0] - nll[1])

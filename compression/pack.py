@@ -6,9 +6,15 @@
   above, so that every code is read by aligned loads.
 - ternary: codes 0, 1, 2 as base-3 digits, five a byte (3^5 = 243 ≤ 256), the first code the lowest
   digit, rows padded with zeros to a whole byte: 1.6 bits a code.
+- deflated: all codes of a matrix, row after row, as base-L digits of bytes (L levels, as many digits as
+  L^n ≤ 256 allows, the first the lowest, the last byte filled up with the level nearest to zero), the
+  bytes as one raw deflate stream (RFC 1951) of run lengths and Huffman codes. Close to the entropy
+  of the codes, which is what uniform steps with most codes zero are good at.
 
 Shapes: N rows, K codes a row, W words a row.
 """
+
+import zlib
 
 import torch
 
@@ -73,6 +79,57 @@ def unpack_trits(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """The inverse of `pack_trits`: uint8 codes, shape [N, columns]."""
     digits = packed.to(torch.int32).unsqueeze(-1) // _POWERS_OF_3 % 3
     return digits.to(torch.uint8).view(packed.shape[0], -1)[:, :columns].contiguous()
+
+
+def digits_per_byte(levels: int) -> int:
+    """How many base-`levels` digits a byte holds."""
+    digits = 1
+    while levels ** (digits + 1) <= 256:
+        digits += 1
+    return digits
+
+
+def deflate(codes_NK: torch.Tensor, levels: int, fill: int) -> torch.Tensor:
+    """Entropy-code a matrix of codes below `levels`: uint8 [bytes]."""
+    digits = digits_per_byte(levels)
+    flat = codes_NK.reshape(-1).to(torch.uint8)
+    short = -len(flat) % digits
+    padded = torch.cat([flat, flat.new_full((short,), fill)]).view(-1, digits)
+    packed = padded[:, -1].clone()
+    for digit in reversed(range(digits - 1)):
+        packed = packed.mul_(levels).add_(padded[:, digit])
+    encoder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
+    stream = encoder.compress(packed.numpy().data) + encoder.flush()
+    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+
+
+def inflate(stream: torch.Tensor, levels: int, rows: int, columns: int) -> torch.Tensor:
+    """The inverse of `deflate`: uint8 codes, shape [rows, columns].
+
+    Raises:
+        ValueError: The stream is damaged, or holds another number of codes.
+    """
+    digits = digits_per_byte(levels)
+    count = -(-rows * columns // digits)
+    decoder = zlib.decompressobj(-15)
+    try:
+        # One byte more than wanted, never all that a damaged stream might grow to.
+        content = decoder.decompress(stream.numpy().tobytes(), count + 1)
+    except zlib.error as error:
+        raise ValueError(f"a stream of codes is damaged ({error}): copy the file again") from error
+    if len(content) != count:
+        raise ValueError(
+            f"a stream of codes holds {len(content)} bytes or more, {count} are wanted: "
+            "copy the file again"
+        )
+    packed = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    flat = torch.empty(count, digits, dtype=torch.uint8)
+    for digit in range(digits):
+        flat[:, digit] = packed % levels
+        packed = packed // levels
+    if int(flat.max()) >= levels or bool(packed.any()):
+        raise ValueError(f"a stream of codes exceeds {levels} levels: copy the file again")
+    return flat.view(-1)[: rows * columns].view(rows, columns)
 
 
 def pack_bitmap(mask: torch.Tensor) -> torch.Tensor:

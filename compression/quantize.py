@@ -31,6 +31,7 @@ class Scheme(StrEnum):
 
     SIGN = "sign"
     TERNARY = "ternary"
+    QUINARY = "quinary"
     INT2 = "int2"
     INT3 = "int3"
     INT4 = "int4"
@@ -38,7 +39,7 @@ class Scheme(StrEnum):
     @property
     def levels(self) -> int:
         """Number of codes."""
-        return {"sign": 2, "ternary": 3, "int2": 4, "int3": 8, "int4": 16}[self.value]
+        return {"sign": 2, "ternary": 3, "quinary": 5, "int2": 4, "int3": 8, "int4": 16}[self.value]
 
     @property
     def zero_point(self) -> float:
@@ -48,7 +49,14 @@ class Scheme(StrEnum):
     @property
     def unit_step(self) -> float:
         """A starting step in standard deviations: near-optimal for a Gaussian (Max 1960)."""
-        return {"sign": 1.6, "ternary": 1.22, "int2": 1.0, "int3": 0.59, "int4": 0.335}[self.value]
+        return {
+            "sign": 1.6,
+            "ternary": 1.22,
+            "quinary": 0.84,
+            "int2": 1.0,
+            "int3": 0.59,
+            "int4": 0.335,
+        }[self.value]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class QuantizedDelta:
         channels_C: int64 input channels that have codes, ascending; None: all K.
         salient_channels_S: int64 input channels with a 16-bit part, ascending.
         salient_values_NS: bfloat16 what the codes leave over in those channels.
+        deflated: Whether the codes are stored under an entropy code instead of at a fixed width.
     """
 
     scheme: Scheme
@@ -74,6 +83,7 @@ class QuantizedDelta:
     channels_C: torch.Tensor | None = None
     salient_channels_S: torch.Tensor | None = None
     salient_values_NS: torch.Tensor | None = None
+    deflated: bool = False
 
     def dequantize(self) -> torch.Tensor:
         """Δ̂, float32 [N, K]."""
@@ -131,22 +141,36 @@ def quantize(
     )
 
 
-def quantize_changed_rows(delta_VK: torch.Tensor, scheme: Scheme) -> QuantizedDelta:
+def quantize_changed_rows(
+    delta_VK: torch.Tensor, scheme: Scheme | None, step: float = 1.0
+) -> QuantizedDelta:
     """Quantize an embedding's or lm_head's delta; rows that did not change get no codes.
 
     Args:
         delta_VK: The delta, float32 [vocabulary, hidden], not all zero.
-        scheme: Levels.
+        scheme: Levels with a step a row; None: one step under an entropy code.
+        step: That one step, in standard deviations of the rows that changed.
     """
     changed_R = delta_VK.any(dim=1).nonzero().squeeze(1)
-    flat_K = torch.ones(delta_VK.shape[1])
-    codes_RK, steps_R = quantize_rows(delta_VK[changed_R], scheme, flat_K)
+    changed_RK = delta_VK[changed_R]
+    if scheme is None:
+        deviation = float(changed_RK.square().mean().sqrt())
+        levels_RK = (changed_RK / (deviation * step)).round_().clamp_(-7, 7)
+        # What rounding takes off the delta itself is put back (see `ladder.py`).
+        overlap = float((levels_RK * changed_RK).sum())
+        stretch = float(changed_RK.square().sum()) / overlap if overlap > 0 else deviation * step
+        codes_RK = (levels_RK + Scheme.INT4.zero_point).to(torch.uint8)
+        steps_R = torch.full((len(changed_R),), stretch, dtype=torch.bfloat16)
+    else:
+        flat_K = torch.ones(delta_VK.shape[1])
+        codes_RK, steps_R = quantize_rows(changed_RK, scheme, flat_K)
     return QuantizedDelta(
-        scheme,
+        scheme or Scheme.INT4,
         (delta_VK.shape[0], delta_VK.shape[1]),
         codes_RK,
         steps_R,
         rows_R=changed_R if len(changed_R) < len(delta_VK) else None,
+        deflated=scheme is None,
     )
 
 
@@ -159,13 +183,14 @@ def quantize_rows(
     steps_N = torch.empty(len(delta_NK), dtype=torch.bfloat16)
     for start in range(0, len(delta_NK), ROW_BLOCK):
         block = slice(start, start + ROW_BLOCK)
-        steps_N[block] = _search_steps(delta_NK[block], scheme, weights_K).to(torch.bfloat16)
+        steps_N[block] = search_steps(delta_NK[block], scheme, weights_K).to(torch.bfloat16)
         levels = _levels(delta_NK[block], scheme, steps_N[block].float())
         codes_NK[block] = (levels + scheme.zero_point).to(torch.uint8)
     return codes_NK, steps_N
 
 
-def _search_steps(delta_NK: torch.Tensor, scheme: Scheme, weights_K: torch.Tensor) -> torch.Tensor:
+def search_steps(delta_NK: torch.Tensor, scheme: Scheme, weights_K: torch.Tensor) -> torch.Tensor:
+    """The step of every row, float32 [N], of least squared error with channels weighted."""
     deviation_N = (delta_NK.square() @ weights_K / delta_NK.shape[1]).sqrt()
     best_steps_N = torch.zeros_like(deviation_N)
     best_error_N = torch.full_like(deviation_N, torch.inf)

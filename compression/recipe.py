@@ -1,29 +1,130 @@
 """What a compression is to do, as a YAML file (`recipe.yaml` inside every artifact)."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deltamux.compression.prune import Pattern, Score
 from deltamux.compression.quantize import Scheme
+
+CODED = "coded"
+DEFAULT_BITS = 1.0
+
+
+class Method(StrEnum):
+    """How bytes are shared out among the matrices (see `allocate.py`)."""
+
+    KNAPSACK = "knapsack"
+    KNAPSACK_ATP = "knapsack-atp"
+    UNIFORM = "uniform"
+    ATP = "atp"
+    EVOLUTION = "evolution"
+    FCPTS = "fcpts"
+
+
+class Importance(StrEnum):
+    """What an error of a matrix is taken to cost."""
+
+    WEIGHTS = "weights"
+    ENERGY = "energy"
+    FISHER = "fisher"
+
+
+class ObjectiveKind(StrEnum):
+    """What searching methods minimise: the sum of importance and error, or the result's divergence."""
+
+    PREDICTED = "predicted"
+    MEASURED = "measured"
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LinearRecipe(_Model):
-    """The decoder's linears: low-bit codes, and a few input channels in 16 bit."""
+class PruningRecipe(_Model):
+    """Rates by dropping elements instead of by coarser steps."""
 
-    scheme: Scheme = Scheme.INT2
-    salient_channels: int = Field(default=8, ge=0)
+    score: Score = Score.SPARSEGPT
+    pattern: Pattern = Pattern.UNSTRUCTURED
+
+
+class LinearRecipe(_Model):
+    """The decoder's linears.
+
+    `coded`: one step a matrix under an entropy code, any rate. The other schemes have codes of a
+    fixed width, a step a row, and `salient_channels` input channels in 16 bit.
+    """
+
+    scheme: Literal["coded", "sign", "ternary", "int2", "int3", "int4"] = "coded"
+    salient_channels: int = Field(default=0, ge=0)
+    feedback: bool = True
+    pruning: PruningRecipe | None = None
+
+    @property
+    def fixed_scheme(self) -> Scheme | None:
+        """The scheme of fixed width, or None for coded linears."""
+        return None if self.scheme == CODED else Scheme(self.scheme)
+
+
+class ProposerRecipe(_Model):
+    """An OpenAI-compatible endpoint that proposes offspring to the evolutionary search."""
+
+    base_url: str
+    model: str
+
+
+class AllocationRecipe(_Model):
+    """How much the linears (or the whole artifact) may take: one of the three, else 1 bit.
+
+    Attributes:
+        bits: Bits per linear weight, scales and indices included.
+        num_bytes: Bytes of the whole weights file.
+        target_kl: Nats per token between expert and result on the held-out text.
+    """
+
+    method: Method = Method.KNAPSACK
+    importance: Importance = Importance.ENERGY
+    objective: ObjectiveKind = ObjectiveKind.PREDICTED
+    proposer: ProposerRecipe | None = None
+    bits: float | None = Field(default=None, gt=0)
+    num_bytes: int | None = Field(default=None, gt=0)
+    target_kl: float | None = Field(default=None, gt=0)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit."""
+        return any((self.bits, self.num_bytes, self.target_kl))
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        given = [v for v in (self.bits, self.num_bytes, self.target_kl) if v is not None]
+        if len(given) > 1:
+            raise ValueError("give one of bits, num_bytes and target_kl, not several")
+        if self.proposer is not None and self.method is not Method.EVOLUTION:
+            raise ValueError(f"a proposer needs method 'evolution', got {self.method.value!r}")
+        return self
 
 
 class EmbeddingRecipe(_Model):
-    """Embedding and lm_head: codes of the rows that changed."""
+    """Embedding and lm_head: the rows that changed, with `step` in their own standard deviations."""
 
-    scheme: Scheme = Scheme.INT4
+    scheme: Literal["coded", "int2", "int3", "int4"] = "coded"
+    step: float = Field(default=1.0, gt=0)
+
+    @property
+    def fixed_scheme(self) -> Scheme | None:
+        """The scheme of fixed width, or None for coded rows."""
+        return None if self.scheme == CODED else Scheme(self.scheme)
+
+
+class DistillationRecipe(_Model):
+    """Training of the steps against the expert's predictions; none by default."""
+
+    steps: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=1e-2, gt=0)
 
 
 class CalibrationRecipe(_Model):
@@ -34,12 +135,40 @@ class CalibrationRecipe(_Model):
 
 
 class Recipe(_Model):
-    """ME-Switch's method: salient input channels in 16 bit, the others in 2 bit."""
+    """What is done to an expert; the default is the preset `balanced`."""
 
     version: Literal[1] = 1
     linear: LinearRecipe = LinearRecipe()
+    allocation: AllocationRecipe = AllocationRecipe()
     embedding: EmbeddingRecipe = EmbeddingRecipe()
+    distillation: DistillationRecipe = DistillationRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.linear.scheme != CODED and self.allocation.limited:
+            raise ValueError(
+                f"the fixed width of {self.linear.scheme!r} leaves nothing to allocate: drop "
+                "bits, num_bytes and target_kl, or use scheme 'coded'"
+            )
+        if self.linear.scheme != CODED and self.linear.pruning:
+            raise ValueError(f"pruning needs scheme 'coded', got {self.linear.scheme!r}")
+        return self
+
+
+def me_switch() -> Recipe:
+    """ME-Switch without its distillation: 2 bit, eight salient input channels in 16 bit."""
+    return Recipe(
+        linear=LinearRecipe(scheme="int2", salient_channels=8, feedback=False),
+        embedding=EmbeddingRecipe(scheme="int4"),
+    )
+
+
+PRESETS = {
+    "small": Recipe(allocation=AllocationRecipe(bits=0.5), embedding=EmbeddingRecipe(step=2.0)),
+    "balanced": Recipe(allocation=AllocationRecipe(bits=DEFAULT_BITS)),
+    "faithful": Recipe(allocation=AllocationRecipe(bits=2.0), embedding=EmbeddingRecipe(step=0.5)),
+}
 
 
 def load_recipe(path: Path | None) -> Recipe:
@@ -49,7 +178,7 @@ def load_recipe(path: Path | None) -> Recipe:
         ValueError: The file is not a recipe; the message names the field.
     """
     if path is None:
-        return Recipe()
+        return PRESETS["balanced"]
     try:
         return Recipe.model_validate(yaml.safe_load(path.read_text()) or {})
     except (ValidationError, yaml.YAMLError) as error:

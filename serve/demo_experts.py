@@ -73,17 +73,14 @@ def train_expert(
             f"steps and batch_size must be positive, got {steps} and {batch_size}; pass 1 or more"
         )
     started = time.perf_counter()
-    model, tokenizer = _load(base)
+    model, tokenizer = load_model(base)
     encoded = demo_batches.encode(tokenizer, examples)
     batches = demo_batches.shuffled(encoded, batch_size, steps, seed)
     bar = tqdm(batches, desc=target.name, total=steps, unit="step", disable=not progress)
     stepping = time.perf_counter()
-    losses = _fit(model, bar, steps, learning_rate)
+    losses = fit_model(model, bar, steps, learning_rate)
     per_step = (time.perf_counter() - stepping) / steps
-    model.to(model.config.dtype)
-    with staged_directory(target) as staging, quiet_transformers():
-        tokenizer.save_pretrained(staging)
-        model.save_pretrained(staging)
+    save_model(model, tokenizer, target)
     changed = _changed_share(model, base)
     seconds = time.perf_counter() - started
     return TrainReport(steps, seconds, per_step, losses[0], losses[-1], changed)
@@ -91,7 +88,7 @@ def train_expert(
 
 def held_out_loss(checkpoint: Path, examples: Sequence[Example], batch_size: int = 16) -> float:
     """Return the mean negative log-likelihood of the responses' tokens, in nats."""
-    model, tokenizer = _load(checkpoint)
+    model, tokenizer = load_model(checkpoint)
     model.eval()
     encoded = demo_batches.encode(tokenizer, examples)
     with torch.inference_mode():
@@ -102,7 +99,7 @@ def held_out_loss(checkpoint: Path, examples: Sequence[Example], batch_size: int
     return float(torch.cat(losses).mean())
 
 
-def _load(checkpoint: Path) -> tuple[Any, Any]:
+def load_model(checkpoint: Path) -> tuple[Any, Any]:
     """Return the model in float32, its config still naming the stored type, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -112,17 +109,28 @@ def _load(checkpoint: Path) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(checkpoint)
 
 
-def _fit(model: Any, batches: "tqdm[demo_batches.Batch]", steps: int, rate: float) -> list[float]:
-    """Train in place, showing the loss on the bar; return the loss of every step."""
+def save_model(model: Any, tokenizer: Any, target: Path) -> None:
+    """Round a model to its stored type and write it; `target` appears only when it is complete."""
+    model.to(model.config.dtype)
+    with staged_directory(target) as staging, quiet_transformers():
+        tokenizer.save_pretrained(staging)
+        model.save_pretrained(staging)
+
+
+def fit_model(
+    model: Any, batches: "tqdm[demo_batches.Batch]", steps: int, rate: float
+) -> list[float]:
+    """Train what requires gradients in place; return the loss of every step."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
     losses = []
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = rate * rate_share(step, steps)
         loss = demo_batches.response_loss(model, batch).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

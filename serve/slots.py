@@ -79,7 +79,7 @@ def payload_bytes(payload: Payload) -> int:
 def signed_levels(quantized: QuantizedDelta) -> tuple[torch.Tensor, torch.Tensor]:
     """Levels (int8 [N, K]) and steps (float32 [N]) of a matrix over all its rows and channels."""
     scheme = quantized.scheme
-    doubled = scheme not in (Scheme.TERNARY, Scheme.INT4)
+    doubled = scheme.zero_point % 1 != 0
     factor = 2 if doubled else 1
     zero = int(scheme.zero_point * factor)
     levels = quantized.codes_RC.to(torch.int8).mul_(factor).sub_(zero)

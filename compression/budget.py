@@ -1,0 +1,157 @@
+"""From a limit (bits, bytes, or divergence) to a rung for every linear."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from deltamux.compression.allocate import Allocator, Choice, Curve, Rung, allocate
+from deltamux.compression.allocate_evolution import evolve
+from deltamux.compression.allocate_llm import LlmOperator
+from deltamux.compression.checkpoint import Checkpoint
+from deltamux.compression.diff import Difference
+from deltamux.compression.evaluate import Evaluation
+from deltamux.compression.recipe import (
+    DEFAULT_BITS,
+    AllocationRecipe,
+    Importance,
+    ObjectiveKind,
+)
+from deltamux.compression.sensitivity import output_sensitivity
+from deltamux.compression.text import Sample
+from deltamux.compression.workspace import Measured
+from deltamux.compression.write import Draft, linear_weights
+
+# What safetensors' header spends on a tensor besides its name: dtype, shape, two offsets.
+HEADER_BYTES = 100
+# The search for a divergence: bits to start from, and how often the result is written and measured.
+SEARCH_BITS = (0.1, 6.0)
+SEARCH_STEPS = 7
+SENSITIVITY_SAMPLES = 24
+
+Attempt = Callable[[Choice], Evaluation | None]
+
+
+def choose(
+    recipe: AllocationRecipe,
+    difference: Difference,
+    curves: list[Curve],
+    fixed: Draft,
+    attempt: Attempt,
+) -> Choice:
+    """A rung for every matrix: 0 for no delta, i for its i-th entry.
+
+    Args:
+        recipe: The limit and how to share it out.
+        difference: Base and expert.
+        curves: The matrices' ladders, of `rate_curves`.
+        fixed: What takes bytes besides the linears.
+        attempt: Writes a choice and measures it.
+
+    Raises:
+        ValueError: The limit cannot be kept.
+    """
+    if all(len(curve.rungs) == 2 for curve in curves) and not recipe.limited:
+        return [1] * len(curves)
+    weights = linear_weights(difference)
+
+    def objective(choice: Choice) -> float:
+        result = attempt(choice)
+        if result is None:
+            raise ValueError("objective 'measured' needs held-out text: pass --held-out")
+        return result.kl
+
+    measured = objective if recipe.objective is ObjectiveKind.MEASURED else None
+    method = _method(recipe)
+
+    def at_bits(bits: float) -> Choice:
+        return allocate(method, curves, int(bits * weights / 8), measured)
+
+    if recipe.num_bytes is not None:
+        budget = recipe.num_bytes - _overhead(curves, fixed)
+        if budget < 0:
+            raise ValueError(
+                f"num_bytes must be at least {recipe.num_bytes - budget:,} for embedding, norms and "
+                f"headers alone, got {recipe.num_bytes:,}: raise it or the embedding's step"
+            )
+        return allocate(method, curves, budget, measured)
+    if recipe.target_kl is not None:
+        return _search(recipe.target_kl, at_bits, attempt)
+    return at_bits(recipe.bits or DEFAULT_BITS)
+
+
+def importances(
+    kind: Importance, measured: list[Measured], expert: Checkpoint, samples: list[Sample]
+) -> list[float]:
+    """What the loss of all of a matrix's delta is taken to cost.
+
+    The root of energies, not energies: what rounding takes off the deltas points the same way in
+    every matrix, so that amplitudes add up, not squares.
+    """
+    if kind is Importance.WEIGHTS:
+        return [float(_num_weights(matrix)) for matrix in measured]
+    if kind is Importance.ENERGY:
+        return [math.sqrt(matrix.energy) for matrix in measured]
+    felt = output_sensitivity(expert, samples[:SENSITIVITY_SAMPLES])
+    return [math.sqrt(matrix.energy * float(felt[matrix.name].mean())) for matrix in measured]
+
+
+def rate_curves(measured: list[Measured], importance: list[float]) -> list[Curve]:
+    """The measured ladders as the allocators read them."""
+    return [
+        Curve(
+            name=matrix.name,
+            layer=matrix.layer,
+            num_weights=_num_weights(matrix),
+            importance=cost,
+            rungs=(
+                Rung(0, 1.0),
+                *(Rung(entry.bytes, entry.error) for entry in matrix.entries),
+            ),
+        )
+        for matrix, cost in zip(measured, importance, strict=True)
+    ]
+
+
+def _method(recipe: AllocationRecipe) -> str | Allocator:
+    """The allocator, with a language model to propose offspring where the recipe names one."""
+    if recipe.proposer is None:
+        return recipe.method.value
+    operator = LlmOperator(recipe.proposer.base_url, recipe.proposer.model)
+    return partial(evolve, operator=operator)
+
+
+def _num_weights(matrix: Measured) -> int:
+    rows, columns = matrix.entries[0].shape
+    return rows * columns
+
+
+def _overhead(curves: list[Curve], fixed: Draft) -> int:
+    """Bytes of the weights file besides the linears' tensors, as an upper bound."""
+    names = [*fixed.tensors, *(f"{curve.name}.deflated" for curve in curves)]
+    names += [f"{curve.name}.steps" for curve in curves]
+    tensors = sum(value.numel() * value.element_size() for value in fixed.tensors.values())
+    return tensors + sum(len(name) + HEADER_BYTES for name in names)
+
+
+def _search(target: float, at_bits: Callable[[float], Choice], attempt: Attempt) -> Choice:
+    """The fewest bits whose measured divergence stays within the target, by bisection of log bits."""
+    low, high = SEARCH_BITS
+    best = at_bits(high)
+    result = attempt(best)
+    if result is None:
+        raise ValueError("target_kl needs held-out text to measure on: pass --held-out")
+    if result.kl > target:
+        raise ValueError(
+            f"target_kl {target:g} cannot be met: the finest rungs reach {result.kl:.3g} nats per "
+            "token; raise the target, lower the embedding's step, or use --lossless"
+        )
+    for _ in range(SEARCH_STEPS):
+        middle = (low * high) ** 0.5
+        choice = at_bits(middle)
+        result = attempt(choice)
+        assert result is not None
+        if result.kl <= target:
+            best, high = choice, middle
+        else:
+            low = middle
+    return best

@@ -1,0 +1,149 @@
+"""Scale distillation: codes stay, steps learn from the expert's predictions.
+
+The divergence KL(expert ‖ compressed) on calibration text is lowered over one factor for every
+matrix's steps (ME-Switch, arXiv 2406.09041, and BitDelta, arXiv 2402.10193, train scales against the
+expert's outputs). With y = (W + e^θ Δ̂) x the gradient is
+
+    ∂KL/∂θ = Σ_t ⟨∂KL/∂y_t , e^θ Δ̂ x_t⟩ .
+
+What the layer-wise stretch of `ladder.py` cannot see, because errors meet in later layers and on text that
+was not calibrated on, is learned here. A few passes of Adam (Kingma & Ba 2014, arXiv 1412.6980) suffice,
+as the factors start close to one. Base, codes and expert stream layer by layer, so that memory holds
+one layer and the activations between layers.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from deltamux.compression.artifact import Artifact
+from deltamux.compression.backward import Activated, final_gradients, layer_gradients
+from deltamux.compression.checkpoint import Checkpoint
+from deltamux.compression.forward import StreamedModel, WeightSource, batches
+from deltamux.compression.recipe import DistillationRecipe
+from deltamux.compression.reconstruct import reconstructed
+from deltamux.compression.text import Sample
+
+BATCH_TOKENS = 2_048
+# A factor outside of these bounds would mean another fine-tune, not a better scale.
+MAX_FACTOR = 2.0
+
+
+def distil(
+    base: Checkpoint,
+    expert: Checkpoint,
+    artifact: Artifact,
+    samples: list[Sample],
+    recipe: DistillationRecipe,
+    *,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Learn a factor for the steps of every matrix of the decoder.
+
+    Args:
+        base: The shared model.
+        expert: The teacher.
+        artifact: The compressed expert.
+        samples: Conversations to learn from, best ones that the codes were not fitted to.
+        recipe: Passes over the samples, and Adam's first learning rate.
+        progress: Show a bar.
+
+    Returns:
+        Weight name to factor: that of the pass with the lowest divergence.
+    """
+    plan = list(batches(samples, BATCH_TOKENS))
+    teacher = _Teacher(expert, plan)
+    names = [name for name, entry in artifact.entries.items() if entry.role == "linear"]
+    logs = torch.zeros(len(names), requires_grad=True)
+    optimizer = torch.optim.Adam([logs], lr=recipe.learning_rate)
+    best, best_kl = dict.fromkeys(names, 1.0), math.inf
+    with tqdm(total=recipe.steps + 1, desc="distil", unit="pass", disable=not progress) as bar:
+        for step in range(recipe.steps + 1):
+            factors = dict(zip(names, logs.detach().exp().tolist(), strict=True))
+            kl, slopes = _gradient(base, expert, artifact, teacher, factors)
+            if kl < best_kl:
+                best, best_kl = factors, kl
+            bar.update()
+            bar.set_postfix(kl=f"{kl:.5f}")
+            logs.grad = torch.tensor([slopes[name] for name in names])
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / (recipe.steps + 1))
+            optimizer.step()
+            with torch.no_grad():
+                logs.clamp_(-math.log(MAX_FACTOR), math.log(MAX_FACTOR))
+    return best
+
+
+class _Teacher:
+    """The expert's final hidden states on every batch."""
+
+    def __init__(self, expert: Checkpoint, plan: list[list[Sample]]) -> None:
+        model = StreamedModel(expert.root, expert.load, torch.float32, expert.tied)
+        self.plan = plan
+        self.head_VH = model.head()
+        states = model.start(plan)
+        for layer in range(model.num_layers):
+            model.advance(states, layer)
+        with torch.no_grad():
+            self.hidden = [model.final(state) for state in states]
+
+    def log_probabilities(self, batch: int) -> torch.Tensor:
+        return functional.log_softmax(self.hidden[batch] @ self.head_VH.T, dim=-1)
+
+
+def _gradient(
+    base: Checkpoint,
+    expert: Checkpoint,
+    artifact: Artifact,
+    teacher: _Teacher,
+    factors: dict[str, float],
+) -> tuple[float, dict[str, float]]:
+    """KL in nats per predicting position, and its slope in the logarithm of every factor."""
+    source = _scaled(reconstructed(artifact, base), base, factors)
+    student = StreamedModel(expert.root, source, torch.float32, base.tied)
+    run = Activated.through(student, teacher.plan)
+    positions = sum(len(state.targets_P) for state in run.states)
+    head_VH = student.head()
+    total = 0.0
+
+    def at(final_PH: torch.Tensor, batch: int) -> torch.Tensor:
+        nonlocal total
+        log, wanted = (
+            functional.log_softmax(final_PH @ head_VH.T, dim=-1),
+            teacher.log_probabilities(batch),
+        )
+        total += float(functional.kl_div(log, wanted, log_target=True, reduction="sum"))
+        return (log.exp() - wanted.exp()) @ head_VH / positions
+
+    gradients = final_gradients(run, at)
+    slopes: dict[str, float] = {}
+    deltas: dict[str, torch.Tensor] = {}
+
+    def add_slope(name: str, x_BTK: torch.Tensor, gradient_BTN: torch.Tensor) -> None:
+        if name in factors:
+            if name not in deltas:
+                deltas[name] = artifact.quantized(name).dequantize().to(x_BTK.device)
+            product_BTN = x_BTK @ deltas[name].T
+            slopes[name] = slopes.get(name, 0.0) + factors[name] * float(
+                (product_BTN * gradient_BTN).sum()
+            )
+
+    for layer in reversed(range(student.num_layers)):
+        gradients = layer_gradients(run, layer, gradients, add_slope)
+        deltas.clear()
+    return total / positions, slopes
+
+
+def _scaled(
+    source: WeightSource, base: Checkpoint, factors: dict[str, float]
+) -> Callable[[str], torch.Tensor]:
+    def load(name: str) -> torch.Tensor:
+        weight = source(name)
+        if name not in factors:
+            return weight
+        plain = base.load(name).float()
+        return plain + (weight - plain) * factors[name]
+
+    return load

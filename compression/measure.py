@@ -1,0 +1,153 @@
+"""Layer by layer: second moments of the inputs, then every rung of every linear's ladder."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from tqdm import tqdm
+
+from deltamux.compression.architecture import Role, TensorSpec
+from deltamux.compression.artifact import (
+    ChannelClasses,
+    TensorEntry,
+    encode_matrix,
+    tensor_bytes,
+)
+from deltamux.compression.calibrate import second_moments
+from deltamux.compression.diff import Difference
+from deltamux.compression.feedback import Curvature, curvature
+from deltamux.compression.ladder import Linear, coded_rungs, fixed_rung, pruned_rungs
+from deltamux.compression.quantize import QuantizedDelta, quantize
+from deltamux.compression.recipe import LinearRecipe, Recipe
+from deltamux.compression.text import Sample
+from deltamux.compression.workspace import Measured, Workspace, rung_name
+
+
+def measure(
+    difference: Difference,
+    recipe: Recipe,
+    calibration: list[Sample],
+    work: Workspace,
+    progress: bool = True,
+) -> list[Measured]:
+    """Measure the ladder of every linear whose delta is not zero.
+
+    Args:
+        difference: Base and expert.
+        recipe: Schemes, or scores and patterns, of the rungs.
+        calibration: Conversations the second moments are collected on.
+        work: Where finished layers are kept; those it has are not measured again.
+        progress: Show a bar.
+    """
+    by_layer: dict[int, list[TensorSpec]] = {}
+    for spec in difference.specs:
+        if spec.role is Role.LINEAR and spec.layer is not None:
+            by_layer.setdefault(spec.layer, []).append(spec)
+    missing = [layer for layer in by_layer if not work.has(layer)]
+    if missing:
+        bar = tqdm(total=len(by_layer), desc="compress", unit="layer", disable=not progress)
+        with bar:
+            for layer, moments in second_moments(difference.expert, calibration, work.has):
+                if moments:
+                    _measure_layer(difference, recipe.linear, by_layer[layer], moments, work)
+                bar.update()
+                if layer == missing[-1]:
+                    break
+    return [matrix for layer in by_layer for matrix in work.measured(layer)]
+
+
+def measure_key(
+    difference: Difference, recipe: Recipe, calibration: list[Sample]
+) -> dict[str, object]:
+    """What measured layers depend on: weights, text, and the rungs asked for."""
+    digest = hashlib.sha256()
+    for sample in calibration:
+        digest.update(sample.ids.numpy().tobytes())
+    return {
+        "base": {spec.name: difference.base.sha256(spec.name) for spec in difference.specs},
+        "expert": {spec.name: difference.expert.sha256(spec.name) for spec in difference.specs},
+        "linear": recipe.linear.model_dump(mode="json"),
+        "calibration": digest.hexdigest(),
+    }
+
+
+def matrix_entry(
+    spec: TensorSpec,
+    quantized: QuantizedDelta,
+    tensors: dict[str, torch.Tensor],
+    *,
+    error: float,
+    folded_norm: str | None = None,
+) -> TensorEntry:
+    """What the manifest says of a quantized matrix."""
+    coded, salient = quantized.channels_C, quantized.salient_channels_S
+    columns = quantized.shape[1]
+    num_coded = columns if coded is None else len(coded)
+    return TensorEntry(
+        name=spec.name,
+        role=spec.role,
+        scheme=quantized.scheme,
+        shape=quantized.shape,
+        rows=None if quantized.rows_R is None else len(quantized.rows_R),
+        deflated=quantized.deflated,
+        classes=ChannelClasses(
+            coded=num_coded,
+            salient=0 if salient is None else len(salient),
+            dropped=columns - num_coded,
+        ),
+        folded_norm=folded_norm,
+        bytes=tensor_bytes(tensors),
+        error=error,
+    )
+
+
+def _measure_layer(
+    difference: Difference,
+    recipe: LinearRecipe,
+    specs: list[TensorSpec],
+    moments: dict[str, torch.Tensor],
+    work: Workspace,
+) -> None:
+    measured: list[Measured] = []
+    kept: dict[str, torch.Tensor] = {}
+    factors: dict[int, tuple[torch.Tensor, Curvature]] = {}
+    for spec in specs:
+        moment_KK = moments[spec.name]
+        delta_NK = difference.delta(spec).to(moment_KK.device)
+        if not delta_NK.any():
+            continue
+        # Linears that read the same activations share one factorization.
+        if id(moment_KK) not in factors:
+            served_KK = difference.served_moment(spec, moment_KK)
+            factors[id(moment_KK)] = served_KK, curvature(served_KK)
+        linear = Linear(delta_NK, *factors[id(moment_KK)])
+        folded = spec.norm if spec.norm in difference.folded else None
+        rungs = []
+        for quantized in _rungs(linear, recipe):
+            tensors = encode_matrix(spec.name, quantized)
+            error = linear.lost(quantized.dequantize().to(delta_NK.device))
+            entry = matrix_entry(spec, quantized, tensors, error=error, folded_norm=folded)
+            rungs.append((entry, tensors))
+        rungs.sort(key=lambda rung: rung[0].bytes)
+        for index, (_, tensors) in enumerate(rungs):
+            kept |= {rung_name(key, index): value for key, value in tensors.items()}
+        if rungs:
+            assert spec.layer is not None
+            entries = tuple(entry for entry, _ in rungs)
+            measured.append(Measured(spec.name, spec.layer, linear.energy, entries))
+    assert specs[0].layer is not None
+    work.save(specs[0].layer, measured, kept)
+
+
+def _rungs(linear: Linear, recipe: LinearRecipe) -> Iterator[QuantizedDelta]:
+    scheme = recipe.fixed_scheme
+    if scheme is None and recipe.pruning is None:
+        yield from coded_rungs(linear)
+    elif scheme is None:
+        assert recipe.pruning is not None
+        yield from pruned_rungs(linear, recipe.pruning.score, recipe.pruning.pattern)
+    elif recipe.feedback:
+        yield fixed_rung(linear, scheme, recipe.salient_channels)
+    else:
+        energy_K = linear.moment_KK.diagonal().cpu()
+        yield quantize(linear.delta_NK.cpu(), scheme, energy_K, recipe.salient_channels)

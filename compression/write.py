@@ -1,0 +1,178 @@
+"""Write an artifact: the fixed part of an expert and the chosen rung of every linear."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from deltamux.compression.allocate import Choice
+from deltamux.compression.architecture import Role, TensorSpec
+from deltamux.compression.artifact import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    BaseIdentity,
+    Manifest,
+    TensorEntry,
+    Totals,
+    deltamux_version,
+    encode_matrix,
+    file_sha256,
+    read_manifest,
+    tensor_bytes,
+)
+from deltamux.compression.checkpoint import CONFIG_FILE
+from deltamux.compression.diff import Difference
+from deltamux.compression.evaluate import Evaluation
+from deltamux.compression.measure import matrix_entry
+from deltamux.compression.quantize import quantize_changed_rows
+from deltamux.compression.recipe import EmbeddingRecipe, Recipe, dump_recipe
+from deltamux.compression.workspace import Measured, Workspace
+
+
+@dataclass
+class Draft:
+    """Tensors and manifest entries of an artifact that is not written yet."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    entries: list[TensorEntry] = field(default_factory=list)
+
+    def add(self, entry: TensorEntry, tensors: dict[str, torch.Tensor]) -> None:
+        """Take one weight."""
+        self.entries.append(entry)
+        self.tensors.update(tensors)
+
+    def with_linears(
+        self,
+        work: Workspace,
+        measured: list[Measured],
+        choice: Choice,
+        factors: dict[str, float],
+    ) -> "Draft":
+        """This draft and a rung of each linear.
+
+        Args:
+            work: Where the rungs are.
+            measured: The linears.
+            choice: 0 stands for no delta, i for the i-th entry.
+            factors: By weight name, what its steps are multiplied with.
+        """
+        draft = Draft(dict(self.tensors), list(self.entries))
+        for matrix, rung in zip(measured, choice, strict=True):
+            if rung == 0:
+                continue
+            tensors = work.tensors(matrix, rung - 1)
+            steps = tensors[f"{matrix.name}.steps"].float() * factors.get(matrix.name, 1.0)
+            tensors[f"{matrix.name}.steps"] = steps.to(torch.bfloat16)
+            draft.add(matrix.entries[rung - 1], tensors)
+        return draft
+
+
+def fixed_part(difference: Difference, recipe: EmbeddingRecipe) -> Draft:
+    """Whatever no budget is shared out over: embedding, lm_head, norms and biases."""
+    draft = Draft()
+    for spec in difference.specs:
+        if spec.role is Role.NORM:
+            if spec.name in difference.replaced:
+                _add_vector(draft, spec, "replacement", difference.expert.load(spec.name))
+        elif spec.role is not Role.LINEAR:
+            delta = difference.delta(spec)
+            if not delta.any():
+                continue
+            if spec.role is Role.BIAS:
+                _add_vector(draft, spec, "delta", delta)
+            else:
+                _add_table(draft, spec, delta, recipe)
+    return draft
+
+
+def _add_vector(draft: Draft, spec: TensorSpec, suffix: str, vector: torch.Tensor) -> None:
+    tensors = {f"{spec.name}.{suffix}": vector}
+    entry = TensorEntry(
+        name=spec.name,
+        role=spec.role,
+        shape=tuple(vector.shape),
+        bytes=tensor_bytes(tensors),
+        error=0.0,
+    )
+    draft.add(entry, tensors)
+
+
+def _add_table(
+    draft: Draft, spec: TensorSpec, delta_VK: torch.Tensor, recipe: EmbeddingRecipe
+) -> None:
+    quantized = quantize_changed_rows(delta_VK, recipe.fixed_scheme, recipe.step)
+    tensors = encode_matrix(spec.name, quantized)
+    lost = (delta_VK - quantized.dequantize()).square().sum() / delta_VK.square().sum()
+    draft.add(matrix_entry(spec, quantized, tensors, error=float(lost)), tensors)
+
+
+def write_artifact(difference: Difference, recipe: Recipe, draft: Draft, target: Path) -> None:
+    """Fill a directory with everything but the model card."""
+    base, expert = difference.base, difference.expert
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    save_file(draft.tensors, target / WEIGHTS_FILE, metadata=metadata)
+    hashes = {spec.name: base.sha256(spec.name) for spec in difference.specs}
+    order = {spec.name: index for index, spec in enumerate(difference.specs)}
+    manifest = Manifest(
+        deltamux_version=deltamux_version(),
+        expert=expert.source,
+        base=BaseIdentity(source=base.source, revision=base.revision, sha256=hashes),
+        tied_embeddings=base.tied,
+        weights_sha256=file_sha256(target / WEIGHTS_FILE),
+        tensors=sorted(draft.entries, key=lambda entry: order[entry.name]),
+        totals=_totals(difference, draft, target),
+    )
+    _write_manifest(manifest, target)
+    (target / RECIPE_FILE).write_text(dump_recipe(recipe))
+    config = expert.config | {
+        "quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
+    }
+    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+    for path in expert.side_files():
+        shutil.copy2(path, target)
+
+
+def note_verification(target: Path, result: Evaluation | None) -> Manifest:
+    """Put what the comparison with the expert gave into the manifest."""
+    manifest = read_manifest(target)
+    if result is not None:
+        manifest = manifest.model_copy(update={"verification": asdict(result)})
+        _write_manifest(manifest, target)
+    return manifest
+
+
+def linear_weights(difference: Difference) -> int:
+    """Weights in the decoder's linears, changed or not."""
+    total = 0
+    for spec in difference.specs:
+        if spec.role is Role.LINEAR:
+            rows, columns = difference.base.shape(spec.name)
+            total += rows * columns
+    return total
+
+
+def _totals(difference: Difference, draft: Draft, target: Path) -> Totals:
+    weights = linear_weights(difference)
+    linear = sum(entry.bytes for entry in draft.entries if entry.role is Role.LINEAR)
+    embedding = sum(
+        entry.bytes for entry in draft.entries if entry.role in (Role.EMBEDDING, Role.LM_HEAD)
+    )
+    return Totals(
+        linear_weights=weights,
+        linear_bytes=linear,
+        bits_per_weight=linear * 8 / weights,
+        embedding_bytes=embedding,
+        other_bytes=sum(entry.bytes for entry in draft.entries) - linear - embedding,
+        weights_file_bytes=(target / WEIGHTS_FILE).stat().st_size,
+        expert_bytes=difference.expert.total_bytes(),
+    )
+
+
+def _write_manifest(manifest: Manifest, target: Path) -> None:
+    (target / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1, exclude_none=True))
