@@ -16,7 +16,7 @@ from deltamux.compression.budget import choose, importances, rate_curves
 from deltamux.compression.card import write_card
 from deltamux.compression.checkpoint import Checkpoint
 from deltamux.compression.diff import compare
-from deltamux.compression.distil import distil
+from deltamux.compression.distil import Student, distil
 from deltamux.compression.evaluate import Evaluation, Reference
 from deltamux.compression.measure import measure, measure_key
 from deltamux.compression.recipe import Recipe
@@ -92,9 +92,8 @@ def compress(
         choice = choose(recipe.allocation, difference, rate_curves(measured, costs), fixed, attempt)
         artifact = write(choice)
         if recipe.distillation.steps:
-            factors = distil(
-                base, expert, artifact, learned, recipe.distillation, progress=progress
-            )
+            student = Student.of(artifact, base)
+            factors = distil(student, expert, learned, recipe.distillation, progress)
             artifact = write(choice, factors)
         manifest = note_verification(target, _verified(reference, artifact, base))
         write_card(manifest, recipe, target)

@@ -13,13 +13,13 @@ one layer and the activations between layers.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from deltamux.compression.artifact import Artifact
+from deltamux.compression.artifact import Artifact, linear_entries
 from deltamux.compression.backward import Activated, final_gradients, layer_gradients
 from deltamux.compression.checkpoint import Checkpoint
 from deltamux.compression.forward import StreamedModel, WeightSource, batches
@@ -32,21 +32,53 @@ BATCH_TOKENS = 2_048
 MAX_FACTOR = 2.0
 
 
+@dataclass(frozen=True)
+class Student:
+    """A compressed expert whose steps are to be learned.
+
+    Attributes:
+        load: Its weights as they are, by name.
+        delta: The delta of a linear whose factor is learned, float32 [N, K].
+        names: Those linears.
+    """
+
+    load: WeightSource
+    delta: WeightSource
+    names: list[str]
+
+    @classmethod
+    def of(cls, artifact: Artifact, base: Checkpoint) -> "Student":
+        """An artifact over its base."""
+        return cls(
+            load=reconstructed(artifact, base),
+            delta=lambda name: artifact.quantized(name).dequantize(),
+            names=[entry.name for entry in linear_entries(artifact.manifest)],
+        )
+
+    def scaled(self, factors: dict[str, float]) -> WeightSource:
+        """The weights with every learned delta times its factor."""
+
+        def load(name: str) -> torch.Tensor:
+            weight = self.load(name)
+            if name not in factors or factors[name] == 1.0:
+                return weight
+            return weight + self.delta(name) * (factors[name] - 1)
+
+        return load
+
+
 def distil(
-    base: Checkpoint,
+    student: Student,
     expert: Checkpoint,
-    artifact: Artifact,
     samples: list[Sample],
     recipe: DistillationRecipe,
-    *,
     progress: bool = True,
 ) -> dict[str, float]:
     """Learn a factor for the steps of every matrix of the decoder.
 
     Args:
-        base: The shared model.
+        student: What learns.
         expert: The teacher.
-        artifact: The compressed expert.
         samples: Conversations to learn from, best ones that the codes were not fitted to.
         recipe: Passes over the samples, and Adam's first learning rate.
         progress: Show a bar.
@@ -54,21 +86,19 @@ def distil(
     Returns:
         Weight name to factor: that of the pass with the lowest divergence.
     """
-    plan = list(batches(samples, BATCH_TOKENS))
-    teacher = _Teacher(expert, plan)
-    names = [name for name, entry in artifact.entries.items() if entry.role == "linear"]
-    logs = torch.zeros(len(names), requires_grad=True)
+    teacher = _Teacher(expert, list(batches(samples, BATCH_TOKENS)))
+    logs = torch.zeros(len(student.names), requires_grad=True)
     optimizer = torch.optim.Adam([logs], lr=recipe.learning_rate)
-    best, best_kl = dict.fromkeys(names, 1.0), math.inf
+    best, best_kl = dict.fromkeys(student.names, 1.0), math.inf
     with tqdm(total=recipe.steps + 1, desc="distil", unit="pass", disable=not progress) as bar:
         for step in range(recipe.steps + 1):
-            factors = dict(zip(names, logs.detach().exp().tolist(), strict=True))
-            kl, slopes = _gradient(base, expert, artifact, teacher, factors)
+            factors = dict(zip(student.names, logs.detach().exp().tolist(), strict=True))
+            kl, slopes = _gradient(student, factors, teacher, expert)
             if kl < best_kl:
                 best, best_kl = factors, kl
             bar.update()
             bar.set_postfix(kl=f"{kl:.5f}")
-            logs.grad = torch.tensor([slopes[name] for name in names])
+            logs.grad = torch.tensor([slopes[name] for name in student.names])
             optimizer.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / (recipe.steps + 1))
             optimizer.step()
             with torch.no_grad():
@@ -94,56 +124,35 @@ class _Teacher:
 
 
 def _gradient(
-    base: Checkpoint,
-    expert: Checkpoint,
-    artifact: Artifact,
-    teacher: _Teacher,
-    factors: dict[str, float],
+    student: Student, factors: dict[str, float], teacher: _Teacher, expert: Checkpoint
 ) -> tuple[float, dict[str, float]]:
     """KL in nats per predicting position, and its slope in the logarithm of every factor."""
-    source = _scaled(reconstructed(artifact, base), base, factors)
-    student = StreamedModel(expert.root, source, torch.float32, base.tied)
-    run = Activated.through(student, teacher.plan)
+    model = StreamedModel(expert.root, student.scaled(factors), torch.float32, expert.tied)
+    run = Activated.through(model, teacher.plan)
     positions = sum(len(state.targets_P) for state in run.states)
-    head_VH = student.head()
+    head_VH = model.head()
     total = 0.0
 
     def at(final_PH: torch.Tensor, batch: int) -> torch.Tensor:
         nonlocal total
-        log, wanted = (
-            functional.log_softmax(final_PH @ head_VH.T, dim=-1),
-            teacher.log_probabilities(batch),
-        )
+        wanted = teacher.log_probabilities(batch)
+        log = functional.log_softmax(final_PH @ head_VH.T, dim=-1)
         total += float(functional.kl_div(log, wanted, log_target=True, reduction="sum"))
         return (log.exp() - wanted.exp()) @ head_VH / positions
 
     gradients = final_gradients(run, at)
-    slopes: dict[str, float] = {}
+    slopes = dict.fromkeys(factors, 0.0)
     deltas: dict[str, torch.Tensor] = {}
 
     def add_slope(name: str, x_BTK: torch.Tensor, gradient_BTN: torch.Tensor) -> None:
-        if name in factors:
-            if name not in deltas:
-                deltas[name] = artifact.quantized(name).dequantize().to(x_BTK.device)
-            product_BTN = x_BTK @ deltas[name].T
-            slopes[name] = slopes.get(name, 0.0) + factors[name] * float(
-                (product_BTN * gradient_BTN).sum()
-            )
+        if name not in factors:
+            return
+        if name not in deltas:
+            deltas[name] = student.delta(name).to(x_BTK.device)
+        product_BTN = x_BTK @ deltas[name].T
+        slopes[name] += factors[name] * float((product_BTN * gradient_BTN).sum())
 
-    for layer in reversed(range(student.num_layers)):
+    for layer in reversed(range(model.num_layers)):
         gradients = layer_gradients(run, layer, gradients, add_slope)
         deltas.clear()
     return total / positions, slopes
-
-
-def _scaled(
-    source: WeightSource, base: Checkpoint, factors: dict[str, float]
-) -> Callable[[str], torch.Tensor]:
-    def load(name: str) -> torch.Tensor:
-        weight = source(name)
-        if name not in factors:
-            return weight
-        plain = base.load(name).float()
-        return plain + (weight - plain) * factors[name]
-
-    return load

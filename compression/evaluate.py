@@ -6,6 +6,8 @@ Over the response tokens of the samples, with p the expert's next-token distribu
     gain_kept (nll_base − nll_compressed) / (nll_base − nll_expert); 1 where nothing was gained
     kl        mean KL(p ‖ compressed), nats per token; kl_base the same for the base
     top1_agreement  share of positions where expert and compressed agree on the likeliest token
+    exact_match     share of samples whose whole response greedy decoding would reproduce: where each
+                    token is the likeliest one after those before it
 
 All three models run in float32, so that rounding of activations does not blur small differences.
 """
@@ -38,6 +40,8 @@ class Evaluation:
     kl: float
     kl_base: float
     top1_agreement: float
+    exact_match: float
+    exact_match_expert: float
     tokens: int
 
 
@@ -57,14 +61,18 @@ class Reference:
         self._base, self._expert, self._progress = base, expert, progress
         self._plan = list(batches(samples, BATCH_TOKENS))
         self._states = [self._run(base, base.load), self._run(expert, expert.load)]
-        self._targets = torch.cat(
-            [sample.ids[sample.response_start :] for batch in self._plan for sample in batch]
+        responses = [
+            sample.ids[sample.response_start :] for batch in self._plan for sample in batch
+        ]
+        self._targets = torch.cat(responses)
+        self._sample = torch.repeat_interleave(
+            torch.arange(len(responses)), torch.tensor([len(ids) for ids in responses])
         )
 
     def compare(self, source: WeightSource) -> Evaluation:
         """Measure a model that is given by its weights."""
         states = [*self._states, self._run(self._base, source)]
-        return _compare(states, self._targets)
+        return _compare(states, self._targets, self._sample)
 
     def _run(self, like: Checkpoint, source: WeightSource) -> "_Predictions":
         """Final hidden states and head. Layout and configuration are the expert's."""
@@ -97,21 +105,25 @@ def evaluate(
 
 
 @torch.no_grad()
-def _compare(models: list[_Predictions], targets: torch.Tensor) -> Evaluation:
+def _compare(models: list[_Predictions], targets: torch.Tensor, sample: torch.Tensor) -> Evaluation:
     """Sums over positions, in chunks: the logits of all of them would not fit in memory."""
     nll = torch.zeros(3, dtype=torch.float64)
     kl = torch.zeros(3, dtype=torch.float64)
     agreed = 0
+    missed = torch.zeros(3, int(sample[-1]) + 1, dtype=torch.bool)
     for start in range(0, len(targets), HEAD_CHUNK):
         span = slice(start, start + HEAD_CHUNK)
         logs = [model.log_probabilities(span) for model in models]
         expert, wanted = logs[1], targets[span].to(logs[1].device)
+        likeliest = [log.argmax(dim=-1) for log in logs]
         for index, log in enumerate(logs):
             nll[index] += functional.nll_loss(log, wanted, reduction="sum").double().cpu()
             divergence = functional.kl_div(log, expert, log_target=True, reduction="sum")
             kl[index] += divergence.double().cpu()
-        agreed += int((logs[2].argmax(dim=-1) == expert.argmax(dim=-1)).sum())
+            missed[index, sample[span][(likeliest[index] != wanted).cpu()]] = True
+        agreed += int((likeliest[2] == likeliest[1]).sum())
     nll, kl = nll / len(targets), kl / len(targets)
+    matched = 1 - missed.double().mean(dim=1)
     gain = float(nll[0] - nll[1])
     return Evaluation(
         nll_base=float(nll[0]),
@@ -121,6 +133,8 @@ def _compare(models: list[_Predictions], targets: torch.Tensor) -> Evaluation:
         kl=float(kl[2]),
         kl_base=float(kl[0]),
         top1_agreement=agreed / len(targets),
+        exact_match=float(matched[2]),
+        exact_match_expert=float(matched[1]),
         tokens=len(targets),
     )
 

@@ -49,7 +49,7 @@ def measure(
         with bar:
             for layer, moments in second_moments(difference.expert, calibration, work.has):
                 if moments:
-                    _measure_layer(difference, recipe.linear, by_layer[layer], moments, work)
+                    measure_layer(difference, recipe.linear, by_layer[layer], moments, work)
                 bar.update()
                 if layer == missing[-1]:
                     break
@@ -101,13 +101,22 @@ def matrix_entry(
     )
 
 
-def _measure_layer(
+def measure_layer(
     difference: Difference,
     recipe: LinearRecipe,
     specs: list[TensorSpec],
     moments: dict[str, torch.Tensor],
     work: Workspace,
 ) -> None:
+    """Measure the linears of one layer and keep them.
+
+    Args:
+        difference: Base and expert.
+        recipe: The rungs asked for.
+        specs: The layer's linears.
+        moments: E[x xᵀ] of their inputs in the expert, by name.
+        work: Where the layer is kept.
+    """
     measured: list[Measured] = []
     kept: dict[str, torch.Tensor] = {}
     factors: dict[int, tuple[torch.Tensor, Curvature]] = {}
