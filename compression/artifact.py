@@ -14,6 +14,7 @@ for, with N output rows and K input channels:
 | `.salient_channels` | int32 [C] | input channels with a 16-bit part, ascending |
 | `.salient_values` | bfloat16 [N, C] | added to Δ̂ in those channels |
 | `.rows` | uint8 [ceil(N / 8)] | bitmap of the R rows that have codes; absent: all N |
+| `.exact` | uint8 [bytes] | lossless: the weight itself relative to the base's (see `lossless.py`) |
 | `.replacement` | as the expert's | a norm's own weight |
 | `.delta` | float32 [N] | a bias's difference |
 
@@ -32,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from deltamux.compression.architecture import Role
+from deltamux.compression.lossless import decode_exact
 from deltamux.compression.pack import (
     deflate,
     inflate,
@@ -87,6 +89,7 @@ class TensorEntry(_Model):
     classes: ChannelClasses | None = None
     rows: int | None = None
     deflated: bool = False
+    exact: bool = False
     folded_norm: str | None = None
     bytes: int
     error: float
@@ -206,6 +209,22 @@ class Artifact:
         suffix = "replacement" if self.entries[name].role is Role.NORM else "delta"
         return self._get(f"{name}.{suffix}")
 
+    def exact(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """A weight that was stored losslessly, in the base's dtype and shape."""
+        return decode_exact(self._get(f"{name}.exact"), base)
+
+    def check_servable(self) -> None:
+        """Refuse what slots cannot hold.
+
+        Raises:
+            ValueError: The artifact was compressed losslessly.
+        """
+        if any(entry.exact for entry in self.manifest.tensors):
+            raise ValueError(
+                f"{str(self.root)!r} was compressed with --lossless, which no slot holds: compress "
+                "the expert again without it, or `deltamux merge` it and serve that checkpoint"
+            )
+
     def check_content(self) -> None:
         """Compare the weights file with the hash in the manifest.
 
@@ -241,7 +260,9 @@ class Artifact:
 
 def _stored(entry: TensorEntry) -> Iterator[str]:
     """Suffixes of the tensors that a weight must have."""
-    if entry.role is Role.NORM:
+    if entry.exact:
+        yield "exact"
+    elif entry.role is Role.NORM:
         yield "replacement"
     elif entry.role is Role.BIAS:
         yield "delta"

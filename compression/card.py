@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deltamux.compression.artifact import Manifest
-from deltamux.compression.recipe import Recipe
+from deltamux.compression.recipe import CODED, Recipe
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -12,9 +12,8 @@ _TEMPLATE = """---
 # {{ name }}, compressed by deltamux
 
 The delta of a full fine-tune against its base, at {{ bits }} bits per linear weight
-({{ scheme }}, {{ salient }} input channels of each matrix in 16 bit). Serve it together with its
-base and other experts of that base by deltamux, or turn it back into a
-checkpoint with `deltamux merge`.
+({{ method }}). {% if servable %}Serve it together with its base and other experts of that
+base by deltamux, or turn{% else %}Turn{% endif %} it back into a checkpoint with `deltamux merge`.
 
 | | |
 |---|---|
@@ -43,10 +42,21 @@ def write_card(manifest: Manifest, recipe: Recipe, target: Path) -> None:
         name=Path(manifest.expert).name,
         base=manifest.base.source,
         bits=f"{totals.bits_per_weight:.3f}",
-        scheme=recipe.linear.scheme,
-        salient=recipe.linear.salient_channels,
+        method=_method(recipe),
+        servable=not recipe.lossless,
         full_mb=f"{totals.expert_bytes / 1e6:.1f}",
         delta_mb=f"{totals.weights_file_bytes / 1e6:.1f}",
         verification={k: f"{v:.5g}" for k, v in (manifest.verification or {}).items()},
     )
     card.save(target / "README.md")
+
+
+def _method(recipe: Recipe) -> str:
+    if recipe.lossless:
+        return "lossless"
+    if recipe.linear.scheme == CODED:
+        return "one step a matrix under an entropy code"
+    return (
+        f"{recipe.linear.scheme}, {recipe.linear.salient_channels} input channels of each matrix "
+        "in 16 bit"
+    )

@@ -1,11 +1,13 @@
 """`deltamux compress`, `inspect`, `merge` and `evaluate`."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from deltamux.compression.architecture import EMBEDDING
 from deltamux.compression.artifact import Artifact
@@ -13,7 +15,7 @@ from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
 from deltamux.compression.compress import compress
 from deltamux.compression.diff import compare
 from deltamux.compression.evaluate import evaluate, report, summary
-from deltamux.compression.recipe import CalibrationRecipe, load_recipe
+from deltamux.compression.recipe import PRESETS, CalibrationRecipe, Recipe, load_recipe
 from deltamux.compression.reconstruct import check_base, merge
 from deltamux.compression.text import (
     Sample,
@@ -46,11 +48,18 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
         typer.Option(help="JSONL to verify on; default: rows set aside from the calibration."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe YAML.")] = None,
+    preset: Annotated[str | None, typer.Option(help="small, balanced or faithful.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Bits per linear weight.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Size of the weights file: 25MB.")] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Divergence from the expert, nats per held-out token.")
+    ] = None,
+    lossless: Annotated[bool, typer.Option(help="Keep every bit; not for serving.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact that exists.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compress a full fine-tune into a delta against its base."""
-    chosen = load_recipe(recipe)
+    chosen = _recipe(recipe, preset, Limits(bits, budget, target_kl), lossless)
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     text, held = _texts(pair, chosen.calibration, calibration, held_out)
@@ -59,6 +68,47 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
         typer.echo(json.dumps(manifest.totals.model_dump() | (manifest.verification or {})))
     else:
         typer.echo(f"{output}: {summary(manifest)}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the command line says on size or quality; at most one of them."""
+
+    bits: float | None
+    budget: str | None
+    target_kl: float | None
+
+
+def _recipe(path: Path | None, preset: str | None, limits: Limits, lossless: bool) -> Recipe:
+    """The recipe of a file or preset, with what the other options change in it."""
+    if path and preset:
+        raise ValueError(f"give --recipe or --preset, not both: got {str(path)!r} and {preset!r}")
+    if preset and preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    recipe = PRESETS[preset] if preset else load_recipe(path)
+    given = {
+        "bits": limits.bits,
+        "num_bytes": _num_bytes(limits.budget),
+        "target_kl": limits.target_kl,
+    }
+    changed: dict[str, Any] = recipe.model_dump()
+    if any(value is not None for value in given.values()):
+        changed["allocation"] |= given
+    if lossless:
+        changed["lossless"] = True
+    try:
+        return Recipe.model_validate(changed)
+    except ValidationError as error:
+        raise ValueError("; ".join(detail["msg"] for detail in error.errors())) from error
+
+
+def _num_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise ValueError(f"budget must be a size like 25MB or 24MiB, got {text!r}") from error
 
 
 def _texts(
@@ -126,7 +176,9 @@ def _by_kind(opened: Artifact) -> list[tuple[str, str, int, int, float, int]]:
     for entry in opened.manifest.tensors:
         module, kind = entry.name.rsplit(".", 2)[-2:]
         label = module if kind == "weight" else f"{module}.{kind}"
-        groups.setdefault((label, entry.scheme or "exact"), []).append(entry)
+        groups.setdefault(
+            (label, entry.scheme or ("lossless" if entry.exact else "exact")), []
+        ).append(entry)
     return [
         (
             kind,

@@ -8,6 +8,8 @@ name, and goes on from its last finished layer when it is started again.
 """
 
 import tempfile
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from deltamux.compression.allocate import Choice
@@ -15,7 +17,7 @@ from deltamux.compression.artifact import MANIFEST_FILE, Artifact, Manifest
 from deltamux.compression.budget import choose, importances, rate_curves
 from deltamux.compression.card import write_card
 from deltamux.compression.checkpoint import Checkpoint
-from deltamux.compression.diff import compare
+from deltamux.compression.diff import Difference, compare
 from deltamux.compression.distil import Student, distil
 from deltamux.compression.evaluate import Evaluation, Reference
 from deltamux.compression.measure import measure, measure_key
@@ -23,7 +25,13 @@ from deltamux.compression.recipe import Recipe
 from deltamux.compression.reconstruct import reconstructed
 from deltamux.compression.text import Sample
 from deltamux.compression.workspace import Workspace
-from deltamux.compression.write import fixed_part, note_verification, write_artifact
+from deltamux.compression.write import (
+    Draft,
+    exact_part,
+    fixed_part,
+    note_verification,
+    write_artifact,
+)
 
 # The part of the calibration text that distillation has for itself.
 DISTILLATION_SHARE = 4
@@ -66,36 +74,20 @@ def compress(
     if output.exists() and not (output / MANIFEST_FILE).is_file():
         raise ValueError(f"{str(output)!r} is not a compressed expert: it is not overwritten")
     difference = compare(base, expert)
-    fitted, learned = _split(calibration, recipe)
     output.parent.mkdir(parents=True, exist_ok=True)
+    fitted, learned = _split(calibration, recipe)
     work = Workspace(
         output.parent / f".{output.name}.partial", measure_key(difference, recipe, fitted)
     )
-    measured = measure(difference, recipe, fitted, work, progress)
-    fixed = fixed_part(difference, recipe.embedding)
-    reference = Reference(base, expert, held_out, progress) if held_out else None
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         target = Path(scratch) / "artifact"
         target.mkdir()
-
-        def write(choice: Choice, factors: dict[str, float] | None = None) -> Artifact:
-            draft = fixed.with_linears(work, measured, choice, factors or {})
-            write_artifact(difference, recipe, draft, target)
-            artifact = Artifact(target)
-            artifact.check_content()
-            return artifact
-
-        def attempt(choice: Choice) -> Evaluation | None:
-            return _verified(reference, write(choice), base)
-
-        costs = importances(recipe.allocation.importance, measured, expert, fitted)
-        choice = choose(recipe.allocation, difference, rate_curves(measured, costs), fixed, attempt)
-        artifact = write(choice)
-        if recipe.distillation.steps:
-            student = Student.of(artifact, base)
-            factors = distil(student, expert, learned, recipe.distillation, progress)
-            artifact = write(choice, factors)
-        manifest = note_verification(target, _verified(reference, artifact, base))
+        job = _Job(difference, recipe, target, held_out, progress)
+        if recipe.lossless:
+            artifact = job.write(exact_part(difference, progress))
+        else:
+            artifact = _compress_coded(job, work, fitted, learned)
+        manifest = note_verification(target, job.compared(artifact))
         write_card(manifest, recipe, target)
         if output.exists():
             output.rename(Path(scratch) / "replaced")
@@ -104,15 +96,63 @@ def compress(
     return manifest
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is compressed, how, and the directory that is filled."""
+
+    difference: Difference
+    recipe: Recipe
+    target: Path
+    held_out: list[Sample]
+    progress: bool
+
+    @cached_property
+    def reference(self) -> Reference:
+        base, expert = self.difference.base, self.difference.expert
+        return Reference(base, expert, self.held_out, self.progress)
+
+    def write(self, draft: Draft) -> Artifact:
+        """Write everything but the card, and read it back."""
+        write_artifact(self.difference, self.recipe, draft, self.target)
+        artifact = Artifact(self.target)
+        artifact.check_content()
+        return artifact
+
+    def compared(self, artifact: Artifact) -> Evaluation | None:
+        """The comparison with the expert, if there is text for it."""
+        if not self.held_out:
+            return None
+        return self.reference.compare(reconstructed(artifact, self.difference.base))
+
+
+def _compress_coded(
+    job: _Job, work: Workspace, fitted: list[Sample], learned: list[Sample]
+) -> Artifact:
+    """Measure all ladders, choose their rungs, and learn the steps if asked to."""
+    difference, recipe = job.difference, job.recipe
+    measured = measure(difference, recipe, fitted, work, job.progress)
+    fixed = fixed_part(difference, recipe.embedding)
+
+    def write(choice: Choice, factors: dict[str, float]) -> Artifact:
+        return job.write(fixed.with_linears(work, measured, choice, factors))
+
+    def attempt(choice: Choice) -> Evaluation | None:
+        return job.compared(write(choice, {}))
+
+    costs = importances(recipe.allocation.importance, measured, difference.expert, fitted)
+    curves = rate_curves(measured, costs)
+    choice = choose(recipe.allocation, difference, curves, fixed, attempt)
+    artifact = write(choice, {})
+    if recipe.distillation.steps:
+        student = Student.of(artifact, difference.base)
+        factors = distil(student, difference.expert, learned, recipe.distillation, job.progress)
+        artifact = write(choice, factors)
+    return artifact
+
+
 def _split(calibration: list[Sample], recipe: Recipe) -> tuple[list[Sample], list[Sample]]:
     """What codes are fitted to, and what steps are learned from: other text where there is enough."""
     count = len(calibration) // DISTILLATION_SHARE if recipe.distillation.steps else 0
     if count == 0:
         return calibration, calibration
     return calibration[:-count], calibration[-count:]
-
-
-def _verified(
-    reference: Reference | None, artifact: Artifact, base: Checkpoint
-) -> Evaluation | None:
-    return None if reference is None else reference.compare(reconstructed(artifact, base))

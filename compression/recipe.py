@@ -135,9 +135,14 @@ class CalibrationRecipe(_Model):
 
 
 class Recipe(_Model):
-    """What is done to an expert; the default is the preset `balanced`."""
+    """What is done to an expert; the default is the preset `balanced`.
+
+    `lossless` keeps every bit of the expert and leaves the other settings without effect. It is
+    for archives and for experts that changed few weights; slots cannot hold it.
+    """
 
     version: Literal[1] = 1
+    lossless: bool = False
     linear: LinearRecipe = LinearRecipe()
     allocation: AllocationRecipe = AllocationRecipe()
     embedding: EmbeddingRecipe = EmbeddingRecipe()

@@ -48,6 +48,8 @@ def reconstructed(artifact: Artifact, base: Checkpoint) -> Callable[[str], torch
         entry = artifact.entries.get(name)
         if entry is None:
             return weight
+        if entry.exact:
+            return artifact.exact(name, weight)
         if entry.role is Role.NORM:
             return artifact.vector(name)
         if entry.role is Role.BIAS:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from deltamux.compression.allocate import Choice
 from deltamux.compression.architecture import Role, TensorSpec
@@ -29,6 +30,7 @@ from deltamux.compression.artifact import (
 from deltamux.compression.checkpoint import CONFIG_FILE
 from deltamux.compression.diff import Difference
 from deltamux.compression.evaluate import Evaluation
+from deltamux.compression.lossless import encode_exact
 from deltamux.compression.measure import matrix_entry
 from deltamux.compression.quantize import quantize_changed_rows
 from deltamux.compression.recipe import EmbeddingRecipe, Recipe, dump_recipe
@@ -88,6 +90,32 @@ def fixed_part(difference: Difference, recipe: EmbeddingRecipe) -> Draft:
                 _add_vector(draft, spec, "delta", delta)
             else:
                 _add_table(draft, spec, delta, recipe)
+    return draft
+
+
+def exact_part(difference: Difference, progress: bool = True) -> Draft:
+    """Every tensor that differs from the base, bit for bit."""
+    draft = Draft()
+    base, expert = difference.base, difference.expert
+    for spec in tqdm(difference.specs, desc="compress", unit="tensor", disable=not progress):
+        before, tuned = base.load(spec.name), expert.load(spec.name)
+        if tuned.dtype != before.dtype:
+            raise ValueError(
+                f"tensor {spec.name!r} is {tuned.dtype} in the expert and {before.dtype} in the "
+                "base: a lossless delta needs one dtype; save both alike"
+            )
+        if torch.equal(tuned.view(torch.uint8), before.view(torch.uint8)):
+            continue
+        tensors = {f"{spec.name}.exact": encode_exact(tuned, before)}
+        entry = TensorEntry(
+            name=spec.name,
+            role=spec.role,
+            shape=tuple(tuned.shape),
+            exact=True,
+            bytes=tensor_bytes(tensors),
+            error=0.0,
+        )
+        draft.add(entry, tensors)
     return draft
 
 

@@ -97,6 +97,7 @@ def read_expert(name: str, path: Path) -> Expert:
         ValueError: The artifact is damaged or newer than this version.
     """
     artifact = Artifact(path)
+    artifact.check_servable()
     artifact.check_content()
     totals = artifact.manifest.totals
     generation = _read_json(path / "generation_config.json")

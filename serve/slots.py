@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltamux.compression.quantize import QuantizedDelta, Scheme
+from deltamux.compression.quantize import QuantizedDelta
 from deltamux.serve.ops import pack_for, pack_nibbles, padded_shape
 
 

@@ -103,11 +103,12 @@ def open_artifact(versioned: str, hashes: BaseHashes) -> Artifact:
         hashes: Of the served base.
 
     Raises:
-        ValueError: Missing, truncated, altered, newer, made for another base, or no longer what it
+        ValueError: Missing, truncated, altered, newer, lossless, made for another base, or no longer what it
             was when it was registered: its keys in the prefix cache would be of other weights.
     """
     path = artifact_path(versioned)
     artifact = Artifact(path)
+    artifact.check_servable()
     if versioned != str(path) and versioned_path(path, content_hash(path)) != versioned:
         raise ValueError(
             f"{str(path)!r} has changed since it was registered: register it again to serve it"
