@@ -14,6 +14,7 @@ for, with N output rows and K input channels:
 | `.salient_channels` | int32 [C] | input channels with a 16-bit part, ascending |
 | `.salient_values` | bfloat16 [N, C] | added to Δ̂ in those channels |
 | `.rows` | uint8 [ceil(N / 8)] | bitmap of the R rows that have codes; absent: all N |
+| `.left.…`, `.right.…` | as for a weight [N, r], [r, K] | Δ̂ as the product of two coded factors |
 | `.exact` | uint8 [bytes] | lossless: the weight itself relative to the base's (see `lossless.py`) |
 | `.replacement` | as the expert's | a norm's own weight |
 | `.delta` | float32 [N] | a bias's difference |
@@ -33,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from deltamux.compression.architecture import Role
+from deltamux.compression.factor import FactoredDelta
 from deltamux.compression.lossless import decode_exact
 from deltamux.compression.pack import (
     deflate,
@@ -90,6 +92,7 @@ class TensorEntry(_Model):
     rows: int | None = None
     deflated: bool = False
     exact: bool = False
+    rank: int | None = None
     folded_norm: str | None = None
     bytes: int
     error: float
@@ -127,8 +130,11 @@ def deltamux_version() -> str:
     return version("deltamux")
 
 
-def encode_matrix(name: str, quantized: QuantizedDelta) -> dict[str, torch.Tensor]:
+def encode_matrix(name: str, quantized: QuantizedDelta | FactoredDelta) -> dict[str, torch.Tensor]:
     """The tensors that a quantized matrix is stored in, under the weight's name."""
+    if isinstance(quantized, FactoredDelta):
+        left = encode_matrix(f"{name}.left", quantized.left)
+        return left | encode_matrix(f"{name}.right", quantized.right)
     scheme, steps = quantized.scheme, quantized.steps_R
     suffix = "deflated" if quantized.deflated else "codes"
     same = len(steps) > 0 and bool((steps == steps[0]).all())
@@ -172,20 +178,24 @@ class Artifact:
         for entry in self.manifest.tensors:
             self._check(entry)
 
-    def quantized(self, name: str) -> QuantizedDelta:
+    def quantized(self, name: str) -> QuantizedDelta | FactoredDelta:
         """A matrix, unpacked from its tensors."""
         entry = self.entries[name]
         assert entry.scheme is not None
         rows, columns = entry.shape
+        if entry.rank is not None:
+            return FactoredDelta(
+                left=self._factor(f"{name}.left", entry.scheme, (rows, entry.rank)),
+                right=self._factor(f"{name}.right", entry.scheme, (entry.rank, columns)),
+            )
         salient = self._find(f"{name}.salient_channels")
         channels = self._find(f"{name}.channels")
         bitmap = self._find(f"{name}.rows")
         coded_rows = rows if entry.rows is None else entry.rows
-        codes = self._codes(entry, coded_rows, columns if channels is None else len(channels))
         return QuantizedDelta(
             scheme=entry.scheme,
             shape=(rows, columns),
-            codes_RC=codes,
+            codes_RC=self._codes(entry, coded_rows, columns if channels is None else len(channels)),
             steps_R=self._get(f"{name}.steps").expand(coded_rows),
             rows_R=None if bitmap is None else unpack_bitmap(bitmap, rows).nonzero().squeeze(1),
             channels_C=None if channels is None else channels.long(),
@@ -193,6 +203,11 @@ class Artifact:
             salient_values_NS=self._find(f"{name}.salient_values"),
             deflated=entry.deflated,
         )
+
+    def _factor(self, name: str, scheme: Scheme, shape: tuple[int, int]) -> QuantizedDelta:
+        codes = inflate(self._get(f"{name}.deflated"), scheme.levels, *shape)
+        steps_R = self._get(f"{name}.steps").expand(shape[0])
+        return QuantizedDelta(scheme, shape, codes, steps_R, deflated=True)
 
     def _codes(self, entry: TensorEntry, rows: int, columns: int) -> torch.Tensor:
         assert entry.scheme is not None
@@ -262,6 +277,8 @@ def _stored(entry: TensorEntry) -> Iterator[str]:
     """Suffixes of the tensors that a weight must have."""
     if entry.exact:
         yield "exact"
+    elif entry.rank is not None:
+        yield from ("left.deflated", "left.steps", "right.deflated", "right.steps")
     elif entry.role is Role.NORM:
         yield "replacement"
     elif entry.role is Role.BIAS:

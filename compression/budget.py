@@ -23,12 +23,26 @@ from deltamux.compression.write import Draft, linear_weights
 
 # What safetensors' header spends on a tensor besides its name: dtype, shape, two offsets.
 HEADER_BYTES = 100
+# And on the file: its length, our metadata, padding.
+FILE_BYTES = 100
 # The search for a divergence: bits to start from, and how often the result is written and measured.
 SEARCH_BITS = (0.1, 6.0)
 SEARCH_STEPS = 7
 SENSITIVITY_SAMPLES = 24
 
 Attempt = Callable[[Choice], Evaluation | None]
+
+
+def check_measurable(recipe: AllocationRecipe, held_out: bool) -> None:
+    """Refuse what must be measured where there is no text to measure it on.
+
+    Raises:
+        ValueError: The recipe has a target_kl or a measured objective, but there is no such text.
+    """
+    if recipe.target_kl is not None and not held_out:
+        raise ValueError("target_kl needs held-out text: pass --held-out")
+    if recipe.objective is ObjectiveKind.MEASURED and not held_out:
+        raise ValueError("objective 'measured' needs held-out text: pass --held-out")
 
 
 def choose(
@@ -45,7 +59,8 @@ def choose(
         difference: Base and expert.
         curves: The matrices' ladders, of `rate_curves`.
         fixed: What takes bytes besides the linears.
-        attempt: Writes a choice and measures it.
+        attempt: Writes a choice and measures it; None where nothing is to be measured (see
+            `check_measurable`).
 
     Raises:
         ValueError: The limit cannot be kept.
@@ -56,8 +71,7 @@ def choose(
 
     def objective(choice: Choice) -> float:
         result = attempt(choice)
-        if result is None:
-            raise ValueError("objective 'measured' needs held-out text: pass --held-out")
+        assert result is not None
         return result.kl
 
     measured = objective if recipe.objective is ObjectiveKind.MEASURED else None
@@ -127,10 +141,11 @@ def _num_weights(matrix: Measured) -> int:
 
 def _overhead(curves: list[Curve], fixed: Draft) -> int:
     """Bytes of the weights file besides the linears' tensors, as an upper bound."""
-    names = [*fixed.tensors, *(f"{curve.name}.deflated" for curve in curves)]
-    names += [f"{curve.name}.steps" for curve in curves]
+    names = [*fixed.tensors]
+    for curve in curves:
+        names += [f"{curve.name}.right.deflated"] * 4  # codes and steps of two factors at most
     tensors = sum(value.numel() * value.element_size() for value in fixed.tensors.values())
-    return tensors + sum(len(name) + HEADER_BYTES for name in names)
+    return FILE_BYTES + tensors + sum(len(name) + HEADER_BYTES for name in names)
 
 
 def _search(target: float, at_bits: Callable[[float], Choice], attempt: Attempt) -> Choice:
@@ -138,8 +153,7 @@ def _search(target: float, at_bits: Callable[[float], Choice], attempt: Attempt)
     low, high = SEARCH_BITS
     best = at_bits(high)
     result = attempt(best)
-    if result is None:
-        raise ValueError("target_kl needs held-out text to measure on: pass --held-out")
+    assert result is not None
     if result.kl > target:
         raise ValueError(
             f"target_kl {target:g} cannot be met: the finest rungs reach {result.kl:.3g} nats per "

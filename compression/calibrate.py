@@ -36,7 +36,12 @@ def second_moments(
     Yields:
         Layer index, and linear weight name to float32 [K, K] on the computing device; empty for a
         layer that was skipped. The next layer runs when the next item is asked for.
+
+    Raises:
+        ValueError: There are no samples.
     """
+    if not samples:
+        raise ValueError("second moments need at least one conversation: give calibration text")
     streamed = StreamedModel(expert.root, expert.load, torch.float32, expert.tied)
     states = streamed.start(list(batches(samples, BATCH_TOKENS)))
     for layer in range(streamed.num_layers):

@@ -72,7 +72,10 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, without reading its values."""
         with self._open(name) as file:
-            dtype: torch.dtype = file.get_slice(name)[:0].dtype
+            values = file.get_slice(name)
+            # A single number has nothing to cut.
+            empty = values[:0] if values.get_shape() else file.get_tensor(name)
+            dtype: torch.dtype = empty.dtype
         return dtype
 
     def load(self, name: str) -> torch.Tensor:

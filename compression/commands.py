@@ -10,7 +10,7 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from deltamux.compression.architecture import EMBEDDING
-from deltamux.compression.artifact import Artifact
+from deltamux.compression.artifact import Artifact, TensorEntry
 from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
 from deltamux.compression.compress import compress
 from deltamux.compression.diff import compare
@@ -85,6 +85,9 @@ def _recipe(path: Path | None, preset: str | None, limits: Limits, lossless: boo
         raise ValueError(f"give --recipe or --preset, not both: got {str(path)!r} and {preset!r}")
     if preset and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if limits.target_kl and not path:
+        # The search is over the linears alone: leave it a fine embedding.
+        preset = preset or "faithful"
     recipe = PRESETS[preset] if preset else load_recipe(path)
     given = {
         "bits": limits.bits,
@@ -176,9 +179,7 @@ def _by_kind(opened: Artifact) -> list[tuple[str, str, int, int, float, int]]:
     for entry in opened.manifest.tensors:
         module, kind = entry.name.rsplit(".", 2)[-2:]
         label = module if kind == "weight" else f"{module}.{kind}"
-        groups.setdefault(
-            (label, entry.scheme or ("lossless" if entry.exact else "exact")), []
-        ).append(entry)
+        groups.setdefault((label, _label(entry)), []).append(entry)
     return [
         (
             kind,
@@ -190,6 +191,12 @@ def _by_kind(opened: Artifact) -> list[tuple[str, str, int, int, float, int]]:
         )
         for (kind, scheme), entries in groups.items()
     ]
+
+
+def _label(entry: TensorEntry) -> str:
+    if entry.rank is not None:
+        return "factors"
+    return entry.scheme or ("lossless" if entry.exact else "exact")
 
 
 def merge_command(

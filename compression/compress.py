@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deltamux.compression.allocate import Choice
 from deltamux.compression.artifact import MANIFEST_FILE, Artifact, Manifest
-from deltamux.compression.budget import choose, importances, rate_curves
+from deltamux.compression.budget import check_measurable, choose, importances, rate_curves
 from deltamux.compression.card import write_card
 from deltamux.compression.checkpoint import Checkpoint
 from deltamux.compression.diff import Difference, compare
@@ -65,7 +65,7 @@ def compress(
 
     Raises:
         ValueError: The output exists, is no artifact to replace, the two checkpoints have no delta
-            (see `compare`), or the recipe's target cannot be met.
+            (see `compare` and `Difference.check_finite`), or the recipe's limit cannot be kept.
     """
     if output.exists() and not overwrite:
         raise ValueError(
@@ -74,12 +74,16 @@ def compress(
     if output.exists() and not (output / MANIFEST_FILE).is_file():
         raise ValueError(f"{str(output)!r} is not a compressed expert: it is not overwritten")
     difference = compare(base, expert)
+    if not recipe.lossless:
+        check_measurable(recipe.allocation, bool(held_out))
+        difference.check_finite()
     output.parent.mkdir(parents=True, exist_ok=True)
     fitted, learned = _split(calibration, recipe)
     work = Workspace(
         output.parent / f".{output.name}.partial", measure_key(difference, recipe, fitted)
     )
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+    # Inside the workspace, so that what a killed run leaves is deleted with it.
+    with tempfile.TemporaryDirectory(dir=work.root) as scratch:
         target = Path(scratch) / "artifact"
         target.mkdir()
         job = _Job(difference, recipe, target, held_out, progress)
@@ -147,6 +151,12 @@ def _compress_coded(
         student = Student.of(artifact, difference.base)
         factors = distil(student, difference.expert, learned, recipe.distillation, job.progress)
         artifact = write(choice, factors)
+        target = recipe.allocation.target_kl
+        if target is not None:
+            result = job.compared(artifact)
+            # Learned on other text, the factors can miss what was met without them.
+            if result is None or result.kl > target:
+                artifact = write(choice, {})
     return artifact
 
 

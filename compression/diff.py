@@ -23,11 +23,15 @@ from deltamux.compression.architecture import (
     TensorSpec,
     tensor_specs,
 )
-from deltamux.compression.checkpoint import Checkpoint
+from deltamux.compression.artifact import FORMAT
+from deltamux.compression.checkpoint import CONFIG_FILE, Checkpoint
 
 # A norm weight that changes by more than this many times its smaller value is not folded: neither
 # the ratio nor the calibration energy, which is divided by its square, would mean anything.
 FOLD_LIMIT = 100.0
+
+# What a weight may be stored in: a narrower float is worth nothing without its scale.
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Settings that change what the weights mean: a delta across two values of them is undefined.
 SAME_SETTINGS = (
@@ -57,6 +61,20 @@ class Difference:
     specs: list[TensorSpec]
     folded: frozenset[str]
     replaced: frozenset[str]
+
+    def check_finite(self) -> None:
+        """Read every tensor of both, and refuse what no delta can be taken of.
+
+        Raises:
+            ValueError: A tensor holds NaN or infinity.
+        """
+        for spec in self.specs:
+            for checkpoint in (self.base, self.expert):
+                if not torch.isfinite(checkpoint.load(spec.name)).all():
+                    raise ValueError(
+                        f"tensor {spec.name!r} of {checkpoint.source!r} holds NaN or infinity: "
+                        "repair the checkpoint"
+                    )
 
     def delta(self, spec: TensorSpec) -> torch.Tensor:
         """The delta of a linear, bias, embedding or lm_head, float32, in the tensor's shape.
@@ -96,9 +114,11 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
     Reads headers, and the norms' values.
 
     Raises:
-        ValueError: The two differ in architecture, shapes, vocabulary, tying or RoPE settings, or
-            one lacks a tensor; the message names the first such setting or tensor.
+        ValueError: One is quantized, the two differ in architecture, shapes, vocabulary, tying or
+            RoPE settings, or one lacks a tensor; the message names the first such setting or tensor.
     """
+    for checkpoint in (base, expert):
+        _check_full_width(checkpoint)
     _check_settings(base, expert)
     specs = tensor_specs(base.config, set(base.files))
     expert_specs = tensor_specs(expert.config, set(expert.files))
@@ -118,6 +138,25 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
             )
     folded, replaced = _sort_norms(base, expert, specs)
     return Difference(base, expert, specs, folded, replaced)
+
+
+def _check_full_width(checkpoint: Checkpoint) -> None:
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "an unnamed method")
+        way_out = "`deltamux merge` it" if method == FORMAT else "save it dequantized"
+        raise ValueError(
+            f"{checkpoint.source!r} is quantized by {method!r} (quantization_config in "
+            f"{CONFIG_FILE}): {way_out} first and take the delta from that checkpoint"
+        )
+    for name in sorted(checkpoint.files):
+        dtype = checkpoint.dtype(name)
+        if dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"tensor {name!r} of {checkpoint.source!r} is {str(dtype).removeprefix('torch.')}, "
+                "no full-width float: save the checkpoint dequantized, as bfloat16 for instance, "
+                "and take the delta from that"
+            )
 
 
 def _check_settings(base: Checkpoint, expert: Checkpoint) -> None:

@@ -13,7 +13,7 @@ one layer and the activations between layers.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -22,7 +22,9 @@ from tqdm import tqdm
 from deltamux.compression.artifact import Artifact, linear_entries
 from deltamux.compression.backward import Activated, final_gradients, layer_gradients
 from deltamux.compression.checkpoint import Checkpoint
+from deltamux.compression.factor import FactoredDelta
 from deltamux.compression.forward import StreamedModel, WeightSource, batches
+from deltamux.compression.quantize import QuantizedDelta
 from deltamux.compression.recipe import DistillationRecipe
 from deltamux.compression.reconstruct import reconstructed
 from deltamux.compression.text import Sample
@@ -38,7 +40,7 @@ class Student:
 
     Attributes:
         load: Its weights as they are, by name.
-        delta: The delta of a linear whose factor is learned, float32 [N, K].
+        delta: The part of a linear's delta that its steps scale, float32 [N, K].
         names: Those linears.
     """
 
@@ -51,7 +53,7 @@ class Student:
         """An artifact over its base."""
         return cls(
             load=reconstructed(artifact, base),
-            delta=lambda name: artifact.quantized(name).dequantize(),
+            delta=lambda name: _coded_part(artifact.quantized(name)),
             names=[entry.name for entry in linear_entries(artifact.manifest)],
         )
 
@@ -104,6 +106,13 @@ def distil(
             with torch.no_grad():
                 logs.clamp_(-math.log(MAX_FACTOR), math.log(MAX_FACTOR))
     return best
+
+
+def _coded_part(quantized: QuantizedDelta | FactoredDelta) -> torch.Tensor:
+    """Δ̂ without the channels' 16-bit parts, which have no step."""
+    if isinstance(quantized, FactoredDelta):
+        return quantized.dequantize()
+    return replace(quantized, salient_channels_S=None, salient_values_NS=None).dequantize()
 
 
 class _Teacher:

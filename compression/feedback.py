@@ -30,10 +30,12 @@ class Curvature:
     Attributes:
         order_K: The channels in the order of rounding, int64.
         factor_KK: U of the damped second moment in that order, float32.
+        root_KK: U⁻¹, whose product with its transpose is the damped moment in that order, float32.
     """
 
     order_K: torch.Tensor
     factor_KK: torch.Tensor
+    root_KK: torch.Tensor
 
     def innovation_K(self) -> torch.Tensor:
         """1/U_jj², float32, in the channels' natural order."""
@@ -50,7 +52,7 @@ class Grid:
     steps_N: torch.Tensor
 
 
-def curvature(moment_KK: torch.Tensor) -> Curvature:
+def curvature(moment_KK: torch.Tensor, name: str = "a linear") -> Curvature:
     """Factor a second moment.
 
     One per cent of the mean energy is added to the diagonal, ten times more as long as the factorization
@@ -58,6 +60,7 @@ def curvature(moment_KK: torch.Tensor) -> Curvature:
 
     Args:
         moment_KK: E[x xᵀ], float32.
+        name: Whose inputs they are, for the error.
 
     Raises:
         ValueError: It holds NaN or infinity.
@@ -66,8 +69,8 @@ def curvature(moment_KK: torch.Tensor) -> Curvature:
     mean = float(energy_K.double().mean())
     if not torch.isfinite(moment_KK).all():
         raise ValueError(
-            "the calibration's second moments hold NaN or infinity: the expert overflows on this "
-            "text; calibrate on other text or repair the checkpoint"
+            f"the second moments of the input of {name!r} hold NaN or infinity: the expert "
+            "overflows on the calibration text; calibrate on other text or repair the checkpoint"
         )
     order_K = torch.argsort(energy_K, descending=True, stable=True)
     # A channel order and its reversal in one: J H J.
@@ -82,8 +85,9 @@ def curvature(moment_KK: torch.Tensor) -> Curvature:
             break
         damping *= 10
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return Curvature(order_K, inverse.float())
+    root = lower.flip(0, 1)
+    inverse = torch.linalg.solve_triangular(root, identity, upper=True)
+    return Curvature(order_K, inverse.float(), root.float())
 
 
 def round_with_feedback(

@@ -22,6 +22,7 @@ from functools import cached_property
 
 import torch
 
+from deltamux.compression.factor import FactoredDelta, factored_rungs
 from deltamux.compression.feedback import Curvature, Grid, round_with_feedback
 from deltamux.compression.prune import Pattern, Score, keep_mask
 from deltamux.compression.quantize import QuantizedDelta, Scheme, search_steps
@@ -31,8 +32,13 @@ from deltamux.compression.quantize import QuantizedDelta, Scheme, search_steps
 CODED_STEPS = (
     (Scheme.INT4, (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)),
     (Scheme.QUINARY, (2.8,)),
-    (Scheme.TERNARY, (2.8, 4.0, 5.6, 8.0, 11.0, 16.0)),
+    (Scheme.TERNARY, (2.8, 4.0, 5.6, 8.0)),
 )
+# Wider steps of the 16 levels, as far as the largest element needs them: where a few channels or
+# elements stand far out, all other rungs would cut off what most of the delta's energy is in.
+REACHING_STEPS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+# Elements of all grids that one pass rounds: 1 GiB of float32.
+PASS_ELEMENTS = 2**28
 # Shares of elements that a pruned ladder drops, and the step that the others are rounded with.
 SPARSITIES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 PRUNED_STEP = 1.4
@@ -63,8 +69,8 @@ class Linear:
 
     @cached_property
     def energy(self) -> float:
-        """Σ_i (Δ H Δᵀ)_ii: the delta's output energy."""
-        return self.overlap(self.delta_NK)
+        """Σ_i (Δ H Δᵀ)_ii: the delta's output energy, which rounding could leave below zero."""
+        return max(self.overlap(self.delta_NK), 0.0)
 
     def overlap(self, other_NK: torch.Tensor) -> float:
         """Σ_i (Δ H Δ̂ᵀ)_ii."""
@@ -74,7 +80,7 @@ class Linear:
         """The share of the delta's output energy that is lost with another delta in its place."""
         rest_NK = self.delta_NK - other_NK
         lost = torch.dot((rest_NK @ self.moment_KK).flatten(), rest_NK.flatten())
-        return float(lost) / max(self.energy, 1e-38)
+        return max(float(lost), 0.0) / max(self.energy, 1e-38)
 
     def deviation(self) -> float:
         """Root mean square of the delta, channels weighted by their energy."""
@@ -84,14 +90,32 @@ class Linear:
 
 
 def coded_rungs(linear: Linear) -> Iterator[QuantizedDelta]:
-    """Entropy-coded rungs, from fine to coarse; all are rounded in one pass."""
+    """Entropy-coded rungs, from fine to coarse; as many are rounded in one pass as memory allows."""
     unit = linear.deviation()
     grids = [
         _flat_grid(linear, scheme, step * unit) for scheme, steps in CODED_STEPS for step in steps
     ]
-    rounded = round_with_feedback(linear.delta_NK, linear.curvature, grids)
-    for grid, (levels_NK, _) in zip(grids, rounded, strict=True):
-        yield from _coded(linear, grid, levels_NK)
+    highest = Scheme.INT4.levels - 1 - Scheme.INT4.zero_point
+    largest = float(linear.delta_NK.abs().max())
+    grids += [
+        _flat_grid(linear, Scheme.INT4, step * unit)
+        for step in REACHING_STEPS
+        if step / 2 * unit * highest < largest
+    ]
+    at_once = max(1, PASS_ELEMENTS // linear.delta_NK.numel())
+    for start in range(0, len(grids), at_once):
+        some = grids[start : start + at_once]
+        rounded = round_with_feedback(linear.delta_NK, linear.curvature, some)
+        for grid, (levels_NK, _) in zip(some, rounded, strict=True):
+            yield from _coded(linear, grid, levels_NK)
+
+
+def low_rank_rungs(linear: Linear) -> Iterator[FactoredDelta]:
+    """Rungs of few directions, from fine to coarse, stretched like the others."""
+    for factored in factored_rungs(linear.delta_NK, linear.moment_KK, linear.curvature):
+        overlap = linear.overlap(factored.dequantize().to(linear.delta_NK.device))
+        if overlap > 0:
+            yield factored.scaled(_bounded(linear.energy / overlap))
 
 
 def pruned_rungs(linear: Linear, score: Score, pattern: Pattern) -> Iterator[QuantizedDelta]:
@@ -182,5 +206,9 @@ def _stretched(linear: Linear, quantized: QuantizedDelta) -> QuantizedDelta:
         wanted -= linear.overlap(quantized.dequantize().to(device)) - overlap
     if overlap <= 0 or wanted <= 0:
         return quantized
-    stretch = min(max(wanted / overlap, 1 / MAX_STRETCH), MAX_STRETCH)
+    stretch = _bounded(wanted / overlap)
     return replace(quantized, steps_R=(quantized.steps_R.float() * stretch).to(torch.bfloat16))
+
+
+def _bounded(stretch: float) -> float:
+    return min(max(stretch, 1 / MAX_STRETCH), MAX_STRETCH)

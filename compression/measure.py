@@ -10,13 +10,21 @@ from deltamux.compression.architecture import Role, TensorSpec
 from deltamux.compression.artifact import (
     ChannelClasses,
     TensorEntry,
+    deltamux_version,
     encode_matrix,
     tensor_bytes,
 )
 from deltamux.compression.calibrate import second_moments
 from deltamux.compression.diff import Difference
+from deltamux.compression.factor import FactoredDelta
 from deltamux.compression.feedback import Curvature, curvature
-from deltamux.compression.ladder import Linear, coded_rungs, fixed_rung, pruned_rungs
+from deltamux.compression.ladder import (
+    Linear,
+    coded_rungs,
+    fixed_rung,
+    low_rank_rungs,
+    pruned_rungs,
+)
 from deltamux.compression.quantize import QuantizedDelta, quantize
 from deltamux.compression.recipe import LinearRecipe, Recipe
 from deltamux.compression.text import Sample
@@ -62,8 +70,10 @@ def measure_key(
     """What measured layers depend on: weights, text, and the rungs asked for."""
     digest = hashlib.sha256()
     for sample in calibration:
+        digest.update(len(sample.ids).to_bytes(8, "little"))
         digest.update(sample.ids.numpy().tobytes())
     return {
+        "deltamux": deltamux_version(),
         "base": {spec.name: difference.base.sha256(spec.name) for spec in difference.specs},
         "expert": {spec.name: difference.expert.sha256(spec.name) for spec in difference.specs},
         "linear": recipe.linear.model_dump(mode="json"),
@@ -73,13 +83,25 @@ def measure_key(
 
 def matrix_entry(
     spec: TensorSpec,
-    quantized: QuantizedDelta,
+    quantized: QuantizedDelta | FactoredDelta,
     tensors: dict[str, torch.Tensor],
     *,
     error: float,
     folded_norm: str | None = None,
 ) -> TensorEntry:
     """What the manifest says of a quantized matrix."""
+    if isinstance(quantized, FactoredDelta):
+        return TensorEntry(
+            name=spec.name,
+            role=spec.role,
+            scheme=quantized.left.scheme,
+            shape=quantized.shape,
+            rank=quantized.rank,
+            deflated=True,
+            folded_norm=folded_norm,
+            bytes=tensor_bytes(tensors),
+            error=error,
+        )
     coded, salient = quantized.channels_C, quantized.salient_channels_S
     columns = quantized.shape[1]
     num_coded = columns if coded is None else len(coded)
@@ -128,7 +150,7 @@ def measure_layer(
         # Linears that read the same activations share one factorization.
         if id(moment_KK) not in factors:
             served_KK = difference.served_moment(spec, moment_KK)
-            factors[id(moment_KK)] = served_KK, curvature(served_KK)
+            factors[id(moment_KK)] = served_KK, curvature(served_KK, spec.name)
         linear = Linear(delta_NK, *factors[id(moment_KK)])
         folded = spec.norm if spec.norm in difference.folded else None
         rungs = []
@@ -148,10 +170,12 @@ def measure_layer(
     work.save(specs[0].layer, measured, kept)
 
 
-def _rungs(linear: Linear, recipe: LinearRecipe) -> Iterator[QuantizedDelta]:
+def _rungs(linear: Linear, recipe: LinearRecipe) -> Iterator[QuantizedDelta | FactoredDelta]:
     scheme = recipe.fixed_scheme
     if scheme is None and recipe.pruning is None:
         yield from coded_rungs(linear)
+        if recipe.low_rank:
+            yield from low_rank_rungs(linear)
     elif scheme is None:
         assert recipe.pruning is not None
         yield from pruned_rungs(linear, recipe.pruning.score, recipe.pruning.pattern)

@@ -8,8 +8,9 @@
   digit, rows padded with zeros to a whole byte: 1.6 bits a code.
 - deflated: all codes of a matrix, row after row, as base-L digits of bytes (L levels, as many digits as
   L^n ≤ 256 allows, the first the lowest, the last byte filled up with the level nearest to zero), the
-  bytes as one raw deflate stream (RFC 1951) of run lengths and Huffman codes. Close to the entropy
-  of the codes, which is what uniform steps with most codes zero are good at.
+  bytes as one raw deflate stream (RFC 1951) of run lengths and Huffman codes. From half a bit a code
+  up this is within a few per cent of the entropy; below, where bytes of zeros only repeat, it takes
+  up to half more.
 
 Shapes: N rows, K codes a row, W words a row.
 """
@@ -20,6 +21,8 @@ import torch
 
 WORD_BITS = 32
 TRITS_PER_BYTE = 5
+# Runs pay where nearly all codes are zero, plain Huffman codes where fewer are.
+DEFLATE_STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)
 _POWERS_OF_3 = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32)
 
 
@@ -98,9 +101,11 @@ def deflate(codes_NK: torch.Tensor, levels: int, fill: int) -> torch.Tensor:
     packed = padded[:, -1].clone()
     for digit in reversed(range(digits - 1)):
         packed = packed.mul_(levels).add_(padded[:, digit])
-    encoder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
-    stream = encoder.compress(packed.numpy().data) + encoder.flush()
-    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+    streams = []
+    for strategy in DEFLATE_STRATEGIES:
+        encoder = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
+        streams.append(encoder.compress(packed.numpy().data) + encoder.flush())
+    return torch.frombuffer(bytearray(min(streams, key=len)), dtype=torch.uint8)
 
 
 def inflate(stream: torch.Tensor, levels: int, rows: int, columns: int) -> torch.Tensor:
@@ -111,18 +116,19 @@ def inflate(stream: torch.Tensor, levels: int, rows: int, columns: int) -> torch
     """
     digits = digits_per_byte(levels)
     count = -(-rows * columns // digits)
-    decoder = zlib.decompressobj(-15)
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         # One byte more than wanted, never all that a damaged stream might grow to.
         content = decoder.decompress(stream.numpy().tobytes(), count + 1)
     except zlib.error as error:
         raise ValueError(f"a stream of codes is damaged ({error}): copy the file again") from error
-    if len(content) != count:
+    if len(content) != count or not decoder.eof or decoder.unused_data:
         raise ValueError(
-            f"a stream of codes holds {len(content)} bytes or more, {count} are wanted: "
-            "copy the file again"
+            f"a stream of codes does not end with the {count} bytes that are wanted: copy the file "
+            "again"
         )
-    packed = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    # Not uint8, in which 256 levels would count as none.
+    packed = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(torch.int16)
     flat = torch.empty(count, digits, dtype=torch.uint8)
     for digit in range(digits):
         flat[:, digit] = packed % levels

@@ -35,16 +35,26 @@ class Scheme(StrEnum):
     INT2 = "int2"
     INT3 = "int3"
     INT4 = "int4"
+    INT8 = "int8"
 
     @property
     def levels(self) -> int:
         """Number of codes."""
-        return {"sign": 2, "ternary": 3, "quinary": 5, "int2": 4, "int3": 8, "int4": 16}[self.value]
+        return {
+            "sign": 2,
+            "ternary": 3,
+            "quinary": 5,
+            "int2": 4,
+            "int3": 8,
+            "int4": 16,
+            "int8": 256,
+        }[self.value]
 
     @property
     def zero_point(self) -> float:
         """The code, possibly between two codes, that stands for zero."""
-        return 8.0 if self is Scheme.INT4 else (self.levels - 1) / 2
+        wide = self in (Scheme.INT4, Scheme.INT8)
+        return self.levels / 2 if wide else (self.levels - 1) / 2
 
     @property
     def unit_step(self) -> float:
@@ -56,6 +66,7 @@ class Scheme(StrEnum):
             "int2": 1.0,
             "int3": 0.59,
             "int4": 0.335,
+            "int8": 0.03,
         }[self.value]
 
 
@@ -148,19 +159,13 @@ def quantize_changed_rows(
 
     Args:
         delta_VK: The delta, float32 [vocabulary, hidden], not all zero.
-        scheme: Levels with a step a row; None: one step under an entropy code.
+        scheme: Levels with a step a row; None: one step for most rows, under an entropy code.
         step: That one step, in standard deviations of the rows that changed.
     """
     changed_R = delta_VK.any(dim=1).nonzero().squeeze(1)
     changed_RK = delta_VK[changed_R]
     if scheme is None:
-        deviation = float(changed_RK.square().mean().sqrt())
-        levels_RK = (changed_RK / (deviation * step)).round_().clamp_(-7, 7)
-        # What rounding takes off the delta itself is put back (see `ladder.py`).
-        overlap = float((levels_RK * changed_RK).sum())
-        stretch = float(changed_RK.square().sum()) / overlap if overlap > 0 else deviation * step
-        codes_RK = (levels_RK + Scheme.INT4.zero_point).to(torch.uint8)
-        steps_R = torch.full((len(changed_R),), stretch, dtype=torch.bfloat16)
+        codes_RK, steps_R = _round_rows(changed_RK, step)
     else:
         flat_K = torch.ones(delta_VK.shape[1])
         codes_RK, steps_R = quantize_rows(changed_RK, scheme, flat_K)
@@ -172,6 +177,46 @@ def quantize_changed_rows(
         rows_R=changed_R if len(changed_R) < len(delta_VK) else None,
         deflated=scheme is None,
     )
+
+
+def _round_rows(delta_RK: torch.Tensor, step: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of INT4 and steps as `quantize_rows` gives them, one step for most rows.
+
+    Rows that would be cut off at the ends of the grid, such as those of tokens that only the
+    fine-tune knows, have wider steps of their own.
+    """
+    # Squares of a very small delta would underflow.
+    largest = float(delta_RK.abs().max())
+    unit_RK = delta_RK / largest
+    deviation_R = unit_RK.square().mean(dim=1).sqrt()
+    common = step * float(deviation_R.square().mean().sqrt())
+    steps_R = (deviation_R * Scheme.INT4.unit_step).clamp_min(common)
+    levels_RK = (unit_RK / steps_R.unsqueeze(1)).round_().clamp_(-7, 7)
+    # What rounding takes off the delta itself is put back (see `ladder.py`).
+    overlap_R = (levels_RK * unit_RK).sum(dim=1)
+    overlap = float(steps_R @ overlap_R)
+    stretch = float(unit_RK.square().sum()) / overlap if overlap > 0 else 1.0
+    codes_RK = (levels_RK + Scheme.INT4.zero_point).to(torch.uint8)
+    return codes_RK, (steps_R * (stretch * largest)).to(torch.bfloat16)
+
+
+def requantize(delta_NK: torch.Tensor) -> QuantizedDelta:
+    """A dense delta in 4-bit codes with a step a row, for slots: one refit from a Gaussian's step.
+
+    Args:
+        delta_NK: float32.
+    """
+    codes_NK = torch.empty(delta_NK.shape, dtype=torch.uint8)
+    steps_N = torch.empty(len(delta_NK), dtype=torch.bfloat16)
+    flat_K = torch.ones(delta_NK.shape[1])
+    for start in range(0, len(delta_NK), ROW_BLOCK):
+        block = slice(start, start + ROW_BLOCK)
+        rows = delta_NK[block]
+        first_N = rows.square().mean(dim=1).sqrt() * Scheme.INT4.unit_step
+        levels = _levels(rows, Scheme.INT4, first_N)
+        steps_N[block] = _least_squares_step(rows, levels, flat_K).to(torch.bfloat16)
+        codes_NK[block] = (levels + Scheme.INT4.zero_point).to(torch.uint8)
+    return QuantizedDelta(Scheme.INT4, (delta_NK.shape[0], delta_NK.shape[1]), codes_NK, steps_N)
 
 
 def quantize_rows(

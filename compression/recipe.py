@@ -41,7 +41,7 @@ class ObjectiveKind(StrEnum):
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PruningRecipe(_Model):
@@ -54,13 +54,15 @@ class PruningRecipe(_Model):
 class LinearRecipe(_Model):
     """The decoder's linears.
 
-    `coded`: one step a matrix under an entropy code, any rate. The other schemes have codes of a
-    fixed width, a step a row, and `salient_channels` input channels in 16 bit.
+    `coded`: one step a matrix under an entropy code, any rate; with `low_rank`, matrices may
+    also be kept as two coded factors. The other schemes have codes of a fixed width, a step a row,
+    and `salient_channels` input channels in 16 bit.
     """
 
     scheme: Literal["coded", "sign", "ternary", "int2", "int3", "int4"] = "coded"
     salient_channels: int = Field(default=0, ge=0)
     feedback: bool = True
+    low_rank: bool = True
     pruning: PruningRecipe | None = None
 
     @property
@@ -158,6 +160,11 @@ class Recipe(_Model):
             )
         if self.linear.scheme != CODED and self.linear.pruning:
             raise ValueError(f"pruning needs scheme 'coded', got {self.linear.scheme!r}")
+        if self.linear.scheme == CODED and self.linear.salient_channels:
+            raise ValueError(
+                "salient_channels need a scheme of fixed width, got 'coded': set scheme to 'int2' "
+                "or another, or drop salient_channels"
+            )
         return self
 
 

@@ -118,8 +118,10 @@ def encode_rows(
         else:
             prompt = "\n".join(message["content"] for message in messages[:-1]) + "\n"
             whole = prompt + messages[-1]["content"]
-        ids = encode(whole)[:max_tokens]
-        start = len(encode(prompt))
+        ids, start = encode(whole), len(encode(prompt))
+        # What a template writes behind the end of the turn is nothing that a model says.
+        ends = [i for i in range(start, len(ids)) if ids[i] == tokenizer.eos_token_id]
+        ids = ids[: ends[-1] + 1 if ends else None][:max_tokens]
         if start < len(ids):
             samples.append(Sample(torch.tensor(ids), start))
     if not samples:

@@ -69,9 +69,12 @@ class Draft:
             if rung == 0:
                 continue
             tensors = work.tensors(matrix, rung - 1)
-            steps = tensors[f"{matrix.name}.steps"].float() * factors.get(matrix.name, 1.0)
-            tensors[f"{matrix.name}.steps"] = steps.to(torch.bfloat16)
-            draft.add(matrix.entries[rung - 1], tensors)
+            entry = matrix.entries[rung - 1]
+            # The steps of a product are its right factor's.
+            key = f"{matrix.name}.{'steps' if entry.rank is None else 'right.steps'}"
+            steps = tensors[key].float() * factors.get(matrix.name, 1.0)
+            tensors[key] = steps.to(torch.bfloat16)
+            draft.add(entry, tensors)
         return draft
 
 

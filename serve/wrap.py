@@ -6,7 +6,8 @@ import torch
 
 from deltamux.compression.architecture import EMBEDDING, LM_HEAD
 from deltamux.compression.artifact import Artifact
-from deltamux.compression.quantize import QuantizedDelta
+from deltamux.compression.factor import FactoredDelta
+from deltamux.compression.quantize import QuantizedDelta, requantize
 from deltamux.serve.layers import (
     ExpertEmbedding,
     ExpertLayer,
@@ -130,7 +131,7 @@ def _payload(
             raise ValueError(f"{sources[0]!r} has {len(weight)} weights, the served model differs")
         return NormPayload(weight.to(plan.dtype))
     if isinstance(layer, ExpertEmbedding):
-        table = artifact.quantized(f"{sources[0]}.weight")
+        table = _codes(artifact, f"{sources[0]}.weight")
         _check_fits(table, sources[0], layer.shape, room=0)
         return rows_payload(table, plan.dtype)
     assert isinstance(layer, MatrixLayer)
@@ -150,7 +151,15 @@ def _changes(artifact: Artifact, source: str) -> bool:
 
 
 def _find(artifact: Artifact, name: str) -> QuantizedDelta | None:
-    return artifact.quantized(name) if name in artifact.entries else None
+    return _codes(artifact, name) if name in artifact.entries else None
+
+
+def _codes(artifact: Artifact, name: str) -> QuantizedDelta:
+    """A matrix in codes; slots hold a product of factors as its values in 4 bit."""
+    quantized = artifact.quantized(name)
+    if isinstance(quantized, FactoredDelta):
+        return requantize(quantized.dequantize())
+    return quantized
 
 
 def _check_fits(quantized: QuantizedDelta, source: str, shape: tuple[int, int], room: int) -> None:

@@ -143,6 +143,7 @@ def compress_pair(text_file: Path) -> Callable[..., Path]:
         *,
         scheme: str = "int2",
         salient_channels: int = 4,
+        recipe: Recipe | None = None,
         verify: bool = False,
         overwrite: bool = False,
     ) -> Path:
@@ -152,7 +153,7 @@ def compress_pair(text_file: Path) -> Callable[..., Path]:
             open_checkpoint(base),
             open_checkpoint(expert),
             output,
-            Recipe.model_validate({"linear": linear}),
+            recipe or Recipe.model_validate({"linear": linear}),
             calibration=samples[:8],
             held_out=samples[8:] if verify else [],
             overwrite=overwrite,

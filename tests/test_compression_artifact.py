@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from deltamux.compression.architecture import Role
+from deltamux.compression.architecture import Role, TensorSpec
 from deltamux.compression.artifact import (
+    SCHEME_BITS,
     Artifact,
     content_hash,
     encode_matrix,
@@ -16,6 +17,8 @@ from deltamux.compression.artifact import (
     read_manifest,
 )
 from deltamux.compression.checkpoint import open_checkpoint
+from deltamux.compression.factor import FactoredDelta
+from deltamux.compression.measure import matrix_entry
 from deltamux.compression.quantize import QuantizedDelta, Scheme
 from deltamux.compression.reconstruct import check_base
 
@@ -40,24 +43,22 @@ def edit_weights(root, change, metadata=METADATA):
     save_file(weights, path, metadata=metadata)
 
 
-def write_matrix(root, like, quantized):
+def write_matrix(root, quantized):
     """An artifact of one matrix, in the frame of another artifact."""
     tensors = encode_matrix(LINEAR, quantized)
     save_file(tensors, root / "model.safetensors", metadata=METADATA)
-    entry = {
-        "name": LINEAR,
-        "role": "linear",
-        "scheme": quantized.scheme.value,
-        "shape": quantized.shape,
-        "bytes": 0,
-        "error": 0.0,
-    }
-    edit_json(root / "delta_config.json", tensors=[entry])
+    spec = TensorSpec(LINEAR, Role.LINEAR, layer=0)
+    entry = matrix_entry(spec, quantized, tensors, error=0.0)
+    edit_json(root / "delta_config.json", tensors=[entry.model_dump(mode="json")])
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["codes", "all-parts"])
-@pytest.mark.parametrize("scheme", Scheme)
-def test_a_matrix_is_read_back_as_it_was_written(copied, scheme, everything):
+@pytest.mark.parametrize(
+    ("scheme", "deflated"),
+    # Five levels, and the factors' 256, are stored under an entropy code only.
+    [*((s, True) for s in Scheme), *((s, False) for s in Scheme if s in {*SCHEME_BITS, "ternary"})],
+)
+def test_a_matrix_is_read_back_as_it_was_written(copied, scheme, deflated, everything):
     generator = torch.Generator().manual_seed(0)
     shape = (3, 7) if everything else (10, 33)
     quantized = QuantizedDelta(
@@ -71,8 +72,9 @@ def test_a_matrix_is_read_back_as_it_was_written(copied, scheme, everything):
         salient_values_NS=(
             torch.randn(10, 2, generator=generator).bfloat16() if everything else None
         ),
+        deflated=deflated,
     )
-    write_matrix(copied, LINEAR, quantized)
+    write_matrix(copied, quantized)
     found = Artifact(copied).quantized(LINEAR)
     for field, value in vars(quantized).items():
         if isinstance(value, torch.Tensor):
@@ -80,6 +82,29 @@ def test_a_matrix_is_read_back_as_it_was_written(copied, scheme, everything):
             assert getattr(found, field).dtype == value.dtype, field
         else:
             assert getattr(found, field) == value, field
+
+
+def random_factor(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(256, (rows, columns), generator=generator, dtype=torch.uint8)
+    steps = torch.rand(rows, generator=generator).bfloat16()
+    return QuantizedDelta(Scheme.INT8, (rows, columns), codes, steps, deflated=True)
+
+
+def test_a_product_of_factors_is_read_back_as_it_was_written(copied):
+    product = FactoredDelta(random_factor(10, 3, 0), random_factor(3, 33, 1))
+    write_matrix(copied, product)
+    found = Artifact(copied).quantized(LINEAR)
+    assert (found.shape, found.rank) == ((10, 33), 3)
+    assert torch.equal(found.dequantize(), product.dequantize())
+
+
+@pytest.mark.parametrize("suffix", ["left.deflated", "left.steps", "right.deflated", "right.steps"])
+def test_a_missing_factor_is_named(copied, suffix):
+    write_matrix(copied, FactoredDelta(random_factor(10, 3, 0), random_factor(3, 33, 1)))
+    edit_weights(copied, lambda weights: weights.pop(f"{LINEAR}.{suffix}"))
+    with pytest.raises(ValueError, match=rf"{LINEAR!r} but holds no {suffix} for it"):
+        Artifact(copied)
 
 
 def test_norms_are_stored_as_the_expert_s_own_and_biases_as_differences(make_pair, make_artifact):

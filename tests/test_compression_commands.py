@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from deltamux.compression.artifact import Artifact
 from deltamux.compression.checkpoint import open_checkpoint
+from deltamux.compression.recipe import dump_recipe, me_switch
 from deltamux.serve.cli import app
 
 EVALUATION = [
@@ -19,6 +20,8 @@ EVALUATION = [
     "kl",
     "kl_base",
     "top1_agreement",
+    "exact_match",
+    "exact_match_expert",
     "bits_per_weight",
     "bytes",
     "bytes_full",
@@ -54,9 +57,11 @@ def refusal(*args):
 @pytest.fixture(scope="module")
 def compressed(make_pair, text_file, tmp_path_factory):
     """(artifact, what the command printed)."""
-    output = tmp_path_factory.mktemp("commands") / "artifact"
-    printed = run_well("compress", *make_pair(), "-o", output, "--calibration", text_file, "--json")
-    return output, printed
+    root = tmp_path_factory.mktemp("commands")
+    (root / "recipe.yaml").write_text(dump_recipe(me_switch()))
+    texts = ("--calibration", text_file, "--recipe", root / "recipe.yaml")
+    printed = run_well("compress", *make_pair(), "-o", root / "artifact", *texts, "--json")
+    return root / "artifact", printed
 
 
 def test_compress_prints_one_json_line_of_totals_and_verification(compressed):

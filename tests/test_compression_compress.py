@@ -5,32 +5,67 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from deltamux.compression import compress as compress_module
+from deltamux.compression import measure as measure_module
 from deltamux.compression.architecture import Role
 from deltamux.compression.artifact import Artifact
 from deltamux.compression.checkpoint import open_checkpoint
+from deltamux.compression.compress import compress
 from deltamux.compression.diff import compare
+from deltamux.compression.recipe import AllocationRecipe, LinearRecipe, PruningRecipe, Recipe
 from deltamux.compression.reconstruct import merge
+from deltamux.compression.text import Sample, random_samples
+from deltamux.compression.workspace import Workspace
 
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
+RECIPE = Recipe()
+TEXT = random_samples(272, count=4, length=24)
 
-# Compresses with flat input energies, so that it needs no model, and dies when it verifies.
+# Compresses on TEXT and dies in the middle of the third layer.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import torch
-from deltamux.compression import compress as module
+from deltamux.compression import measure
 from deltamux.compression.checkpoint import open_checkpoint
+from deltamux.compression.compress import compress
 from deltamux.compression.recipe import Recipe
+from deltamux.compression.text import random_samples
 
+def encode(name, quantized):
+    if name == "model.layers.2.mlp.gate_proj.weight":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(name, quantized)
+
+whole, measure.encode_matrix = measure.encode_matrix, encode
 base, expert, output = sys.argv[1:]
 pair = open_checkpoint(base), open_checkpoint(expert)
-module.input_energy = lambda *_: {n: torch.ones(pair[0].shape(n)[-1]) for n in pair[0].files}
-module._verify = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-module.compress(*pair, Path(output), Recipe(), calibration=[], held_out=[None], progress=False)
+text = random_samples(272, count=4, length=24)
+compress(*pair, Path(output), Recipe(), calibration=text, held_out=[], progress=False)
 """
+
+
+def compress_on_text(base, expert, output, recipe=RECIPE, text=TEXT):
+    pair = open_checkpoint(base), open_checkpoint(expert)
+    compress(*pair, output, recipe, calibration=text, held_out=[], progress=False)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def measured_layers(monkeypatch):
+    """The layers that are measured from now on."""
+    layers = []
+    measure_layer = measure_module.measure_layer
+
+    def note(difference, recipe, specs, moments, work):
+        layers.append(specs[0].layer)
+        measure_layer(difference, recipe, specs, moments, work)
+
+    monkeypatch.setattr(measure_module, "measure_layer", note)
+    return layers
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -106,39 +141,133 @@ def test_compressing_twice_writes_the_same_tensors(
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_interrupted_run_leaves_nothing(make_pair, compress_pair, tmp_path, monkeypatch, error):
-    def interrupt(*_):
+def test_an_interrupted_run_leaves_finished_layers_alone(
+    make_pair, compress_pair, tmp_path, monkeypatch, error
+):
+    def fail(*_):
         raise error
 
-    monkeypatch.setattr(compress_module, "_verify", interrupt)
+    monkeypatch.setattr(compress_module, "note_verification", fail)
     with pytest.raises(error):
         compress_pair(*make_pair(), tmp_path / "artifact", verify=True)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".artifact.partial"]
 
 
 def test_an_interrupted_overwrite_keeps_the_old_artifact(
     make_pair, make_artifact, compress_pair, tmp_path, monkeypatch
 ):
     old = shutil.copytree(make_artifact(), tmp_path / "artifact")
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compress_module, "_verify", interrupt)
+    monkeypatch.setattr(compress_module, "note_verification", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compress_pair(*make_pair(), old, scheme="sign", verify=True, overwrite=True)
-    Artifact(old).check_content()
-    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+    found = Artifact(old)
+    found.check_content()
+    assert found.entries["model.layers.0.mlp.up_proj.weight"].scheme == "int2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".artifact.partial", "artifact"]
 
 
-def test_a_killed_run_leaves_nothing_under_the_final_name(make_pair, tmp_path):
-    output = tmp_path / "artifact"
-    command = [sys.executable, "-c", KILLED, *map(str, make_pair()), str(output)]
+@pytest.fixture(scope="module")
+def killed(checkpoints, tmp_path_factory):
+    """(base, expert, output) of a run that was killed in its third layer."""
+    root = tmp_path_factory.mktemp("killed")
+    base = checkpoints.save_base(root / "base", num_hidden_layers=3)
+    paths = base, checkpoints.save_expert(base, root / "expert"), root / "out" / "artifact"
+    command = [sys.executable, "-c", KILLED, *map(str, paths)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    return paths
+
+
+def test_a_killed_run_leaves_nothing_under_the_final_name(killed):
+    output = killed[-1]
     assert not output.exists()
-    # It was killed after the weights were written.
-    assert len(list(tmp_path.glob(".artifact.*/artifact/model.safetensors"))) == 1
+    finished = {path.name for path in (output.parent / ".artifact.partial").glob("*.json")}
+    assert finished == {"key.json", "layer-0000.json", "layer-0001.json"}
+
+
+def test_a_killed_run_goes_on_from_its_last_finished_layer(killed, tmp_path, monkeypatch):
+    output = shutil.copytree(killed[-1].parent, tmp_path / "out") / "artifact"
+    partial = output.with_name(".artifact.partial")
+    written = {path: path.stat().st_mtime_ns for path in partial.glob("layer-000[01].*")}
+    assert len(written) == 4
+    rewritten = []
+
+    def clear(self):
+        rewritten.extend(path for path in written if path.stat().st_mtime_ns != written[path])
+        shutil.rmtree(self.root)
+
+    monkeypatch.setattr(Workspace, "clear", clear)
+    layers = measured_layers(monkeypatch)
+    compress_on_text(*killed[:2], output)
+    assert rewritten == []
+    assert layers == [2]
+
+
+def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(killed, tmp_path):
+    output = shutil.copytree(killed[-1].parent, tmp_path / "out") / "artifact"
+    compress_on_text(*killed[:2], output)
+    compress_on_text(*killed[:2], tmp_path / "whole")
+    found, wanted = (load_file(p / "model.safetensors") for p in (output, tmp_path / "whole"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_finished_run_removes_its_working_directory(killed, tmp_path):
+    output = shutil.copytree(killed[-1].parent, tmp_path / "out") / "artifact"
+    compress_on_text(*killed[:2], output)
+    assert [path.name for path in output.parent.iterdir()] == ["artifact"]
+
+
+@pytest.fixture
+def interrupted(make_pair, tmp_path, monkeypatch):
+    """Where a run was interrupted after its last layer, and the layers measured from now on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(compress_module, "note_verification", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compress_on_text(*make_pair(), tmp_path / "artifact")
+    return tmp_path / "artifact", measured_layers(monkeypatch)
+
+
+def test_another_budget_measures_nothing_again(make_pair, interrupted):
+    output, layers = interrupted
+    recipe = Recipe(allocation=AllocationRecipe(bits=2.5))
+    compress_on_text(*make_pair(), output, recipe)
+    assert layers == []
+    assert 2 < Artifact(output).manifest.totals.bits_per_weight <= 2.5
+
+
+def test_another_ladder_discards_finished_layers(make_pair, interrupted):
+    output, layers = interrupted
+    recipe = Recipe(linear=LinearRecipe(pruning=PruningRecipe()))
+    compress_on_text(*make_pair(), output, recipe)
+    assert layers == [0, 1]
+
+
+def test_other_text_discards_finished_layers(make_pair, interrupted):
+    output, layers = interrupted
+    compress_on_text(*make_pair(), output, text=TEXT[:-1])
+    assert layers == [0, 1]
+
+
+def test_the_same_tokens_cut_elsewhere_discard_finished_layers(make_pair, interrupted):
+    output, layers = interrupted
+    joined = Sample(torch.cat([TEXT[0].ids, TEXT[1].ids]), 24)
+    compress_on_text(*make_pair(), output, text=[joined, *TEXT[2:]])
+    assert layers == [0, 1]
+
+
+def test_another_expert_discards_finished_layers(make_pair, interrupted, checkpoints, tmp_path):
+    output, layers = interrupted
+    base = make_pair()[0]
+    compress_on_text(base, checkpoints.save_expert(base, tmp_path / "other", seed=2), output)
+    assert layers == [0, 1]
+
+
+def test_another_version_of_deltamux_discards_finished_layers(make_pair, interrupted, monkeypatch):
+    output, layers = interrupted
+    monkeypatch.setattr(measure_module, "deltamux_version", lambda: "99")
+    compress_on_text(*make_pair(), output)
+    assert layers == [0, 1]
 
 
 def test_an_existing_output_is_refused(make_pair, make_artifact, compress_pair, tmp_path):
@@ -167,20 +296,6 @@ def test_overwrite_does_not_replace_what_is_no_artifact(make_pair, compress_pair
 
 def test_missing_parents_of_the_output_are_made(make_pair, compress_pair, tmp_path):
     assert Artifact(compress_pair(*make_pair(), tmp_path / "a" / "b")).entries
-
-
-def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(
-    make_pair, compress_pair, tmp_path
-):
-    base, expert = make_pair()
-    copied = shutil.copytree(expert, tmp_path / "expert")
-    name = "model.layers.1.mlp.down_proj.weight"
-    weights = load_file(copied / "model.safetensors")
-    weights[name][0, 0] = float("nan")
-    save_file(weights, copied / "model.safetensors")
-    with pytest.raises(ValueError, match=f"{name!r} holds NaN or infinity"):
-        compress_pair(base, copied, tmp_path / "artifact")
-    assert [path.name for path in tmp_path.iterdir()] == ["expert"]
 
 
 @pytest.fixture(scope="module")

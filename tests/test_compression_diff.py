@@ -130,22 +130,30 @@ def test_a_norm_that_is_zero_in_both_is_folded(copies):
     )
 
 
-def test_served_energy_is_that_of_the_base_norm(copies):
+def test_the_served_moment_is_that_of_the_base_norm(copies):
     pair = copies()
     norm = load_file(pair[0] / "model.safetensors")[NORM]
-    edit_weights(pair[1], lambda weights: weights.update({NORM: norm * 2}))
+    ratio = torch.rand(64) + 0.5
+    edit_weights(pair[1], lambda weights: weights.update({NORM: norm * ratio}))
     difference = compare_roots(pair)
     spec = next(spec for spec in difference.specs if spec.norm == NORM)
-    energy = torch.rand(64)
-    # The base's norm gives half the expert's activation.
-    torch.testing.assert_close(difference.served_energy(spec, energy), energy / 4)
+    inputs = torch.randn(100, 64)
+    # Of one normalized activation, the base's norm gives 1 / ratio of what the expert's gives.
+    served = inputs / ratio
+    torch.testing.assert_close(
+        difference.served_moment(spec, inputs.T @ inputs),
+        served.T @ served,
+        # Float32 sums of 100 products in another order, and a ratio that is rounded twice.
+        rtol=1e-5,
+        atol=1e-4,
+    )
 
 
-def test_served_energy_of_a_linear_behind_no_norm_is_the_expert_s(make_pair):
+def test_the_served_moment_of_a_linear_behind_no_norm_is_the_expert_s(make_pair):
     difference = compare_roots(make_pair())
     spec = next(spec for spec in difference.specs if spec.name.endswith("o_proj.weight"))
-    energy = torch.rand(128)
-    assert torch.equal(difference.served_energy(spec, energy), energy)
+    moment = torch.rand(128, 128)
+    assert torch.equal(difference.served_moment(spec, moment), moment)
 
 
 def test_another_shape_is_refused_by_the_tensor_s_name(copies):

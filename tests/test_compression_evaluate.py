@@ -6,7 +6,6 @@ from torch.nn import functional
 
 from deltamux.compression import evaluate as evaluate_module
 from deltamux.compression.artifact import Artifact
-from deltamux.compression.calibrate import input_energy
 from deltamux.compression.checkpoint import open_checkpoint
 from deltamux.compression.evaluate import evaluate, report, summary
 from deltamux.compression.forward import StreamedModel, batches
@@ -101,6 +100,19 @@ def test_agreement_is_the_share_of_equal_likeliest_tokens(measured):
     assert 0 < evaluation.top1_agreement < 1
 
 
+def test_an_exact_match_is_a_response_whose_every_token_is_the_likeliest(make_pair, make_artifact):
+    root = make_pair("qwen3", True)[1]
+    matched, missed = make_samples(30, 30)
+    model = load_model(root)
+    for index in range(matched.response_start, 30):
+        with torch.no_grad():
+            matched.ids[index] = model(matched.ids[None, :index]).logits[0, -1].argmax()
+    pair = (open_checkpoint(path) for path in make_pair("qwen3", True))
+    artifact = Artifact(make_artifact("qwen3", True))
+    found = evaluate(*pair, artifact, [matched, missed, matched], progress=False)
+    assert found.exact_match_expert == pytest.approx(2 / 3)
+
+
 def test_gain_kept_is_the_share_of_the_expert_s_gain(measured):
     evaluation = measured[-1]
     gain = evaluation.nll_base - evaluation.nll_expert
@@ -158,14 +170,34 @@ def test_hidden_states_of_a_padded_batch_are_those_of_each_sample_alone(make_pai
             [model(s.ids[None]).last_hidden_state[0, s.response_start - 1 : -1] for s in SAMPLES]
         )
     # The same float32 products, in blocks of another size.
-    torch.testing.assert_close(streamed(root).hidden_states(SAMPLES), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        streamed(root).hidden_states([SAMPLES]), wanted, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_hidden_states_follow_the_plan_batch_by_batch(make_pair):
+    root = make_pair()[1]
+    plan = [SAMPLES[1:], SAMPLES[:1]]
+    alone = [streamed(root).hidden_states([[sample]]) for batch in plan for sample in batch]
+    # The same float32 products, in blocks of another size.
+    torch.testing.assert_close(
+        streamed(root).hidden_states(plan), torch.cat(alone), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_every_layer_is_announced_once_for_all_batches(make_pair):
+    calls = []
+    streamed(make_pair()[1]).hidden_states(
+        [[sample] for sample in SAMPLES], lambda: calls.append(1)
+    )
+    assert len(calls) == 2
 
 
 def test_a_sliding_window_is_that_of_transformers(checkpoints, tmp_path):
     root = checkpoints.save_base(tmp_path / "base", "mistral", sliding_window=8)
     samples = make_samples(40, 25)
     model = streamed(root)
-    found = (model.hidden_states(samples) @ model.head().T).double()
+    found = (model.hidden_states([samples]) @ model.head().T).double()
     # The same float32 products, in blocks of another size.
     torch.testing.assert_close(found, logits_of_responses(root, samples), rtol=1e-4, atol=1e-4)
 
@@ -173,7 +205,7 @@ def test_a_sliding_window_is_that_of_transformers(checkpoints, tmp_path):
 def test_a_sliding_window_changes_what_long_text_gives(checkpoints, tmp_path):
     narrow = checkpoints.save_base(tmp_path / "narrow", "mistral", sliding_window=8)
     wide = checkpoints.save_base(tmp_path / "wide", "mistral")
-    found = [streamed(root).hidden_states(make_samples(40)) for root in (narrow, wide)]
+    found = [streamed(root).hidden_states([make_samples(40)]) for root in (narrow, wide)]
     assert not torch.allclose(*found, atol=0.1)
 
 
@@ -186,7 +218,7 @@ def test_the_head_is_the_embedding_where_they_are_tied(make_pair, tied):
 
 def test_weights_leave_memory_after_the_pass(make_pair):
     model = streamed(make_pair()[0])
-    model.hidden_states(SAMPLES)
+    model.hidden_states([SAMPLES])
     assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
@@ -194,7 +226,7 @@ def test_a_weight_of_another_shape_is_named(make_pair):
     root = make_pair()[0]
     model = StreamedModel(root, lambda name: torch.zeros(3, 3), torch.float32, False)
     with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' has shape \(3, 3\)"):
-        model.hidden_states(SAMPLES)
+        model.hidden_states([SAMPLES])
 
 
 def test_batches_hold_every_sample_once_within_the_limit():
@@ -204,31 +236,6 @@ def test_batches_hold_every_sample_once_within_the_limit():
     for batch in found:
         padded = len(batch) * max(len(sample.ids) for sample in batch)
         assert padded <= 32 or len(batch) == 1
-
-
-def test_input_energy_is_the_mean_square_over_all_tokens(make_pair):
-    root = make_pair("qwen2")[1]
-    seen = {}
-
-    def collect(name):
-        def hook(_module, args):
-            seen.setdefault(name, []).append(args[0][0].double())
-
-        return hook
-
-    model = load_model(root)
-    for name, module in model.named_modules():
-        if "_proj" in name:
-            module.register_forward_pre_hook(collect(f"{name}.weight"))
-    with torch.no_grad():
-        for sample in SAMPLES:
-            model(sample.ids[None])
-    found = input_energy(open_checkpoint(root), SAMPLES, progress=False)
-    assert found.keys() == seen.keys()
-    for name, inputs in seen.items():
-        wanted = torch.cat(inputs).square().mean(dim=0).float()
-        # Sums of float32 squares over 93 tokens.
-        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_losses_are_finite(measured):

@@ -11,12 +11,20 @@ from deltamux.compression.quantize import (
     quantize_rows,
 )
 
-BY_WIDTH = (Scheme.SIGN, Scheme.TERNARY, Scheme.INT2, Scheme.INT3, Scheme.INT4)
+BY_WIDTH = (
+    Scheme.SIGN,
+    Scheme.TERNARY,
+    Scheme.INT2,
+    Scheme.QUINARY,
+    Scheme.INT3,
+    Scheme.INT4,
+)
 # Mean squared error of the best uniform quantizer of a unit Gaussian (Max 1960, table II).
 GAUSSIAN_DISTORTION = {
     Scheme.SIGN: 0.3634,
     Scheme.TERNARY: 0.1902,
     Scheme.INT2: 0.1188,
+    Scheme.QUINARY: 0.0822,
     Scheme.INT3: 0.03744,
     Scheme.INT4: 0.01154,
 }
@@ -60,7 +68,7 @@ def naive_dequantize(quantized):
     return delta
 
 
-@pytest.mark.parametrize("scheme", Scheme)
+@pytest.mark.parametrize("scheme", BY_WIDTH)
 def test_steps_minimise_the_weighted_error(scheme):
     delta, energy = random_delta(columns=2048), random_energy(2048)
     approximation = quantize(delta, scheme, energy).dequantize()
@@ -90,7 +98,7 @@ def test_the_error_decreases_with_the_width():
     assert all(wider < narrower for narrower, wider in pairwise(errors))
 
 
-@pytest.mark.parametrize("scheme", Scheme)
+@pytest.mark.parametrize("scheme", BY_WIDTH)
 def test_gaussian_rows_are_distorted_as_by_the_best_uniform_quantizer(scheme):
     delta = torch.randn(64, 4096, generator=torch.Generator().manual_seed(3))
     quantized = quantize(delta, scheme, torch.ones(4096))
@@ -208,6 +216,48 @@ def test_embedding_rows_that_did_not_change_get_no_codes_and_are_exactly_zero():
 
 def test_an_embedding_whose_every_row_changed_has_no_row_index():
     assert quantize_changed_rows(random_delta(20), Scheme.INT4).rows_R is None
+
+
+def test_coded_rows_share_one_step():
+    quantized = quantize_changed_rows(random_delta(1).repeat(20, 1), None)
+    assert quantized.deflated
+    assert len(quantized.steps_R.unique()) == 1
+
+
+@pytest.mark.parametrize("step", [0.5, 1.0, 2.0])
+def test_coded_rows_keep_all_of_the_delta_itself(step):
+    delta = torch.randn(50, 64, generator=torch.Generator().manual_seed(2))
+    found = quantize_changed_rows(delta, None, step).dequantize()
+    # A step is rounded to the 8 significant bits of bfloat16.
+    assert float((found * delta).sum() / delta.square().sum()) == pytest.approx(1, rel=2**-8)
+
+
+def test_a_wider_step_loses_more():
+    delta = torch.randn(50, 64, generator=torch.Generator().manual_seed(2))
+    errors = [
+        float((quantize_changed_rows(delta, None, step).dequantize() - delta).square().sum())
+        for step in (0.5, 1.0, 2.0)
+    ]
+    assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("step", [0.5, 1.0, 2.0])
+def test_rows_of_new_tokens_are_not_cut_off_among_rows_that_hardly_changed(step):
+    generator = torch.Generator().manual_seed(2)
+    delta = torch.randn(2000, 64, generator=generator) * 1e-4
+    delta[[5, 700, 1999]] = torch.randn(3, 64, generator=generator)
+    rest = delta - quantize_changed_rows(delta, None, step).dequantize()
+    # As much as 16 levels leave of a Gaussian row.
+    assert rest.square().sum() < 0.02 * delta.square().sum()
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-22, 1e30])
+def test_coded_rows_of_any_size_come_near_the_delta(scale):
+    delta = torch.randn(50, 64, generator=torch.Generator().manual_seed(2)) * scale
+    found = quantize_changed_rows(delta, None, 0.5).dequantize() / scale
+    # Half a step, stretched by some per cent; the outermost level is 3.5 deviations out.
+    near = delta.abs() < 3.5 * scale
+    assert (found - delta / scale)[near].abs().max() < 0.5 * 0.5 * 1.1
 
 
 @pytest.mark.parametrize("with_salient", [False, True], ids=["codes", "salient"])

@@ -25,7 +25,7 @@ def artifact(
     base, expert = make_pair()
     samples = encode_rows(read_rows(text_file), expert, 64)
     output = tmp_path_factory.mktemp("wrap") / "expert"
-    recipe = Recipe(linear=LinearRecipe(salient_channels=5))
+    recipe = Recipe(linear=LinearRecipe(scheme="int2", salient_channels=5))
     compress(
         open_checkpoint(base),
         open_checkpoint(expert),

@@ -1,0 +1,136 @@
+"""Ways to share out bytes, and ways to prune, at one budget on one expert.
+
+    python benchmarks/allocation.py --data DIR [--expert sql] [--bits 0.5] [--measured]
+
+After `quality.py`, whose ladders of seed 0 are read where they are. Every allocation method chooses
+among the same entropy-coded rungs; every pruned ladder (a score, a pattern) is measured anew and
+shared out by the default method. --measured lets the searches that can minimise the measured
+divergence on calibration text instead of the predicted loss do so.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+
+from make_experts import RUNS
+from quality import Bench, add_arguments, open_bench
+from record import record
+
+from deltamux.compression.allocate import ALLOCATORS, Allocator, Choice, allocate
+from deltamux.compression.allocate_evolution import evolve
+from deltamux.compression.artifact import Artifact
+from deltamux.compression.budget import importances, rate_curves
+from deltamux.compression.evaluate import Evaluation, Reference
+from deltamux.compression.measure import measure
+from deltamux.compression.prune import Pattern, Score
+from deltamux.compression.recipe import (
+    EmbeddingRecipe,
+    Importance,
+    LinearRecipe,
+    PruningRecipe,
+    Recipe,
+)
+from deltamux.compression.reconstruct import reconstructed
+from deltamux.compression.workspace import Measured, Workspace
+from deltamux.compression.write import fixed_part, linear_weights, write_artifact
+
+PRUNED = [
+    (Score.MAGNITUDE, Pattern.UNSTRUCTURED),
+    (Score.WANDA, Pattern.UNSTRUCTURED),
+    (Score.SPARSEGPT, Pattern.UNSTRUCTURED),
+    (Score.SPARSEGPT, Pattern.N_M),
+    (Score.SPARSEGPT, Pattern.BLOCKS),
+    (Score.SPARSEGPT, Pattern.STRUCTURED),
+]
+# A measured search costs an evaluation for every candidate: a small one.
+SMALL_SEARCH = partial(evolve, population=4, generations=4)
+OBJECTIVE_SAMPLES = 12
+
+
+class Trial:
+    """Choices of rungs, written, read back and compared with the expert."""
+
+    def __init__(self, bench: Bench, recipe: Recipe) -> None:
+        self.bench, self.recipe = bench, recipe
+        self.work: Workspace = bench.workspace(recipe)
+        self.measured: list[Measured] = measure(
+            bench.difference, recipe, bench.calibration, self.work
+        )
+        self.fixed = fixed_part(bench.difference, EmbeddingRecipe(step=2.0))
+
+    def run(self, choice: Choice, reference: Reference) -> tuple[Evaluation, float]:
+        """The comparison, and the bits per linear weight."""
+        difference, target = self.bench.difference, self.bench.cache / "artifact-allocation"
+        target.mkdir(exist_ok=True)
+        draft = self.fixed.with_linears(self.work, self.measured, choice, {})
+        write_artifact(difference, self.recipe, draft, target)
+        artifact = Artifact(target)
+        result = reference.compare(reconstructed(artifact, difference.base))
+        return result, artifact.manifest.totals.bits_per_weight
+
+
+def allocations(bench: Bench, bits: float, searched: bool) -> Iterator[dict]:
+    """Every method and importance on the same rungs."""
+    trial = Trial(bench, Recipe())
+    text = bench.calibration[-OBJECTIVE_SAMPLES:]
+    own = Reference(bench.difference.base, bench.expert, text, progress=False) if searched else None
+    plans: list[tuple[str, str | Allocator, Importance]] = [
+        (method, method, Importance.ENERGY) for method in ALLOCATORS
+    ]
+    plans += [(f"knapsack, {kind}", "knapsack", kind) for kind in Importance if kind != "energy"]
+    for label, method, kind in plans:
+        before = time.perf_counter()
+        costs = importances(kind, trial.measured, bench.expert, bench.calibration)
+        curves = rate_curves(trial.measured, costs)
+        budget = int(bits * linear_weights(bench.difference) / 8)
+        yield row(label, trial, allocate(method, curves, budget), before)
+        if own is not None and method in ("atp", "knapsack-atp", "evolution"):
+            before = time.perf_counter()
+            chosen = SMALL_SEARCH if method == "evolution" else method
+            objective = lambda choice: trial.run(choice, own)[0].kl  # noqa: E731
+            yield row(
+                f"{label}, measured", trial, allocate(chosen, curves, budget, objective), before
+            )
+
+
+def prunings(bench: Bench, bits: float) -> Iterator[dict]:
+    """Every pruned ladder under the default allocation."""
+    for score, pattern in PRUNED:
+        before = time.perf_counter()
+        pruning = PruningRecipe(score=score, pattern=pattern)
+        trial = Trial(bench, Recipe(linear=LinearRecipe(pruning=pruning)))
+        costs = importances(Importance.ENERGY, trial.measured, bench.expert, bench.calibration)
+        budget = int(bits * linear_weights(bench.difference) / 8)
+        choice = allocate("knapsack", rate_curves(trial.measured, costs), budget)
+        yield row(f"{score.value} {pattern.value}", trial, choice, before)
+
+
+def row(label: str, trial: Trial, choice: Choice, started: float) -> dict:
+    seconds = time.perf_counter() - started
+    result, bits = trial.run(choice, trial.bench.reference)
+    print(
+        f"{label:<28}{bits:>7.3f}{result.gain_kept:>9.2%}{result.kl / result.kl_base:>9.3%}"
+        f"{result.top1_agreement:>8.2%}{seconds:>7.0f}",
+        flush=True,
+    )
+    return {"method": label, "bits": bits, "seconds": seconds, "evaluation": asdict(result)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--expert", choices=RUNS, default="sql")
+    parser.add_argument("--bits", type=float, default=0.5)
+    parser.add_argument("--measured", action="store_true")
+    arguments = parser.parse_args()
+    bench = open_bench(arguments, arguments.expert, seed=0)
+    print(f"{'method':<28}{'bits':>7}{'gain':>9}{'KL/base':>9}{'top-1':>8}{'s':>7}")
+    rows = [*allocations(bench, arguments.bits, arguments.measured)]
+    rows += prunings(bench, arguments.bits)
+    record("allocation", {"expert": arguments.expert, "bits": arguments.bits, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

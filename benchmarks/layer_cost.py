@@ -1,0 +1,119 @@
+"""What compressing costs on a real-size layer: Mistral-7B's shapes, random weights.
+
+    python benchmarks/layer_cost.py [--tokens 8192] [--hidden 4096] [--intermediate 14336]
+
+One decoder layer with a random delta and correlated random inputs goes through the same steps as in
+`deltamux compress`: second moments, one factorization for every distinct input, all rungs of all
+seven linears, deflated. Prints seconds and peak memory of each step, on the GPU if there is one.
+"""
+
+import argparse
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+from record import record
+
+from deltamux.compression.artifact import encode_matrix, tensor_bytes
+from deltamux.compression.feedback import curvature
+from deltamux.compression.forward import best_device, release_memory
+from deltamux.compression.ladder import Linear, coded_rungs
+
+LAYERS = 32
+DELTA_SCALE = 1e-3
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one input: its channels, and each linear's output rows."""
+
+    name: str
+    columns: int
+    rows: tuple[int, ...]
+
+
+def groups(hidden: int, intermediate: int) -> list[Group]:
+    return [
+        Group("q, k, v", hidden, (hidden, hidden // 4, hidden // 4)),
+        Group("o", hidden, (hidden,)),
+        Group("gate, up", hidden, (intermediate, intermediate)),
+        Group("down", intermediate, (hidden,)),
+    ]
+
+
+def inputs(tokens: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Activations whose channels are correlated and differ in energy, float32 [T, K]."""
+    shared = torch.randn(tokens, 64, device=device) @ torch.randn(64, columns, device=device)
+    energy = torch.exp(0.5 * torch.randn(columns, device=device))
+    return (torch.randn(tokens, columns, device=device) + 0.1 * shared) * energy
+
+
+def run(group: Group, tokens: int, device: torch.device) -> dict[str, float]:
+    """Seconds of every step for one group of linears."""
+    spent = {"moments": 0.0, "factor": 0.0, "ladders": 0.0}
+    started = time.perf_counter()
+    moment_KK = torch.zeros(group.columns, group.columns, device=device)
+    for start in range(0, tokens, 8192):
+        x_TK = inputs(min(8192, tokens - start), group.columns, device)
+        before = time.perf_counter()
+        moment_KK.addmm_(x_TK.T, x_TK, alpha=1 / tokens)
+        _wait(device)
+        spent["moments"] += time.perf_counter() - before
+    before = time.perf_counter()
+    factored = curvature(moment_KK)
+    _wait(device)
+    spent["factor"] = time.perf_counter() - before
+    num_bytes, num_rungs = 0, 0
+    for rows in group.rows:
+        delta_NK = torch.randn(rows, group.columns, device=device) * DELTA_SCALE
+        before = time.perf_counter()
+        linear = Linear(delta_NK, moment_KK, factored)
+        for quantized in coded_rungs(linear):
+            linear.lost(quantized.dequantize().to(device))
+            num_bytes += tensor_bytes(encode_matrix("weight", quantized))
+            num_rungs += 1
+        spent["ladders"] += time.perf_counter() - before
+        release_memory()
+    total = time.perf_counter() - started
+    return spent | {"total": total, "rung_bytes": num_bytes, "rungs": num_rungs, **_peaks(device)}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peaks(device: torch.device) -> dict[str, float]:
+    peaks = {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        peaks["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=14336)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    device = best_device()
+    result: dict[str, object] = {"tokens": arguments.tokens, "threads": torch.get_num_threads()}
+    total = 0.0
+    for group in groups(arguments.hidden, arguments.intermediate):
+        found = run(group, arguments.tokens, device)
+        total += found["total"]
+        result[group.name] = found
+        print(
+            f"{group.name:<10} moments {found['moments']:>7.1f} s  factor {found['factor']:>6.1f} s  "
+            f"ladders {found['ladders']:>7.1f} s  peak {found['peak_bytes'] / 1e9:.1f} GB",
+            flush=True,
+        )
+    result |= {"layer_seconds": total, "model_seconds": total * LAYERS}
+    print(f"one layer {total:.0f} s, {LAYERS} layers {total * LAYERS / 60:.0f} min")
+    record("layer-cost", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Low-rank rungs: the directions of a delta that its inputs feel, coded as two thin factors.
+
+What fine-tuning means is in few directions; what rounding weights to 16 bit leaves in a delta is in all
+of them (Delta-CoMe, Ping et al. 2024, arXiv 2406.08903, codes singular vectors at mixed widths). With
+H = R Rᵀ and the singular values of Δ R = Σ_i u_i σ_i v_iᵀ, the best rank-r delta in output energy is
+
+    Δ̂ = Û B ,   B = Uᵀ Δ   (rows of energy B H Bᵀ = diag σ²) .
+
+Both factors are transform coded: with B and the columns of Û in the units of their σ_i, one step for all
+coefficients shares the distortion out evenly (reverse water-filling, Cover & Thomas, section 10.3.3), wide
+directions get more levels by themselves, and those below the step are dropped. B is rounded with error feedback
+under H; Û is then solved for the rounded B, Û = Δ H Bᵀ G⁻¹ with G = B H Bᵀ, and rounded with
+feedback under G, so that it makes up for what B lost.
+
+Shapes: N output rows, K input channels, r directions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from deltamux.compression.feedback import Curvature, Grid, curvature, round_with_feedback
+from deltamux.compression.quantize import QuantizedDelta, Scheme
+
+# Steps in units of the delta's deviation over inputs that are white.
+FACTOR_STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0)
+# A direction pays for its N + K coefficients if its energy is above this share of their squared steps:
+# their distortion, 1 / 12 each, and about a bit each at the slope 2 ln 2 / 12 of distortion over rate.
+PAYING_ENERGY = 0.2
+
+
+@dataclass(frozen=True)
+class FactoredDelta:
+    """A delta matrix [N, K] as a product of coded factors.
+
+    Attributes:
+        left: [N, r], step 1.
+        right: [r, K]; its row steps carry the scale of both.
+    """
+
+    left: QuantizedDelta
+    right: QuantizedDelta
+    deflated: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Directions kept."""
+        return self.left.shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        """Δ̂, float32 [N, K]."""
+        return self.left.dequantize() @ self.right.dequantize()
+
+    def scaled(self, factor: float) -> "FactoredDelta":
+        """The same times a factor."""
+        steps_R = (self.right.steps_R.float() * factor).to(torch.bfloat16)
+        return replace(self, right=replace(self.right, steps_R=steps_R))
+
+
+def factored_rungs(
+    delta_NK: torch.Tensor, moment_KK: torch.Tensor, inputs: Curvature
+) -> Iterator[FactoredDelta]:
+    """Low-rank rungs from fine to coarse; steps at which nothing pays, or everything does, are left out.
+
+    Args:
+        delta_NK: The delta, float32.
+        moment_KK: E[x xᵀ] of its inputs, float32.
+        inputs: Its curvature.
+    """
+    rows, columns = delta_NK.shape
+    white_NK = delta_NK[:, inputs.order_K] @ inputs.root_KK
+    energies_R, left_NR = _directions(white_NK)
+    deviation = float((energies_R.sum() / (rows * columns)).sqrt())
+    # A step of 1 in a white coordinate is this in a channel that others already explain in part.
+    innovation = float(inputs.innovation_K().log().mean().exp().sqrt())
+    for multiple in FACTOR_STEPS:
+        step = multiple * deviation
+        rank = int((energies_R > PAYING_ENERGY * (rows + columns) * step**2).sum())
+        if 0 < rank < min(rows, columns) // 2:
+            right_RK = left_NR[:, :rank].T @ delta_NK
+            levels_RK = _rounded(right_RK, inputs, step / innovation)
+            levels_RK = levels_RK[levels_RK.any(dim=1)]
+            if len(levels_RK):
+                yield _with_left(delta_NK, moment_KK, levels_RK, step, step / innovation)
+
+
+def _directions(white_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared singular values, falling, and left singular vectors; from the smaller Gram matrix."""
+    rows, columns = white_NK.shape
+    wide = white_NK.double()
+    if rows <= columns:
+        values, vectors = torch.linalg.eigh(wide @ wide.T)
+        return values.flip(0).clamp_min(0).float(), vectors.flip(1).float()
+    values, vectors = torch.linalg.eigh(wide.T @ wide)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    left = wide @ vectors / values.sqrt().clamp_min(1e-30)
+    return values.float(), left.float()
+
+
+def _rounded(values_NK: torch.Tensor, inputs: Curvature, step: float) -> torch.Tensor:
+    steps_N = torch.full((len(values_NK),), step, device=values_NK.device)
+    ((levels_NK, _),) = round_with_feedback(values_NK, inputs, [Grid(Scheme.INT8, steps_N)])
+    return levels_NK
+
+
+def _with_left(
+    delta_NK: torch.Tensor,
+    moment_KK: torch.Tensor,
+    levels_RK: torch.Tensor,
+    step: float,
+    right_step: float,
+) -> FactoredDelta:
+    """Solve the left factor for rounded right levels, and round it too."""
+    seen_RK = levels_RK @ moment_KK * right_step
+    gram_RR = seen_RK @ levels_RK.T * right_step
+    widths_R = gram_RR.diagonal().sqrt().clamp_min(1e-30)
+    unit_RR = gram_RR / widths_R / widths_R.unsqueeze(1)
+    target_RN = (seen_RK @ delta_NK.T) / widths_R.unsqueeze(1)
+    ridge_RR = unit_RR.double() + 1e-6 * torch.eye(len(unit_RR), device=unit_RR.device)
+    left_NR = torch.linalg.solve(ridge_RR, target_RN.double()).float().T.contiguous()
+    levels_NR = _rounded(left_NR, curvature(unit_RR), step)
+    return FactoredDelta(
+        left=_coded(levels_NR, torch.ones(len(levels_NR))),
+        right=_coded(levels_RK, step * right_step / widths_R),
+    )
+
+
+def _coded(levels: torch.Tensor, steps: torch.Tensor) -> QuantizedDelta:
+    codes = (levels + Scheme.INT8.zero_point).to("cpu", torch.uint8)
+    shape = codes.shape[0], codes.shape[1]
+    return QuantizedDelta(Scheme.INT8, shape, codes, steps.to("cpu", torch.bfloat16), deflated=True)
