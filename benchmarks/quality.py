@@ -24,11 +24,13 @@ from make_experts import CACHE, RUNS
 from peers import PEERS, Matrix, dare, delta_come, low_rank
 from record import record
 
+from deltamux.compression.allocate import Choice
 from deltamux.compression.architecture import Role, TensorSpec
 from deltamux.compression.artifact import Artifact
-from deltamux.compression.budget import choose, importances, rate_curves
+from deltamux.compression.budget import choose_family, importances
 from deltamux.compression.calibrate import second_moments
 from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
+from deltamux.compression.compress import TRIAL_SAMPLES
 from deltamux.compression.diff import Difference, compare
 from deltamux.compression.distil import Student, distil
 from deltamux.compression.evaluate import Evaluation, Reference
@@ -42,9 +44,9 @@ from deltamux.compression.recipe import (
 from deltamux.compression.reconstruct import reconstructed
 from deltamux.compression.text import Sample, encode_rows, read_rows
 from deltamux.compression.workspace import Workspace
-from deltamux.compression.write import fixed_part, linear_weights, write_artifact
+from deltamux.compression.write import Draft, fixed_part, linear_weights, write_artifact
 
-BUDGETS = (2.1, 1.6, 1.05, 0.5, 0.25)
+BUDGETS = (2.1, 1.6, 1.05, 0.5, 0.25, 0.1)
 DISTILLED_BUDGETS = (0.25,)
 DISTILLATION = DistillationRecipe(steps=6, learning_rate=0.03)
 DISTILLATION_SAMPLES = 12
@@ -161,17 +163,32 @@ def ours(bench: Bench, work: Workspace, seconds: float) -> Iterator[Row]:
     """Every budget from one set of ladders; the artifact is written, read back and measured."""
     measured = [matrix for layer in range(_num_layers(bench)) for matrix in work.measured(layer)]
     difference = bench.difference
+    trial = Reference(
+        difference.base, bench.expert, bench.calibration[-TRIAL_SAMPLES:], progress=False
+    )
+    target = bench.cache / f"artifact-{bench.name}"
+    target.mkdir(exist_ok=True)
     for bits in BUDGETS:
         allocation = AllocationRecipe(bits=bits)
         recipe = Recipe(
             allocation=allocation, embedding=EmbeddingRecipe(step=2.0 if bits < 1 else 1.0)
         )
         fixed = fixed_part(difference, recipe.embedding)
-        target = bench.cache / f"artifact-{bench.name}"
-        target.mkdir(exist_ok=True)
         costs = importances(allocation.importance, measured, bench.expert, bench.calibration)
-        choice = choose(
-            allocation, difference, rate_curves(measured, costs), fixed, lambda _choice: None
+
+        def divergence(choice: Choice, recipe: Recipe = recipe, fixed: Draft = fixed) -> float:
+            draft = fixed.with_linears(work, measured, choice, {})
+            write_artifact(difference, recipe, draft, target)
+            return trial.compare(reconstructed(Artifact(target), difference.base)).kl
+
+        choice = choose_family(
+            allocation,
+            difference,
+            measured,
+            costs,
+            fixed,
+            attempt=lambda _choice: None,
+            divergence=divergence,
         )
         write_artifact(difference, recipe, fixed.with_linears(work, measured, choice, {}), target)
         artifact = Artifact(target)

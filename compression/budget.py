@@ -4,7 +4,15 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from deltamux.compression.allocate import Allocator, Choice, Curve, Rung, allocate
+from deltamux.compression.allocate import (
+    Allocator,
+    Choice,
+    Curve,
+    Rung,
+    allocate,
+    keep_rungs,
+    total_bytes,
+)
 from deltamux.compression.allocate_evolution import evolve
 from deltamux.compression.allocate_llm import LlmOperator
 from deltamux.compression.checkpoint import Checkpoint
@@ -91,6 +99,52 @@ def choose(
     if recipe.target_kl is not None:
         return _search(recipe.target_kl, at_bits, attempt)
     return at_bits(recipe.bits or DEFAULT_BITS)
+
+
+def choose_family(
+    recipe: AllocationRecipe,
+    difference: Difference,
+    measured: list[Measured],
+    importance: list[float],
+    fixed: Draft,
+    *,
+    attempt: Attempt,
+    divergence: Callable[[Choice], float],
+) -> Choice:
+    """The better of two choices: with low-rank rungs, and without.
+
+    Errors of the two kinds of rungs do not compare. A low-rank rung leaves whole directions out, which
+    adds up over matrices, while what a full-rank rung leaves is close to noise: of equal errors the
+    low-rank one costs more, how much more depends on rate and expert. So both are tried.
+
+    Args:
+        recipe: As for `choose`.
+        difference: Base and expert.
+        measured: The matrices and their ladders.
+        importance: Of `importances`.
+        fixed: What takes bytes besides the linears.
+        attempt: Writes a choice and measures it on held-out text.
+        divergence: Writes a choice and measures its KL on calibration text.
+    """
+    curves = rate_curves(measured, importance)
+    full_rank = [
+        [0, *(i for i, entry in enumerate(matrix.entries, start=1) if entry.rank is None)]
+        for matrix in measured
+    ]
+    if all(len(kept) == len(curve.rungs) for kept, curve in zip(full_rank, curves, strict=True)):
+        return choose(recipe, difference, curves, fixed, attempt)
+
+    def original(choice: Choice) -> Choice:
+        return [kept[rung] for kept, rung in zip(full_rank, choice, strict=True)]
+
+    reduced = [keep_rungs(curve, kept) for curve, kept in zip(curves, full_rank, strict=True)]
+    mixed = choose(recipe, difference, curves, fixed, attempt)
+    plain = original(
+        choose(recipe, difference, reduced, fixed, lambda choice: attempt(original(choice)))
+    )
+    if recipe.target_kl is not None:
+        return min(mixed, plain, key=lambda choice: total_bytes(curves, choice))
+    return min(mixed, plain, key=divergence)
 
 
 def importances(

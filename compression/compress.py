@@ -9,12 +9,12 @@ name, and goes on from its last finished layer when it is started again.
 
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from deltamux.compression.allocate import Choice
 from deltamux.compression.artifact import MANIFEST_FILE, Artifact, Manifest
-from deltamux.compression.budget import check_measurable, choose, importances, rate_curves
+from deltamux.compression.budget import check_measurable, choose_family, importances
 from deltamux.compression.card import write_card
 from deltamux.compression.checkpoint import Checkpoint
 from deltamux.compression.diff import Difference, compare
@@ -33,6 +33,8 @@ from deltamux.compression.write import (
     write_artifact,
 )
 
+# Calibration conversations that kinds of rungs are compared on.
+TRIAL_SAMPLES = 12
 # The part of the calibration text that distillation has for itself.
 DISTILLATION_SHARE = 4
 
@@ -143,9 +145,27 @@ def _compress_coded(
     def attempt(choice: Choice) -> Evaluation | None:
         return job.compared(write(choice, {}))
 
+    telling = [sample for sample in fitted if len(sample.predicted)][-TRIAL_SAMPLES:]
+
+    @cache
+    def trial() -> Reference:
+        return Reference(difference.base, difference.expert, telling, job.progress)
+
+    def divergence(choice: Choice) -> float:
+        if not telling:
+            return 0.0
+        return trial().compare(reconstructed(write(choice, {}), difference.base)).kl
+
     costs = importances(recipe.allocation.importance, measured, difference.expert, fitted)
-    curves = rate_curves(measured, costs)
-    choice = choose(recipe.allocation, difference, curves, fixed, attempt)
+    choice = choose_family(
+        recipe.allocation,
+        difference,
+        measured,
+        costs,
+        fixed,
+        attempt=attempt,
+        divergence=divergence,
+    )
     artifact = write(choice, {})
     if recipe.distillation.steps:
         student = Student.of(artifact, difference.base)

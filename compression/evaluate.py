@@ -61,9 +61,7 @@ class Reference:
         self._base, self._expert, self._progress = base, expert, progress
         self._plan = list(batches(samples, BATCH_TOKENS))
         self._states = [self._run(base, base.load), self._run(expert, expert.load)]
-        responses = [
-            sample.ids[sample.response_start :] for batch in self._plan for sample in batch
-        ]
+        responses = [sample.predicted for batch in self._plan for sample in batch]
         self._targets = torch.cat(responses)
         self._sample = torch.repeat_interleave(
             torch.arange(len(responses)), torch.tensor([len(ids) for ids in responses])

@@ -10,7 +10,8 @@ Both factors are transform coded: with B and the columns of Û in the units of t
 coefficients shares the distortion out evenly (reverse water-filling, Cover & Thomas, section 10.3.3), wide
 directions get more levels by themselves, and those below the step are dropped. B is rounded with error feedback
 under H; Û is then solved for the rounded B, Û = Δ H Bᵀ G⁻¹ with G = B H Bᵀ, and rounded with
-feedback under G, so that it makes up for what B lost.
+feedback under G, so that it makes up for what B lost. The product is rounded once more, to 4 bits a weight with
+a step a row, because that is what a slot holds: a rounding far below what the factors leave out.
 
 Shapes: N output rows, K input channels, r directions.
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from deltamux.compression.feedback import Curvature, Grid, curvature, round_with_feedback
-from deltamux.compression.quantize import QuantizedDelta, Scheme
+from deltamux.compression.quantize import QuantizedDelta, Scheme, requantize
 
 # Steps in units of the delta's deviation over inputs that are white.
 FACTOR_STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0)
@@ -53,9 +54,13 @@ class FactoredDelta:
         """Directions kept."""
         return self.left.shape[1]
 
+    def codes(self) -> QuantizedDelta:
+        """The product in 4-bit codes: the form that slots hold."""
+        return requantize(self.left.dequantize() @ self.right.dequantize())
+
     def dequantize(self) -> torch.Tensor:
-        """Δ̂, float32 [N, K]."""
-        return self.left.dequantize() @ self.right.dequantize()
+        """Δ̂, float32 [N, K], exactly as it is served."""
+        return self.codes().dequantize()
 
     def scaled(self, factor: float) -> "FactoredDelta":
         """The same times a factor."""

@@ -182,7 +182,7 @@ class StreamedModel:
             self.model(input_ids=ids, use_cache=False)
         inside = position < lengths.unsqueeze(1)
         predicting = (position >= starts.unsqueeze(1) - 1) & (position < lengths.unsqueeze(1) - 1)
-        targets = torch.cat([sample.ids[sample.response_start :] for sample in samples])
+        targets = torch.cat([sample.predicted for sample in samples])
         return Activations(
             seen[0], arguments, inside.to(self.device), predicting.to(self.device), targets
         )

@@ -24,6 +24,11 @@ class Sample:
     ids: torch.Tensor
     response_start: int
 
+    @property
+    def predicted(self) -> torch.Tensor:
+        """The response's tokens that have one before them to predict them."""
+        return self.ids[max(self.response_start, 1) :]
+
 
 def read_rows(path: Path) -> list[list[dict[str, str]]]:
     """Conversations of a JSONL file, each a list of role/content messages.

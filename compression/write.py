@@ -139,8 +139,9 @@ def _add_table(
 ) -> None:
     quantized = quantize_changed_rows(delta_VK, recipe.fixed_scheme, recipe.step)
     tensors = encode_matrix(spec.name, quantized)
-    lost = (delta_VK - quantized.dequantize()).square().sum() / delta_VK.square().sum()
-    draft.add(matrix_entry(spec, quantized, tensors, error=float(lost)), tensors)
+    rest, whole = (delta_VK - quantized.dequantize()).norm(), delta_VK.norm()
+    error = float(rest / whole.clamp_min(torch.finfo(torch.float32).tiny)) ** 2
+    draft.add(matrix_entry(spec, quantized, tensors, error=error), tensors)
 
 
 def write_artifact(difference: Difference, recipe: Recipe, draft: Draft, target: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from deltamux.compression.architecture import EMBEDDING, LM_HEAD
 from deltamux.compression.artifact import Artifact
 from deltamux.compression.factor import FactoredDelta
-from deltamux.compression.quantize import QuantizedDelta, requantize
+from deltamux.compression.quantize import QuantizedDelta
 from deltamux.serve.layers import (
     ExpertEmbedding,
     ExpertLayer,
@@ -155,11 +155,9 @@ def _find(artifact: Artifact, name: str) -> QuantizedDelta | None:
 
 
 def _codes(artifact: Artifact, name: str) -> QuantizedDelta:
-    """A matrix in codes; slots hold a product of factors as its values in 4 bit."""
+    """A matrix in codes; slots hold a product of factors in 4 bit."""
     quantized = artifact.quantized(name)
-    if isinstance(quantized, FactoredDelta):
-        return requantize(quantized.dequantize())
-    return quantized
+    return quantized.codes() if isinstance(quantized, FactoredDelta) else quantized
 
 
 def _check_fits(quantized: QuantizedDelta, source: str, shape: tuple[int, int], room: int) -> None:

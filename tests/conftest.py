@@ -8,6 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+# Products of small matrices: two threads wait for each other longer than they work.
+torch.set_num_threads(1)
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -216,7 +216,21 @@ def test_evaluate_refuses_another_base(compressed, make_pair, text_file):
     [
         (
             "compress",
-            ["calibration", "held-out", "json", "no-overwrite", "output", "overwrite", "recipe"],
+            [
+                "bits",
+                "budget",
+                "calibration",
+                "held-out",
+                "json",
+                "lossless",
+                "no-lossless",
+                "no-overwrite",
+                "output",
+                "overwrite",
+                "preset",
+                "recipe",
+                "target-kl",
+            ],
         ),
         ("inspect", ["json"]),
         ("merge", ["dtype", "output"]),

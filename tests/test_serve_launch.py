@@ -103,12 +103,17 @@ def test_the_command_line_is_frozen() -> None:
     }
     assert options == {
         "compress": [
+            "--bits",
+            "--budget",
             "--calibration",
             "--held-out",
             "--json",
+            "--lossless",
             "--output",
             "--overwrite",
+            "--preset",
             "--recipe",
+            "--target-kl",
             "-o",
             "base",
             "expert",
