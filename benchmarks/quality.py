@@ -114,7 +114,7 @@ class Bench:
 
 def measure_all(bench: Bench, with_peers: bool) -> Iterator[Row]:
     """One calibration for every method."""
-    recipe = Recipe()
+    recipe = Recipe(allocation=AllocationRecipe(bits=min(BUDGETS)))  # every kind of rung
     work = bench.workspace(recipe)
     peers = PEERS | PEERS_AT_OTHER_BUDGETS if with_peers else {}
     deltas: dict[str, dict[str, torch.Tensor]] = {name: {} for name in peers}
@@ -126,7 +126,7 @@ def measure_all(bench: Bench, with_peers: bool) -> Iterator[Row]:
         specs = [spec for spec in bench.specs if spec.layer == layer]
         before = time.perf_counter()
         if not work.has(layer):
-            measure_layer(bench.difference, recipe.linear, specs, moments, work)
+            measure_layer(bench.difference, recipe, specs, moments, work)
         spent["deltamux"] += time.perf_counter() - before
         for spec in specs:
             matrix = Matrix(plain_delta(bench.difference, spec.name), moments[spec.name])

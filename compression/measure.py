@@ -26,7 +26,7 @@ from deltamux.compression.ladder import (
     pruned_rungs,
 )
 from deltamux.compression.quantize import QuantizedDelta, quantize
-from deltamux.compression.recipe import LinearRecipe, Recipe
+from deltamux.compression.recipe import Recipe
 from deltamux.compression.text import Sample
 from deltamux.compression.workspace import Measured, Workspace, rung_name
 
@@ -57,7 +57,7 @@ def measure(
         with bar:
             for layer, moments in second_moments(difference.expert, calibration, work.has):
                 if moments:
-                    measure_layer(difference, recipe.linear, by_layer[layer], moments, work)
+                    measure_layer(difference, recipe, by_layer[layer], moments, work)
                 bar.update()
                 if layer == missing[-1]:
                     break
@@ -77,6 +77,7 @@ def measure_key(
         "base": {spec.name: difference.base.sha256(spec.name) for spec in difference.specs},
         "expert": {spec.name: difference.expert.sha256(spec.name) for spec in difference.specs},
         "linear": recipe.linear.model_dump(mode="json"),
+        "low_rank": recipe.measures_low_rank,
         "calibration": digest.hexdigest(),
     }
 
@@ -125,7 +126,7 @@ def matrix_entry(
 
 def measure_layer(
     difference: Difference,
-    recipe: LinearRecipe,
+    recipe: Recipe,
     specs: list[TensorSpec],
     moments: dict[str, torch.Tensor],
     work: Workspace,
@@ -170,11 +171,12 @@ def measure_layer(
     work.save(specs[0].layer, measured, kept)
 
 
-def _rungs(linear: Linear, recipe: LinearRecipe) -> Iterator[QuantizedDelta | FactoredDelta]:
+def _rungs(linear: Linear, whole: Recipe) -> Iterator[QuantizedDelta | FactoredDelta]:
+    recipe = whole.linear
     scheme = recipe.fixed_scheme
     if scheme is None and recipe.pruning is None:
         yield from coded_rungs(linear)
-        if recipe.low_rank:
+        if whole.measures_low_rank:
             yield from low_rank_rungs(linear)
     elif scheme is None:
         assert recipe.pruning is not None

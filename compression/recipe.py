@@ -12,6 +12,8 @@ from deltamux.compression.quantize import Scheme
 
 CODED = "coded"
 DEFAULT_BITS = 1.0
+# Above this many bits a linear weight full-rank rungs are ahead, and low-rank ones only cost time.
+LOW_RANK_BITS = 0.75
 
 
 class Method(StrEnum):
@@ -166,6 +168,13 @@ class Recipe(_Model):
                 "or another, or drop salient_channels"
             )
         return self
+
+    @property
+    def measures_low_rank(self) -> bool:
+        """Whether low-rank rungs are worth measuring under the limit."""
+        limits = self.allocation
+        bits = limits.bits or (0.0 if limits.limited else DEFAULT_BITS)
+        return self.linear.low_rank and bits <= LOW_RANK_BITS
 
 
 def me_switch() -> Recipe:
