@@ -10,7 +10,6 @@ delta has low rank. Base and experts are kept in --cache, and what is there is n
 """
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from deltamux.compression.text import read_rows
 from deltamux.serve import demo_batches, demo_experts
 from deltamux.serve.demo_base import make_base
 from deltamux.serve.demo_data import Example
@@ -82,8 +82,7 @@ def train_lora(base: Path, examples: list[Example], target: Path, run: Run, step
 
 
 def read_examples(path: Path) -> list[Example]:
-    rows = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
-    return [Example(row["prompt"], row["response"]) for row in rows]
+    return [Example(ask["content"], answer["content"]) for ask, answer in read_rows(path)]
 
 
 def main() -> None:

@@ -133,13 +133,10 @@ def delta_come(bits_per_weight: float) -> Peer:
         bits_per_weight: Budget of the whole file, which fixes the rank. Rank 1, the least there
             is, can exceed a tiny one.
     """
-
-    def compress(matrix: Matrix) -> Compressed:
-        budget_bits = bits_per_weight * matrix.delta_NK.numel()
-        rebuilt_NK, bits = mixed_precision(matrix.delta_NK, matrix.moment_KK, budget_bits)
-        return Compressed(rebuilt_NK, _bytes(bits))
-
-    return compress
+    return _within(
+        bits_per_weight,
+        lambda matrix, budget: mixed_precision(matrix.delta_NK, matrix.moment_KK, budget),
+    )
 
 
 def dare(drop: float, bits: int, seed: int = 0) -> Peer:
@@ -178,10 +175,16 @@ def low_rank(bits_per_weight: float) -> Peer:
         bits_per_weight: Budget of the whole file, which fixes the rank. Rank 1, the least there
             is, can exceed a tiny one.
     """
+    return _within(bits_per_weight, lambda matrix, budget: truncated(matrix.delta_NK, budget))
+
+
+def _within(
+    bits_per_weight: float, rebuild: Callable[[Matrix, float], tuple[torch.Tensor, int]]
+) -> Peer:
+    """A peer from what rebuilds a delta within a budget in bits, and says how many it took."""
 
     def compress(matrix: Matrix) -> Compressed:
-        budget_bits = bits_per_weight * matrix.delta_NK.numel()
-        rebuilt_NK, bits = truncated(matrix.delta_NK, budget_bits)
+        rebuilt_NK, bits = rebuild(matrix, bits_per_weight * matrix.delta_NK.numel())
         return Compressed(rebuilt_NK, _bytes(bits))
 
     return compress

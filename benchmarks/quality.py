@@ -138,9 +138,9 @@ def measure_all(bench: Bench, with_peers: bool) -> Iterator[Row]:
                 num_bytes[name] += result.num_bytes
         before = time.perf_counter()
     yield from ours(bench, work, spent["calibrate"] + spent["deltamux"])
+    embedding = sum(bench.expert.load(n).nbytes for n in bench.expert.files if "embed" in n)
     for name in peers:
         student = peer_student(bench, deltas[name])
-        embedding = sum(bench.expert.load(n).nbytes for n in bench.expert.files if "embed" in n)
         seconds = spent["calibrate"] + spent[name]
         result = bench.reference.compare(student.load)
         yield bench.row(name, num_bytes[name], embedding, seconds, result)

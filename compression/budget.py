@@ -15,11 +15,11 @@ from deltamux.compression.allocate import (
 )
 from deltamux.compression.allocate_evolution import evolve
 from deltamux.compression.allocate_llm import LlmOperator
+from deltamux.compression.artifact import tensor_bytes
 from deltamux.compression.checkpoint import Checkpoint
 from deltamux.compression.diff import Difference
 from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.recipe import (
-    DEFAULT_BITS,
     AllocationRecipe,
     Importance,
     ObjectiveKind,
@@ -98,7 +98,8 @@ def choose(
         return allocate(method, curves, budget, measured)
     if recipe.target_kl is not None:
         return _search(recipe.target_kl, at_bits, attempt)
-    return at_bits(recipe.bits or DEFAULT_BITS)
+    assert recipe.limiting_bits is not None
+    return at_bits(recipe.limiting_bits)
 
 
 def choose_family(
@@ -198,8 +199,9 @@ def _overhead(curves: list[Curve], fixed: Draft) -> int:
     names = [*fixed.tensors]
     for curve in curves:
         names += [f"{curve.name}.right.deflated"] * 4  # codes and steps of two factors at most
-    tensors = sum(value.numel() * value.element_size() for value in fixed.tensors.values())
-    return FILE_BYTES + tensors + sum(len(name) + HEADER_BYTES for name in names)
+    return (
+        FILE_BYTES + tensor_bytes(fixed.tensors) + sum(len(name) + HEADER_BYTES for name in names)
+    )
 
 
 def _search(target: float, at_bits: Callable[[float], Choice], attempt: Attempt) -> Choice:

@@ -12,6 +12,7 @@ W_ft − W_base.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class Difference:
     specs: list[TensorSpec]
     folded: frozenset[str]
     replaced: frozenset[str]
+
+    @cached_property
+    def base_hashes(self) -> dict[str, str]:
+        """SHA-256 of every base tensor by name, computed once."""
+        return {spec.name: self.base.sha256(spec.name) for spec in self.specs}
 
     def check_finite(self) -> None:
         """Read every tensor of both, and refuse what no delta can be taken of.

@@ -13,7 +13,7 @@ one layer and the activations between layers.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -112,7 +112,7 @@ def _coded_part(quantized: QuantizedDelta | FactoredDelta) -> torch.Tensor:
     """Δ̂ without the channels' 16-bit parts, which have no step."""
     if isinstance(quantized, FactoredDelta):
         return quantized.dequantize()
-    return replace(quantized, salient_channels_S=None, salient_values_NS=None).dequantize()
+    return quantized.without_salient().dequantize()
 
 
 class _Teacher:
@@ -122,11 +122,8 @@ class _Teacher:
         model = StreamedModel(expert.root, expert.load, torch.float32, expert.tied)
         self.plan = plan
         self.head_VH = model.head()
-        states = model.start(plan)
-        for layer in range(model.num_layers):
-            model.advance(states, layer)
-        with torch.no_grad():
-            self.hidden = [model.final(state) for state in states]
+        counts = [sum(len(sample.predicted) for sample in batch) for batch in plan]
+        self.hidden = model.hidden_states(plan).split(counts)
 
     def log_probabilities(self, batch: int) -> torch.Tensor:
         return functional.log_softmax(self.hidden[batch] @ self.head_VH.T, dim=-1)

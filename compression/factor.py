@@ -64,8 +64,7 @@ class FactoredDelta:
 
     def scaled(self, factor: float) -> "FactoredDelta":
         """The same times a factor."""
-        steps_R = (self.right.steps_R.float() * factor).to(torch.bfloat16)
-        return replace(self, right=replace(self.right, steps_R=steps_R))
+        return replace(self, right=self.right.scaled(factor))
 
 
 def factored_rungs(
@@ -130,13 +129,10 @@ def _with_left(
     ridge_RR = unit_RR.double() + 1e-6 * torch.eye(len(unit_RR), device=unit_RR.device)
     left_NR = torch.linalg.solve(ridge_RR, target_RN.double()).float().T.contiguous()
     levels_NR = _rounded(left_NR, curvature(unit_RR), step)
+    right_steps_R = step * right_step / widths_R
     return FactoredDelta(
-        left=_coded(levels_NR, torch.ones(len(levels_NR))),
-        right=_coded(levels_RK, step * right_step / widths_R),
+        left=QuantizedDelta.from_levels(
+            Scheme.INT8, levels_NR, torch.ones(len(levels_NR)), deflated=True
+        ),
+        right=QuantizedDelta.from_levels(Scheme.INT8, levels_RK, right_steps_R, deflated=True),
     )
-
-
-def _coded(levels: torch.Tensor, steps: torch.Tensor) -> QuantizedDelta:
-    codes = (levels + Scheme.INT8.zero_point).to("cpu", torch.uint8)
-    shape = codes.shape[0], codes.shape[1]
-    return QuantizedDelta(Scheme.INT8, shape, codes, steps.to("cpu", torch.bfloat16), deflated=True)

@@ -121,12 +121,13 @@ def low_rank_rungs(linear: Linear) -> Iterator[FactoredDelta]:
 def pruned_rungs(linear: Linear, score: Score, pattern: Pattern) -> Iterator[QuantizedDelta]:
     """Entropy-coded rungs at one step, whose rates differ by the share of elements dropped."""
     grid = _flat_grid(linear, Scheme.QUINARY, PRUNED_STEP * linear.deviation())
+    innovation_K = linear.curvature.innovation_K()
     sparsities = (0.5,) if pattern is Pattern.N_M else SPARSITIES
     for sparsity in sparsities:
         keep_NK = keep_mask(
             linear.delta_NK,
             linear.moment_KK.diagonal(),
-            linear.curvature.innovation_K(),
+            innovation_K,
             score=score,
             pattern=pattern,
             sparsity=sparsity,
@@ -157,7 +158,7 @@ def fixed_rung(linear: Linear, scheme: Scheme, salient_channels: int) -> Quantiz
         kept_NK = torch.zeros_like(delta_NK)
         kept_NK[:, salient_S] = rest_NS
         fitted_N = _refit(linear, levels_NK, grid.steps_N, delta_NK - kept_NK)
-        quantized = _quantized(scheme, levels_NK, fitted_N)
+        quantized = QuantizedDelta.from_levels(scheme, levels_NK, fitted_N)
         if count:
             quantized = replace(
                 quantized,
@@ -176,14 +177,8 @@ def _flat_grid(linear: Linear, scheme: Scheme, step: float) -> Grid:
 
 def _coded(linear: Linear, grid: Grid, levels_NK: torch.Tensor) -> Iterator[QuantizedDelta]:
     if levels_NK.any():
-        quantized = _quantized(grid.scheme, levels_NK, grid.steps_N)
-        yield _stretched(linear, replace(quantized, deflated=True))
-
-
-def _quantized(scheme: Scheme, levels_NK: torch.Tensor, steps_N: torch.Tensor) -> QuantizedDelta:
-    codes_NK = (levels_NK + scheme.zero_point).to("cpu", torch.uint8)
-    rows, columns = codes_NK.shape
-    return QuantizedDelta(scheme, (rows, columns), codes_NK, steps_N.to("cpu", torch.bfloat16))
+        quantized = QuantizedDelta.from_levels(grid.scheme, levels_NK, grid.steps_N, deflated=True)
+        yield _stretched(linear, quantized)
 
 
 def _refit(
@@ -199,15 +194,13 @@ def _refit(
 def _stretched(linear: Linear, quantized: QuantizedDelta) -> QuantizedDelta:
     """The steps times ⟨Δ, Δ⟩ / ⟨Δ̂, Δ⟩; what is kept in 16 bit stays."""
     device = linear.delta_NK.device
-    coded = replace(quantized, salient_channels_S=None, salient_values_NS=None)
-    overlap = linear.overlap(coded.dequantize().to(device))
+    overlap = linear.overlap(quantized.without_salient().dequantize().to(device))
     wanted = linear.energy
     if quantized.salient_channels_S is not None:
         wanted -= linear.overlap(quantized.dequantize().to(device)) - overlap
     if overlap <= 0 or wanted <= 0:
         return quantized
-    stretch = _bounded(wanted / overlap)
-    return replace(quantized, steps_R=(quantized.steps_R.float() * stretch).to(torch.bfloat16))
+    return quantized.scaled(_bounded(wanted / overlap))
 
 
 def _bounded(stretch: float) -> float:

@@ -74,7 +74,7 @@ def measure_key(
         digest.update(sample.ids.numpy().tobytes())
     return {
         "deltamux": deltamux_version(),
-        "base": {spec.name: difference.base.sha256(spec.name) for spec in difference.specs},
+        "base": difference.base_hashes,
         "expert": {spec.name: difference.expert.sha256(spec.name) for spec in difference.specs},
         "linear": recipe.linear.model_dump(mode="json"),
         "low_rank": recipe.measures_low_rank,

@@ -96,6 +96,23 @@ class QuantizedDelta:
     salient_values_NS: torch.Tensor | None = None
     deflated: bool = False
 
+    @classmethod
+    def from_levels(
+        cls, scheme: Scheme, levels_NK: torch.Tensor, steps_N: torch.Tensor, deflated: bool = False
+    ) -> "QuantizedDelta":
+        """Levels c − z of every row and channel, float32, on any device, and their steps."""
+        codes_NK = (levels_NK + scheme.zero_point).to("cpu", torch.uint8)
+        shape = codes_NK.shape[0], codes_NK.shape[1]
+        return cls(scheme, shape, codes_NK, steps_N.to("cpu", torch.bfloat16), deflated=deflated)
+
+    def scaled(self, factor: float) -> "QuantizedDelta":
+        """The same with its steps times a factor; the 16-bit parts stay."""
+        return replace(self, steps_R=(self.steps_R.float() * factor).to(torch.bfloat16))
+
+    def without_salient(self) -> "QuantizedDelta":
+        """The codes alone."""
+        return replace(self, salient_channels_S=None, salient_values_NS=None)
+
     def dequantize(self) -> torch.Tensor:
         """Δ̂, float32 [N, K]."""
         delta = (self.codes_RC.float() - self.scheme.zero_point).mul_(

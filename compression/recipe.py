@@ -46,6 +46,17 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class _SchemeRecipe(_Model):
+    """Whatever has a scheme: coded, or of a fixed width."""
+
+    scheme: str = CODED
+
+    @property
+    def fixed_scheme(self) -> Scheme | None:
+        """The scheme of fixed width, or None for coded ones."""
+        return None if self.scheme == CODED else Scheme(self.scheme)
+
+
 class PruningRecipe(_Model):
     """Rates by dropping elements instead of by coarser steps."""
 
@@ -53,7 +64,7 @@ class PruningRecipe(_Model):
     pattern: Pattern = Pattern.UNSTRUCTURED
 
 
-class LinearRecipe(_Model):
+class LinearRecipe(_SchemeRecipe):
     """The decoder's linears.
 
     `coded`: one step a matrix under an entropy code, any rate; with `low_rank`, matrices may
@@ -66,11 +77,6 @@ class LinearRecipe(_Model):
     feedback: bool = True
     low_rank: bool = True
     pruning: PruningRecipe | None = None
-
-    @property
-    def fixed_scheme(self) -> Scheme | None:
-        """The scheme of fixed width, or None for coded linears."""
-        return None if self.scheme == CODED else Scheme(self.scheme)
 
 
 class ProposerRecipe(_Model):
@@ -102,6 +108,11 @@ class AllocationRecipe(_Model):
         """Whether there is any limit."""
         return any((self.bits, self.num_bytes, self.target_kl))
 
+    @property
+    def limiting_bits(self) -> float | None:
+        """Bits per linear weight, the default's too; None where bytes or divergence are the limit."""
+        return self.bits if self.limited else DEFAULT_BITS
+
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
         given = [v for v in (self.bits, self.num_bytes, self.target_kl) if v is not None]
@@ -112,16 +123,11 @@ class AllocationRecipe(_Model):
         return self
 
 
-class EmbeddingRecipe(_Model):
+class EmbeddingRecipe(_SchemeRecipe):
     """Embedding and lm_head: the rows that changed, with `step` in their own standard deviations."""
 
     scheme: Literal["coded", "int2", "int3", "int4"] = "coded"
     step: float = Field(default=1.0, gt=0)
-
-    @property
-    def fixed_scheme(self) -> Scheme | None:
-        """The scheme of fixed width, or None for coded rows."""
-        return None if self.scheme == CODED else Scheme(self.scheme)
 
 
 class DistillationRecipe(_Model):
@@ -172,9 +178,8 @@ class Recipe(_Model):
     @property
     def measures_low_rank(self) -> bool:
         """Whether low-rank rungs are worth measuring under the limit."""
-        limits = self.allocation
-        bits = limits.bits or (0.0 if limits.limited else DEFAULT_BITS)
-        return self.linear.low_rank and bits <= LOW_RANK_BITS
+        bits = self.allocation.limiting_bits
+        return self.linear.low_rank and (bits is None or bits <= LOW_RANK_BITS)
 
 
 def me_switch() -> Recipe:

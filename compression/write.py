@@ -149,12 +149,13 @@ def write_artifact(difference: Difference, recipe: Recipe, draft: Draft, target:
     base, expert = difference.base, difference.expert
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     save_file(draft.tensors, target / WEIGHTS_FILE, metadata=metadata)
-    hashes = {spec.name: base.sha256(spec.name) for spec in difference.specs}
     order = {spec.name: index for index, spec in enumerate(difference.specs)}
     manifest = Manifest(
         deltamux_version=deltamux_version(),
         expert=expert.source,
-        base=BaseIdentity(source=base.source, revision=base.revision, sha256=hashes),
+        base=BaseIdentity(
+            source=base.source, revision=base.revision, sha256=difference.base_hashes
+        ),
         tied_embeddings=base.tied,
         weights_sha256=file_sha256(target / WEIGHTS_FILE),
         tensors=sorted(draft.entries, key=lambda entry: order[entry.name]),
