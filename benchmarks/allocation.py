@@ -2,8 +2,7 @@
 
     python benchmarks/allocation.py --data DIR [--expert sql] [--bits 0.5] [--measured]
 
-After `quality.py`, whose ladders of seed 0 are read where they are. Every allocation method chooses
-among the same entropy-coded rungs; every pruned ladder (a score, a pattern) is measured anew and
+Every allocation method chooses among the same entropy-coded rungs; every pruned ladder (a score, a pattern) is measured anew and
 shared out by the default method. --measured lets the searches that can minimise the measured
 divergence on calibration text instead of the predicted loss do so.
 """
@@ -20,7 +19,6 @@ from record import record
 
 from deltamux.compression.allocate import ALLOCATORS, Allocator, Choice, allocate
 from deltamux.compression.allocate_evolution import evolve
-from deltamux.compression.artifact import Artifact
 from deltamux.compression.budget import importances, rate_curves
 from deltamux.compression.evaluate import Evaluation, Reference
 from deltamux.compression.measure import measure
@@ -33,8 +31,8 @@ from deltamux.compression.recipe import (
     Recipe,
 )
 from deltamux.compression.reconstruct import reconstructed
-from deltamux.compression.workspace import Measured, Workspace
-from deltamux.compression.write import fixed_part, linear_weights, write_artifact
+from deltamux.compression.selection import TRIAL_SAMPLES
+from deltamux.compression.write import linear_weights
 
 PRUNED = [
     (Score.MAGNITUDE, Pattern.UNSTRUCTURED),
@@ -46,53 +44,50 @@ PRUNED = [
 ]
 # A measured search costs an evaluation for every candidate: a small one.
 SMALL_SEARCH = partial(evolve, population=4, generations=4)
-OBJECTIVE_SAMPLES = 12
 
 
 class Trial:
-    """Choices of rungs, written, read back and compared with the expert."""
+    """Choices of rungs, stretched, written, read back and compared with the expert."""
 
     def __init__(self, bench: Bench, recipe: Recipe) -> None:
-        self.bench, self.recipe = bench, recipe
-        self.work: Workspace = bench.workspace(recipe)
-        self.measured: list[Measured] = measure(
-            bench.difference, recipe, bench.calibration, self.work
-        )
-        self.fixed = fixed_part(bench.difference, EmbeddingRecipe(step=2.0))
+        self.bench = bench
+        work = bench.workspace(recipe)
+        measured = measure(bench.difference, recipe, bench.calibration, work, progress=False)
+        self.rungs = bench.rungs(recipe, work, measured)
+        text = bench.calibration[-TRIAL_SAMPLES:]
+        self.own = Reference(bench.difference.base, bench.expert, text, progress=False)
 
-    def run(self, choice: Choice, reference: Reference) -> tuple[Evaluation, float]:
-        """The comparison, and the bits per linear weight."""
-        difference, target = self.bench.difference, self.bench.cache / "artifact-allocation"
-        target.mkdir(exist_ok=True)
-        draft = self.fixed.with_linears(self.work, self.measured, choice, {})
-        write_artifact(difference, self.recipe, draft, target)
-        artifact = Artifact(target)
-        result = reference.compare(reconstructed(artifact, difference.base))
-        return result, artifact.manifest.totals.bits_per_weight
+    def divergence(self, choice: Choice) -> float:
+        """On calibration text, before the stretch."""
+        source = reconstructed(self.rungs.write(choice), self.bench.difference.base)
+        return self.own.compare(source).kl
+
+    def held_out(self, choice: Choice) -> tuple[Evaluation, float]:
+        """The comparison on held-out text, and the bits per linear weight."""
+        stretch, _ = self.rungs.best_stretch(choice, self.own)
+        artifact = self.rungs.write(choice, self.rungs.stretched(stretch))
+        source = reconstructed(artifact, self.bench.difference.base)
+        return self.bench.reference.compare(source), artifact.manifest.totals.bits_per_weight
 
 
 def allocations(bench: Bench, bits: float, searched: bool) -> Iterator[dict]:
     """Every method and importance on the same rungs."""
-    trial = Trial(bench, Recipe())
-    text = bench.calibration[-OBJECTIVE_SAMPLES:]
-    own = Reference(bench.difference.base, bench.expert, text, progress=False) if searched else None
+    trial = Trial(bench, Recipe(embedding=EmbeddingRecipe(step=2.0)))
     plans: list[tuple[str, str | Allocator, Importance]] = [
         (method, method, Importance.ENERGY) for method in ALLOCATORS
     ]
     plans += [(f"knapsack, {kind}", "knapsack", kind) for kind in Importance if kind != "energy"]
     for label, method, kind in plans:
         before = time.perf_counter()
-        costs = importances(kind, trial.measured, bench.expert, bench.calibration)
-        curves = rate_curves(trial.measured, costs)
+        costs = importances(kind, trial.rungs.measured, bench.expert, bench.calibration)
+        curves = rate_curves(trial.rungs.measured, costs)
         budget = int(bits * linear_weights(bench.difference) / 8)
         yield row(label, trial, allocate(method, curves, budget), before)
-        if own is not None and method in ("atp", "knapsack-atp", "evolution"):
+        if searched and method in ("atp", "knapsack-atp", "evolution"):
             before = time.perf_counter()
             chosen = SMALL_SEARCH if method == "evolution" else method
-            objective = lambda choice: trial.run(choice, own)[0].kl  # noqa: E731
-            yield row(
-                f"{label}, measured", trial, allocate(chosen, curves, budget, objective), before
-            )
+            choice = allocate(chosen, curves, budget, trial.divergence)
+            yield row(f"{label}, measured", trial, choice, before)
 
 
 def prunings(bench: Bench, bits: float) -> Iterator[dict]:
@@ -100,16 +95,19 @@ def prunings(bench: Bench, bits: float) -> Iterator[dict]:
     for score, pattern in PRUNED:
         before = time.perf_counter()
         pruning = PruningRecipe(score=score, pattern=pattern)
-        trial = Trial(bench, Recipe(linear=LinearRecipe(pruning=pruning)))
-        costs = importances(Importance.ENERGY, trial.measured, bench.expert, bench.calibration)
+        linear = LinearRecipe(pruning=pruning)
+        trial = Trial(bench, Recipe(linear=linear, embedding=EmbeddingRecipe(step=2.0)))
+        costs = importances(
+            Importance.ENERGY, trial.rungs.measured, bench.expert, bench.calibration
+        )
         budget = int(bits * linear_weights(bench.difference) / 8)
-        choice = allocate("knapsack", rate_curves(trial.measured, costs), budget)
+        choice = allocate("knapsack", rate_curves(trial.rungs.measured, costs), budget)
         yield row(f"{score.value} {pattern.value}", trial, choice, before)
 
 
 def row(label: str, trial: Trial, choice: Choice, started: float) -> dict:
     seconds = time.perf_counter() - started
-    result, bits = trial.run(choice, trial.bench.reference)
+    result, bits = trial.held_out(choice)
     print(
         f"{label:<28}{bits:>7.3f}{result.gain_kept:>9.2%}{result.kl / result.kl_base:>9.3%}"
         f"{result.top1_agreement:>8.2%}{seconds:>7.0f}",

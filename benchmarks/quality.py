@@ -1,7 +1,7 @@
 """Quality per byte: deltamux and the published delta compressors on the same experts.
 
     python benchmarks/make_experts.py --data DIR
-    python benchmarks/quality.py --data DIR [--only math sql] [--seeds 3]
+    python benchmarks/quality.py --data DIR [--only math sql] [--seeds 3] [--parts peers ours]
 
 Every method compresses the linears of each expert's decoder from the same calibration text and is
 measured on the same held-out text in float32. Bits count every byte of a linear: codes, scales,
@@ -17,6 +17,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,17 +25,13 @@ from make_experts import CACHE, RUNS
 from peers import PEERS, Matrix, dare, delta_come, low_rank
 from record import record
 
-from deltamux.compression.allocate import Choice
 from deltamux.compression.architecture import Role, TensorSpec
-from deltamux.compression.artifact import Artifact
-from deltamux.compression.budget import choose_family, importances
 from deltamux.compression.calibrate import second_moments
 from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
-from deltamux.compression.compress import TRIAL_SAMPLES
 from deltamux.compression.diff import Difference, compare
 from deltamux.compression.distil import Student, distil
 from deltamux.compression.evaluate import Evaluation, Reference
-from deltamux.compression.measure import measure_key, measure_layer
+from deltamux.compression.measure import measure, measure_key
 from deltamux.compression.recipe import (
     AllocationRecipe,
     DistillationRecipe,
@@ -42,9 +39,10 @@ from deltamux.compression.recipe import (
     Recipe,
 )
 from deltamux.compression.reconstruct import reconstructed
+from deltamux.compression.selection import Job, Rungs
 from deltamux.compression.text import Sample, encode_rows, read_rows
-from deltamux.compression.workspace import Workspace
-from deltamux.compression.write import Draft, fixed_part, linear_weights, write_artifact
+from deltamux.compression.workspace import Measured, Workspace
+from deltamux.compression.write import linear_weights
 
 BUDGETS = (2.1, 1.6, 1.05, 0.5, 0.25, 0.1)
 DISTILLED_BUDGETS = (0.25,)
@@ -101,8 +99,17 @@ class Bench:
         """Where ladders of this expert and seed are kept."""
         key = measure_key(self.difference, recipe, self.calibration)
         pruning = recipe.linear.pruning
-        kind = f"-{pruning.score.value}-{pruning.pattern.value}" if pruning else ""
+        kind = "" if recipe.measures_low_rank else "-full-rank"
+        if pruning:
+            kind = f"-{pruning.score.value}-{pruning.pattern.value}"
         return Workspace(self.cache / f"ladders-{self.name}-{self.seed}{kind}", key)
+
+    def rungs(self, recipe: Recipe, work: Workspace, measured: list[Measured]) -> Rungs:
+        """The ladders, to be chosen from and written."""
+        target = self.cache / f"artifact-{self.name}"
+        target.mkdir(exist_ok=True)
+        job = Job(self.difference, recipe, target, held_out=[], progress=False)
+        return Rungs(job, work, measured)
 
     def row(
         self, method: str, num_bytes: int, embedding: int, seconds: float, result: Evaluation
@@ -112,101 +119,76 @@ class Bench:
         return Row(self.name, self.seed, method, bits, num_bytes, embedding, seconds, result)
 
 
-def measure_all(bench: Bench, with_peers: bool) -> Iterator[Row]:
-    """One calibration for every method."""
-    recipe = Recipe(allocation=AllocationRecipe(bits=min(BUDGETS)))  # every kind of rung
-    work = bench.workspace(recipe)
-    peers = PEERS | PEERS_AT_OTHER_BUDGETS if with_peers else {}
-    deltas: dict[str, dict[str, torch.Tensor]] = {name: {} for name in peers}
-    spent = dict.fromkeys(["calibrate", "deltamux", *peers], 0.0)
-    num_bytes = dict.fromkeys(peers, 0)
+def peers(bench: Bench) -> Iterator[Row]:
+    """Every peer, from one calibration."""
+    methods = PEERS | PEERS_AT_OTHER_BUDGETS
+    deltas: dict[str, dict[str, torch.Tensor]] = {name: {} for name in methods}
+    spent = dict.fromkeys(["calibrate", *methods], 0.0)
+    num_bytes = dict.fromkeys(methods, 0)
     before = time.perf_counter()
     for layer, moments in second_moments(bench.expert, bench.calibration):
         spent["calibrate"] += time.perf_counter() - before
-        specs = [spec for spec in bench.specs if spec.layer == layer]
-        before = time.perf_counter()
-        if not work.has(layer):
-            measure_layer(bench.difference, recipe, specs, moments, work)
-        spent["deltamux"] += time.perf_counter() - before
-        for spec in specs:
+        for spec in bench.specs:
+            if spec.layer != layer:
+                continue
             matrix = Matrix(plain_delta(bench.difference, spec.name), moments[spec.name])
-            for name, peer in peers.items():
+            for name, peer in methods.items():
                 before = time.perf_counter()
                 result = peer(matrix)
                 spent[name] += time.perf_counter() - before
                 deltas[name][spec.name] = result.delta_NK.to(torch.bfloat16)
                 num_bytes[name] += result.num_bytes
         before = time.perf_counter()
-    yield from ours(bench, work, spent["calibrate"] + spent["deltamux"])
     embedding = sum(bench.expert.load(n).nbytes for n in bench.expert.files if "embed" in n)
-    for name in peers:
+    for name in methods:
         student = peer_student(bench, deltas[name])
         seconds = spent["calibrate"] + spent[name]
         result = bench.reference.compare(student.load)
         yield bench.row(name, num_bytes[name], embedding, seconds, result)
         if name in DISTILLED_PEERS and bench.name in DISTILLED_EXPERTS:
-            before = time.perf_counter()
-            factors = distil(
-                student,
-                bench.expert,
-                bench.calibration[-DISTILLATION_SAMPLES:],
-                DISTILLATION,
-                False,
-            )
-            seconds += time.perf_counter() - before
-            result = bench.reference.compare(student.scaled(factors))
-            yield bench.row(f"{name}+distil", num_bytes[name], embedding, seconds, result)
+            result, more = distilled(bench, student)
+            yield bench.row(f"{name}+distil", num_bytes[name], embedding, seconds + more, result)
         deltas[name].clear()
 
 
-def ours(bench: Bench, work: Workspace, seconds: float) -> Iterator[Row]:
+def ours(bench: Bench) -> Iterator[Row]:
     """Every budget from one set of ladders; the artifact is written, read back and measured."""
-    measured = [matrix for layer in range(_num_layers(bench)) for matrix in work.measured(layer)]
-    difference = bench.difference
-    trial = Reference(
-        difference.base, bench.expert, bench.calibration[-TRIAL_SAMPLES:], progress=False
-    )
-    target = bench.cache / f"artifact-{bench.name}"
-    target.mkdir(exist_ok=True)
+    before = time.perf_counter()
+    every_rung = Recipe(allocation=AllocationRecipe(bits=min(BUDGETS)))
+    work = bench.workspace(every_rung)
+    measured = measure(bench.difference, every_rung, bench.calibration, work, progress=False)
+    seconds = time.perf_counter() - before
     for bits in BUDGETS:
-        allocation = AllocationRecipe(bits=bits)
+        before = time.perf_counter()
         recipe = Recipe(
-            allocation=allocation, embedding=EmbeddingRecipe(step=2.0 if bits < 1 else 1.0)
+            allocation=AllocationRecipe(bits=bits),
+            embedding=EmbeddingRecipe(step=2.0 if bits < 1 else 1.0),
         )
-        fixed = fixed_part(difference, recipe.embedding)
-        costs = importances(allocation.importance, measured, bench.expert, bench.calibration)
-
-        def divergence(choice: Choice, recipe: Recipe = recipe, fixed: Draft = fixed) -> float:
-            draft = fixed.with_linears(work, measured, choice, {})
-            write_artifact(difference, recipe, draft, target)
-            return trial.compare(reconstructed(Artifact(target), difference.base)).kl
-
-        choice = choose_family(
-            allocation,
-            difference,
-            measured,
-            costs,
-            fixed,
-            attempt=lambda _choice: None,
-            divergence=divergence,
-        )
-        write_artifact(difference, recipe, fixed.with_linears(work, measured, choice, {}), target)
-        artifact = Artifact(target)
+        rungs = bench.rungs(recipe, work, measured)
+        choice, stretch = rungs.select(bench.calibration)
+        artifact = rungs.write(choice, rungs.stretched(stretch))
         totals = artifact.manifest.totals
-        result = bench.reference.compare(reconstructed(artifact, difference.base))
+        spent = seconds + time.perf_counter() - before
+        result = bench.reference.compare(reconstructed(artifact, bench.difference.base))
         name = f"deltamux@{bits:g}"
-        yield bench.row(name, totals.linear_bytes, totals.embedding_bytes, seconds, result)
-        distilled = bench.seed == 0 and bench.name in DISTILLED_EXPERTS
-        if distilled and bits in DISTILLED_BUDGETS:
-            before = time.perf_counter()
-            student = Student.of(artifact, difference.base)
-            samples = bench.calibration[-DISTILLATION_SAMPLES:]
-            factors = distil(student, bench.expert, samples, DISTILLATION, False)
-            longer = seconds + time.perf_counter() - before
-            result = bench.reference.compare(student.scaled(factors))
+        yield bench.row(name, totals.linear_bytes, totals.embedding_bytes, spent, result)
+        if bench.seed == 0 and bench.name in DISTILLED_EXPERTS and bits in DISTILLED_BUDGETS:
+            result, more = distilled(bench, Student.of(artifact, bench.difference.base))
             yield bench.row(
-                f"{name}+distil", totals.linear_bytes, totals.embedding_bytes, longer, result
+                f"{name}+distil", totals.linear_bytes, totals.embedding_bytes, spent + more, result
             )
+
+
+def distilled(bench: Bench, student: Student) -> tuple[Evaluation, float]:
+    """The student with learned steps, and the seconds that learning took."""
+    before = time.perf_counter()
+    samples = bench.calibration[-DISTILLATION_SAMPLES:]
+    factors = distil(student, bench.expert, samples, DISTILLATION, progress=False)
+    seconds = time.perf_counter() - before
+    return bench.reference.compare(student.scaled(factors)), seconds
+
+
+PARTS = {"peers": peers, "ours": ours}
 
 
 def plain_delta(difference: Difference, name: str) -> torch.Tensor:
@@ -244,10 +226,6 @@ def open_bench(arguments: argparse.Namespace, name: str, seed: int) -> Bench:
     )
 
 
-def _num_layers(bench: Bench) -> int:
-    return int(bench.expert.config["num_hidden_layers"])
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that decide what an expert is measured on."""
     parser.add_argument("--data", type=Path, required=True, help="DOMAIN/{train,test}.jsonl")
@@ -260,25 +238,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     kept = arguments.cache / "quality.jsonl"
     lines = kept.read_text().splitlines() if kept.exists() else []
     rows = [json.loads(line) for line in lines]
-    done = {(row["expert"], row["seed"]) for row in rows if row["method"] == "end"}
+    done = {(row["part"], row["expert"], row["seed"]) for row in rows}
     for seed in range(arguments.seeds):
-        for name in arguments.only:
-            if (name, seed) in done:
+        for name, part in product(arguments.only, arguments.parts):
+            # Peers are measured once: three draws are for the rows that are claimed.
+            if (part, name, seed) in done or (part == "peers" and seed):
                 continue
-            bench = open_bench(arguments, name, seed)
-            found = [asdict(row) for row in measure_all(bench, with_peers=seed == 0)]
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            found.append({"expert": name, "seed": seed, "method": "end", "peak_bytes": peak})
+            found = []
+            for row in PARTS[part](open_bench(arguments, name, seed)):
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                found.append({"part": part, **asdict(row), "peak_bytes": peak})
+                result = row.evaluation
+                print(
+                    f"{name} {seed} {row.method}: {row.bits_per_weight:.3f} bits, gain "
+                    f"{result.gain_kept:.2%}, KL {result.kl / result.kl_base:.4%}",
+                    flush=True,
+                )
             with kept.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in found)
             rows += found
-            print(f"{name} seed {seed}: {len(found) - 1} rows", flush=True)
-    rows = [row for row in rows if row["method"] != "end"]
     print_table(rows)
     record("quality", {"settings": settings(arguments), "rows": rows})
 

@@ -8,33 +8,21 @@ name, and goes on from its last finished layer when it is started again.
 """
 
 import tempfile
-from dataclasses import dataclass
-from functools import cache, cached_property
 from pathlib import Path
 
-from deltamux.compression.allocate import Choice
 from deltamux.compression.artifact import MANIFEST_FILE, Artifact, Manifest
-from deltamux.compression.budget import check_measurable, choose_family, importances
+from deltamux.compression.budget import check_measurable
 from deltamux.compression.card import write_card
 from deltamux.compression.checkpoint import Checkpoint
-from deltamux.compression.diff import Difference, compare
+from deltamux.compression.diff import compare
 from deltamux.compression.distil import Student, distil
-from deltamux.compression.evaluate import Evaluation, Reference
 from deltamux.compression.measure import measure, measure_key
 from deltamux.compression.recipe import Recipe
-from deltamux.compression.reconstruct import reconstructed
+from deltamux.compression.selection import Job, Rungs
 from deltamux.compression.text import Sample
 from deltamux.compression.workspace import Workspace
-from deltamux.compression.write import (
-    Draft,
-    exact_part,
-    fixed_part,
-    note_verification,
-    write_artifact,
-)
+from deltamux.compression.write import exact_part, note_verification
 
-# Calibration conversations that kinds of rungs are compared on.
-TRIAL_SAMPLES = 12
 # The part of the calibration text that distillation has for itself.
 DISTILLATION_SHARE = 4
 
@@ -88,7 +76,7 @@ def compress(
     with tempfile.TemporaryDirectory(dir=work.root) as scratch:
         target = Path(scratch) / "artifact"
         target.mkdir()
-        job = _Job(difference, recipe, target, held_out, progress)
+        job = Job(difference, recipe, target, held_out, progress)
         if recipe.lossless:
             artifact = job.write(exact_part(difference, progress))
         else:
@@ -102,81 +90,25 @@ def compress(
     return manifest
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is compressed, how, and the directory that is filled."""
-
-    difference: Difference
-    recipe: Recipe
-    target: Path
-    held_out: list[Sample]
-    progress: bool
-
-    @cached_property
-    def reference(self) -> Reference:
-        base, expert = self.difference.base, self.difference.expert
-        return Reference(base, expert, self.held_out, self.progress)
-
-    def write(self, draft: Draft) -> Artifact:
-        """Write everything but the card, and read it back."""
-        write_artifact(self.difference, self.recipe, draft, self.target)
-        artifact = Artifact(self.target)
-        artifact.check_content()
-        return artifact
-
-    def compared(self, artifact: Artifact) -> Evaluation | None:
-        """The comparison with the expert, if there is text for it."""
-        if not self.held_out:
-            return None
-        return self.reference.compare(reconstructed(artifact, self.difference.base))
-
-
 def _compress_coded(
-    job: _Job, work: Workspace, fitted: list[Sample], learned: list[Sample]
+    job: Job, work: Workspace, fitted: list[Sample], learned: list[Sample]
 ) -> Artifact:
-    """Measure all ladders, choose their rungs, and learn the steps if asked to."""
+    """Measure all ladders, choose their rungs, and learn the steps."""
     difference, recipe = job.difference, job.recipe
-    measured = measure(difference, recipe, fitted, work, job.progress)
-    fixed = fixed_part(difference, recipe.embedding)
-
-    def write(choice: Choice, factors: dict[str, float]) -> Artifact:
-        return job.write(fixed.with_linears(work, measured, choice, factors))
-
-    def attempt(choice: Choice) -> Evaluation | None:
-        return job.compared(write(choice, {}))
-
-    telling = [sample for sample in fitted if len(sample.predicted)][-TRIAL_SAMPLES:]
-
-    @cache
-    def trial() -> Reference:
-        return Reference(difference.base, difference.expert, telling, job.progress)
-
-    def divergence(choice: Choice) -> float:
-        if not telling:
-            return 0.0
-        return trial().compare(reconstructed(write(choice, {}), difference.base)).kl
-
-    costs = importances(recipe.allocation.importance, measured, difference.expert, fitted)
-    choice = choose_family(
-        recipe.allocation,
-        difference,
-        measured,
-        costs,
-        fixed,
-        attempt=attempt,
-        divergence=divergence,
-    )
-    artifact = write(choice, {})
+    rungs = Rungs(job, work, measure(difference, recipe, fitted, work, job.progress))
+    choice, stretch = rungs.select(fitted)
+    factors = rungs.stretched(stretch)
+    artifact = rungs.write(choice, factors)
     if recipe.distillation.steps:
         student = Student.of(artifact, difference.base)
-        factors = distil(student, difference.expert, learned, recipe.distillation, job.progress)
-        artifact = write(choice, factors)
-        target = recipe.allocation.target_kl
-        if target is not None:
-            result = job.compared(artifact)
-            # Learned on other text, the factors can miss what was met without them.
-            if result is None or result.kl > target:
-                artifact = write(choice, {})
+        learnt = distil(student, difference.expert, learned, recipe.distillation, job.progress)
+        artifact = rungs.write(choice, {name: stretch * learnt[name] for name in learnt})
+    target = recipe.allocation.target_kl
+    if target is not None:
+        result = job.compared(artifact)
+        # Learned on other text, the factors can miss what was met without them.
+        if result is None or result.kl > target:
+            artifact = rungs.write(choice)
     return artifact
 
 

@@ -220,18 +220,25 @@ def _round_rows(delta_RK: torch.Tensor, step: float) -> tuple[torch.Tensor, torc
 def requantize(delta_NK: torch.Tensor) -> QuantizedDelta:
     """A dense delta in 4-bit codes with a step a row, for slots: one refit from a Gaussian's step.
 
+    A channel that is larger than most is one whose inputs are small: folding a norm makes such channels.
+    None counts for more than the median one, or steps wide enough for a few of them would round the
+    others away.
+
     Args:
         delta_NK: float32.
     """
     codes_NK = torch.empty(delta_NK.shape, dtype=torch.uint8)
     steps_N = torch.empty(len(delta_NK), dtype=torch.bfloat16)
-    flat_K = torch.ones(delta_NK.shape[1])
+    energy_K = delta_NK.square().mean(dim=0)
+    changed = energy_K[energy_K > 0]
+    median = changed.median() if len(changed) else energy_K.new_tensor(1.0)
+    weights_K = median / energy_K.clamp_min(float(median))
     for start in range(0, len(delta_NK), ROW_BLOCK):
         block = slice(start, start + ROW_BLOCK)
         rows = delta_NK[block]
-        first_N = rows.square().mean(dim=1).sqrt() * Scheme.INT4.unit_step
-        levels = _levels(rows, Scheme.INT4, first_N)
-        steps_N[block] = _least_squares_step(rows, levels, flat_K).to(torch.bfloat16)
+        deviation_N = (rows.square() @ weights_K / weights_K.sum()).sqrt()
+        levels = _levels(rows, Scheme.INT4, deviation_N * Scheme.INT4.unit_step)
+        steps_N[block] = _least_squares_step(rows, levels, weights_K).to(torch.bfloat16)
         codes_NK[block] = (levels + Scheme.INT4.zero_point).to(torch.uint8)
     return QuantizedDelta(Scheme.INT4, (delta_NK.shape[0], delta_NK.shape[1]), codes_NK, steps_N)
 

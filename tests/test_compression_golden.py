@@ -2,8 +2,8 @@
 
 `golden/format_1` holds a base of one layer, its compressed expert, and the SHA-256 of the float32
 bytes of everything read from it. Its matrices use every scheme of fixed width, a row bitmap,
-dropped and salient channels; its expert has biases, a folded norm and a replaced one. A change of
-layout gets a new format version and a directory of its own: these files are never written again.
+dropped and salient channels; its expert has biases, a folded norm and a replaced one. `coded` and
+`lossless` are of the same base: entropy codes, two factors, exact planes. A change of layout gets a new format version and a directory of its own: these files are never written again.
 """
 
 import hashlib
@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from deltamux.compression.artifact import SCHEME_BITS, Artifact, content_hash, encode_matrix
 from deltamux.compression.checkpoint import open_checkpoint
+from deltamux.compression.factor import FactoredDelta
 from deltamux.compression.quantize import Scheme
 from deltamux.compression.reconstruct import check_base, reconstructed
 
 GOLDEN = Path(__file__).parent / "golden" / "format_1"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+CODED = json.loads((GOLDEN / "expected_coded.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,55 @@ def test_golden_matrices_are_written_as_they_were(artifact):
 
 def test_the_golden_base_has_the_hashes_of_the_manifest(artifact, base):
     check_base(artifact, base)
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_golden_entropy_coded_artifacts_are_intact(name):
+    artifact = Artifact(GOLDEN / name)
+    artifact.check_content()
+    assert content_hash(artifact.root) == CODED[name]["content"]
+
+
+def test_the_golden_coded_artifacts_have_every_kind_of_tensor():
+    suffixes = {
+        key.split("weight.")[-1]
+        for name in CODED
+        for key in load_file(GOLDEN / name / "model.safetensors")
+        if "weight." in key
+    }
+    assert suffixes == {
+        "deflated",
+        "exact",
+        "left.deflated",
+        "left.steps",
+        "right.deflated",
+        "right.steps",
+        "rows",
+        "steps",
+    }
+    schemes = {entry.scheme for entry in Artifact(GOLDEN / "coded").entries.values()}
+    assert schemes == {"int4", "quinary", "ternary", "int8", None}
+
+
+def test_golden_codes_and_factors_read_to_the_same_bytes():
+    artifact = Artifact(GOLDEN / "coded")
+    found = {}
+    for name, entry in artifact.entries.items():
+        if entry.scheme is None:
+            found[name] = artifact.vector(name)
+            continue
+        quantized = artifact.quantized(name)
+        if isinstance(quantized, FactoredDelta):
+            found[f"{name}.left"] = quantized.left.dequantize()
+            found[f"{name}.right"] = quantized.right.dequantize()
+        else:
+            found[name] = quantized.dequantize()
+    assert {key: float32_sha256(value) for key, value in found.items()} == CODED["coded"]["stored"]
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_golden_coded_experts_are_rebuilt_to_the_same_bytes(base, name):
+    load = reconstructed(Artifact(GOLDEN / name), base)
+    expected = CODED[name]["weights"]
+    assert len(expected) >= len(base.files) - 2  # a product of factors is not exact to the bit
+    assert {key: float32_sha256(load(key)) for key in expected} == expected
