@@ -4,6 +4,7 @@
 headers; `init_state` puts the gateway in front of vLLM's handlers once they exist.
 """
 
+import time
 from argparse import Namespace
 from http import HTTPStatus
 from pathlib import Path
@@ -19,7 +20,7 @@ from deltamux.serve import collector, compat, ready, spans
 from deltamux.serve.autoroute import AutoRoute
 from deltamux.serve.expert import Expert, ExpertError
 from deltamux.serve.experts import ExpertRegistry
-from deltamux.serve.handlers import Gateway, RoutedHandler, error_response
+from deltamux.serve.handlers import ARRIVAL, Gateway, RoutedHandler, error_response
 from deltamux.serve.journal import Journal
 from deltamux.serve.memory import Memory
 from deltamux.serve.settings import AUTO, BASE, RESERVED_NAMES, ExpertName, plugin_settings
@@ -116,13 +117,14 @@ def _list_everything(models: Any, registry: ExpertRegistry, has_router: bool) ->
 
 
 class DecisionHeaders:
-    """ASGI middleware: who answered, and why, as response headers."""
+    """ASGI middleware: when a request came in; who answered, and why, as response headers."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Add headers to responses of requests that were decided on."""
+        """Note the arrival; add headers to responses of requests that were decided on."""
+        scope.setdefault("state", {})[ARRIVAL] = time.time()
 
         async def send_with_headers(message: Any) -> None:
             decision = scope.get("state", {}).get("deltamux")

@@ -18,6 +18,9 @@ from deltamux.serve.journal import Journal, RequestRecord
 from deltamux.serve.observe import RequestEngine
 from deltamux.serve.settings import AUTO, BASE, UNKNOWN
 
+# Where the middleware leaves the time at which a request's first bytes had come, before its body was
+# read and its turn on the event loop had come.
+ARRIVAL = "deltamux_arrival"
 # What vLLM reads from a generation_config.json.
 GENERATION_KEYS = (
     "repetition_penalty",
@@ -88,7 +91,7 @@ class Gateway:
         Returns:
             What the handler returns: a response, an error, or an async generator of events.
         """
-        arrival = time.time()
+        arrival = getattr(getattr(raw_request, "state", None), ARRIVAL, None) or time.time()
         decision = self.decide(request.model, request)
         expert = self._registry.get(decision.expert) if decision.expert else None
         if expert is not None:

@@ -35,7 +35,7 @@ class RequestRecord:
     Attributes:
         expert: The metrics' label: a configured name, `base` or `unknown`.
         decision: Who answers, and why.
-        arrival: Unix time at which the request had been parsed.
+        arrival: Unix time at which the request came in.
         request_id: vLLM's id, as in the response; empty before it reached the engine.
         lora_id: The expert's version in the engine, None for the base.
         queue_seconds: From vLLM's queue to its first step; None before the first token.
@@ -140,7 +140,11 @@ class Journal:
             weakref.finalize(stream, self.close, record, ABORTED).atexit = False
             return stream
         code = getattr(getattr(response, "error", None), "code", None)
-        self.close(record, outcome_of(code) if isinstance(code, int) else OK)
+        if isinstance(code, int):
+            # vLLM answers a client that has left with a 400; the engine knows better.
+            self.close(record, record.failure or outcome_of(code))
+        else:
+            self.close(record, OK)
         return response
 
     async def _stream(
@@ -155,8 +159,10 @@ class Journal:
         except Exception as error:
             self.close(record, outcome_of(compat.error_status(error)))
             raise
-        # vLLM tells a failure within a stream by an event, not by an exception.
-        self.close(record, record.failure or OK)
+        # vLLM tells a failure within a stream by an event, not by an exception. Who reads a stream to
+        # its end has not left, even if vLLM itself needed no more of the engine's output.
+        failed = record.failure if record.failure != ABORTED else None
+        self.close(record, failed or OK)
 
     def close(self, record: RequestRecord, outcome: str) -> None:
         """Count how a request ended, once."""

@@ -4,11 +4,12 @@ Three methods of vLLM are wrapped. `OutputProcessor.add_request` runs in the tas
 sees whose record is current; it leaves the record on the statistics object of each sequence. Two
 methods of `IterationStats` see that object with every engine output, streaming or not:
 
-    ttft = first output − arrival at the gateway         once a request
+    ttft = first output − arrival at the server          once a request
     itl  = output − previous output                      each later output of a sequence
     queue = first scheduled − queued                      from the engine's own clock
 """
 
+import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Callable
 from contextlib import nullcontext
@@ -80,7 +81,7 @@ class RequestEngine:
                     yield first
                     async for output in outputs:
                         yield output
-            except GeneratorExit:
+            except (GeneratorExit, asyncio.CancelledError):
                 record.failure = ABORTED
                 raise
             except Exception as error:
