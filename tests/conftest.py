@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -340,3 +341,27 @@ def live(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator[
         yield Live(folder, server, traces)
     traces.server.shutdown()
     traces.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def debian_prometheus() -> Path:
+    """The folder with Debian's `prometheus` and `promtool`.
+
+    Where the package is not installed, apt fetches it and it is unpacked under `build/`: that needs no
+    root and changes nothing on the machine.
+    """
+    installed = shutil.which("promtool")
+    if installed and shutil.which("prometheus"):
+        return Path(installed).parent
+    folder = Path(__file__).parent.parent / "build" / "prometheus"
+    binaries = folder / "usr" / "bin"
+    if not (binaries / "promtool").is_file():
+        for name in ("lists/partial", "cache/archives/partial"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        places = {"State::Lists": folder / "lists", "Cache": folder / "cache"}
+        apt = ["apt-get", "-qq", *(f"-oDir::{key}={place}" for key, place in places.items())]
+        subprocess.run([*apt, "update"], check=True, cwd=folder)
+        subprocess.run([*apt, "download", "prometheus"], check=True, cwd=folder)
+        (package,) = folder.glob("prometheus_*.deb")
+        subprocess.run(["dpkg", "-x", package, folder], check=True)
+    return binaries
