@@ -22,6 +22,7 @@ from deltamux.serve.autoroute import AutoRoute
 from deltamux.serve.experts import ExpertRegistry
 from deltamux.serve.journal import Journal
 from deltamux.serve.memory import Memory
+from deltamux.serve.settings import BASE
 from deltamux.serve.status import SWAP_BUCKETS, WorkerStatus, read_status
 
 logger = logging.getLogger("vllm.deltamux")
@@ -135,7 +136,8 @@ def _in_flight(sources: Sources, _: WorkerStatus) -> Iterator[Any]:
         "Open requests: waiting for their first token, or running.",
         labels=["expert", "state"],
     )
-    for expert, (waiting, running) in sources.journal.in_flight().items():
+    idle = dict.fromkeys([BASE, *(expert.name for expert in sources.registry)], (0, 0))
+    for expert, (waiting, running) in (idle | sources.journal.in_flight()).items():
         family.add_metric([expert, "waiting"], waiting)
         family.add_metric([expert, "running"], running)
     yield family
