@@ -3,16 +3,19 @@
 import asyncio
 import json
 import os
+import runpy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import torch
 
 pytestmark = pytest.mark.vllm
 
@@ -487,3 +490,13 @@ def test_ready_follows_the_pinned_experts_and_names_what_is_missing(
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "reasons": []})
     assert httpx.get(f"{live.server.url}/health").status_code == 200
     assert httpx.get(f"{live.server.url}/v1/ready").status_code == 401
+
+
+def test_the_sizing_tool_knows_what_the_server_allocates(live: Any) -> None:
+    path = Path(__file__).parent.parent / "docker" / "tools" / "sizing.py"
+    tool = runpy.run_path(str(path))
+    config = json.loads((live.folder / "base" / "config.json").read_text())
+    expected = tool["sizes"](config, dtype=torch.float32)
+    samples = live.samples()
+    assert samples["deltamux_memory_bytes", "kind=slots"] == 2 * expected.slot
+    assert samples["deltamux_memory_bytes", "kind=base"] == expected.base
