@@ -110,6 +110,16 @@ def check_caches(folders: Iterable[str]) -> None:
             )
 
 
+def check_readable(folder: Path) -> None:
+    """Refuse a folder with files that only their owner may read, which others would call missing."""
+    for path in folder.iterdir():
+        if not os.access(path, os.R_OK):
+            raise ValueError(
+                f"{str(path)!r} is not readable for user {os.getuid()}: chmod -R a+rX the folder "
+                "that is mounted"
+            )
+
+
 def check_site(settings: Settings) -> None:
     """Open everything that a configuration names, without loading weights.
 
@@ -119,11 +129,13 @@ def check_site(settings: Settings) -> None:
     base = resolve_directory(settings.base.model, settings.base.revision)
     if not (base / "config.json").is_file():
         raise ValueError(f"base.model {str(base)!r} has no config.json: it is not a checkpoint")
+    check_readable(base)
     for expert in settings.experts:
         if not expert.path.is_dir():
             raise ValueError(
                 f"the expert {expert.name!r} lies at {str(expert.path)!r}, which is not a folder"
             )
+        check_readable(expert.path)
         try:
             Artifact(expert.path).check_servable()
         except ValueError as error:

@@ -251,3 +251,18 @@ def test_the_entry_command_serves_under_scrapes_and_drains_on_sigterm(started: S
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 450
     assert started.process.wait(60) == 0
+
+
+def test_files_that_only_their_owner_reads_are_named(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = deployed / "sql" / "model.safetensors"
+    readable = os.access
+
+    # The tests may run as root, who reads everything.
+    def as_another_user(path: Any, mode: int) -> bool:
+        return Path(path) != weights and readable(path, mode)
+
+    monkeypatch.setattr(os, "access", as_another_user)
+    with pytest.raises(ValueError, match=r"model.safetensors' is not readable for user \d+: chmod"):
+        prepare([str(deployed / "deltamux.yaml")], {KEY_VARIABLE: KEY})

@@ -485,10 +485,16 @@ def test_the_router_tells_the_mix_that_it_was_fitted_on(live: Any) -> None:
 def test_ready_follows_the_pinned_experts_and_names_what_is_missing(
     live: Any, client: Client
 ) -> None:
+    # Two experts at once need both slots, so the pinned one has to leave its slot.
+    both = [(name, {"max_tokens": 100}) for name in ("sql", "shell") for _ in range(3)]
+    client.run(both)
+    missing = live.http("GET", "/v1/ready")
+    reason = "the pinned expert 'math' is not in a slot: host"
+    assert (missing.status_code, missing.json()) == (503, {"ready": False, "reasons": [reason]})
+    assert httpx.get(f"{live.server.url}/health").status_code == 200
     client.run([("math", {"max_tokens": 2})])
     ready = live.http("GET", "/v1/ready")
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "reasons": []})
-    assert httpx.get(f"{live.server.url}/health").status_code == 200
     assert httpx.get(f"{live.server.url}/v1/ready").status_code == 401
 
 
