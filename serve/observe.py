@@ -18,7 +18,7 @@ from typing import Any
 
 from deltamux.serve import compat, metrics
 from deltamux.serve.experts import ExpertRegistry
-from deltamux.serve.journal import ABORTED, RequestRecord, outcome_of
+from deltamux.serve.journal import ABORTED, ERROR, RequestRecord, outcome_of
 from deltamux.serve.settings import BASE
 from deltamux.serve.status import read_status
 from deltamux.serve.store import public_name
@@ -78,8 +78,10 @@ class RequestEngine:
                 finally:
                     current_record.reset(mark)
                 if first is not None:
+                    _note_failure(record, first)
                     yield first
                     async for output in outputs:
+                        _note_failure(record, output)
                         yield output
             except (GeneratorExit, asyncio.CancelledError):
                 record.failure = ABORTED
@@ -89,6 +91,12 @@ class RequestEngine:
                 raise
             finally:
                 await outputs.aclose()
+
+
+def _note_failure(record: RequestRecord, output: Any) -> None:
+    """Keep that a request's own step failed: vLLM says so by the reason of its last output."""
+    if output.finished and any(each.finish_reason == ERROR for each in output.outputs):
+        record.failure = ERROR
 
 
 def install() -> None:

@@ -252,6 +252,18 @@ def excess_of_client(grown: Growth, log: list[Seen], stream: bool) -> dict[tuple
     return excesses
 
 
+def test_several_answers_to_one_prompt_are_one_request(live: Any, client: Client) -> None:
+    before = live.samples()
+    (seen,) = client.run([("sql", {"n": 3, "temperature": 1, "max_tokens": 10})])
+    grown = Growth(before, settled(live, no_request_is_open))
+    assert grown.of("deltamux_requests_total", expert="sql", reason="explicit") == 1
+    assert grown.of("deltamux_ttft_seconds_count", expert="sql") == 1
+    assert grown.of("deltamux_tokens_total", expert="sql", kind="prompt") == seen.prompt_tokens
+    generated = grown.of("deltamux_tokens_total", expert="sql", kind="generated")
+    assert generated == seen.generated_tokens == 30
+    assert grown.of("deltamux_itl_seconds_count", expert="sql") == 30 - 3
+
+
 def test_requests_that_clients_leave_are_counted_as_aborted(live: Any, client: Client) -> None:
     before = live.samples()
     long = {"max_tokens": 400}

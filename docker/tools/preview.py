@@ -95,7 +95,8 @@ def draw_lines(axes: Axes, panel: dict[str, Any], source: Source) -> None:
     below = np.zeros_like(grid)
     for number, (legend, times, values) in enumerate(series):
         colour = COLOURS[number % len(COLOURS)]
-        label = f"{legend}  {np.nanmax(values) / divisor:.3g} {unit}".rstrip()
+        own_divisor, own_unit = scale(panel, float(np.nanmax(values)))
+        label = f"{legend}  {np.nanmax(values) / own_divisor:.3g} {own_unit}".rstrip()
         if stacked:
             filled = np.interp(grid, times, np.nan_to_num(values) / divisor, left=0, right=0)
             axes.fill_between(grid, below, below + filled, color=colour, alpha=0.6, lw=0)
