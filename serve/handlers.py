@@ -6,6 +6,7 @@ request → decision → admission (host cache) → the expert's own template an
 
 import copy
 import time
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -57,6 +58,24 @@ class RoutedHandler:
         return await self._gateway.answer(self._handler, self._method, request, raw_request)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a vLLM handler's method."""
+
+    handler: Any
+    method: str
+    request: Any
+    raw_request: Any
+
+    async def through(
+        self, handler: Any, record: RequestRecord, registry: ExpertRegistry, stop_ids: list[int]
+    ) -> Any:
+        """Make it on a copy of a handler that has an engine of the request's own."""
+        bound = copy.copy(handler)
+        bound.engine_client = RequestEngine(handler.engine_client, record, registry, stop_ids)
+        return await getattr(bound, self.method)(self.request, self.raw_request)
+
+
 class Gateway:
     """Chooses the expert of each request and hands it to vLLM.
 
@@ -104,44 +123,22 @@ class Gateway:
         # A model's name that nobody configured is a client's text: it never becomes a label.
         label = expert.name if expert else BASE if known else UNKNOWN
         record = self._journal.begin(label, decision, arrival)
-        answering = self._answer(record, expert, (handler, method), request, raw_request)
-        return await self._journal.follow(record, answering)
+        call = Call(handler, method, request, raw_request)
+        return await self._journal.follow(record, self._answer(record, expert, call))
 
-    async def _answer(
-        self,
-        record: RequestRecord,
-        expert: Expert | None,
-        target: tuple[Any, str],
-        request: Any,
-        raw_request: Any,
-    ) -> Any:
-        handler, method = target
+    async def _answer(self, record: RequestRecord, expert: Expert | None, call: Call) -> Any:
         if expert is None:
-            return await self._call(handler, method, record, (request, raw_request), [])
+            return await call.through(call.handler, record, self._registry, [])
         expert.last_used = record.arrival
         with expert.held():
             try:
                 record.swap_wait_seconds = await self._registry.admit(expert)
             except ExpertError as error:
                 return unavailable(str(error))
-            if method not in expert.variants:
-                expert.variants[method] = specialise(handler, expert)
-            variant = expert.variants[method]
-            arguments = request, raw_request
-            return await self._call(variant, method, record, arguments, expert.stop_ids)
-
-    async def _call(
-        self,
-        handler: Any,
-        method: str,
-        record: RequestRecord,
-        arguments: tuple[Any, Any],
-        stop_ids: list[int],
-    ) -> Any:
-        """Call vLLM's handler with an engine of the request's own."""
-        bound = copy.copy(handler)
-        bound.engine_client = RequestEngine(handler.engine_client, record, self._registry, stop_ids)
-        return await getattr(bound, method)(*arguments)
+            if call.method not in expert.variants:
+                expert.variants[call.method] = specialise(call.handler, expert)
+            variant = expert.variants[call.method]
+            return await call.through(variant, record, self._registry, expert.stop_ids)
 
 
 def specialise(handler: Any, expert: Expert) -> Any:

@@ -55,6 +55,24 @@ def test_the_compose_file_fits_the_compose_specification(tmp_path: Path) -> None
     assert run(*check, broken).returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("profile", "server"), [([], "server"), (["--profile", "cpu"], "server-cpu")]
+)
+def test_docker_compose_starts_one_server_with_prometheus_and_grafana(
+    profile: list[str], server: str
+) -> None:
+    """Compose's own program reads the file; that needs no Docker."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    command = [tool("docker-compose"), *profile, "config", "--format", "json"]
+    done = run(*command, cwd=DOCKER, env=environment)
+    assert done.returncode == 0, done.stderr
+    services = json.loads(done.stdout)["services"]
+    assert set(services) - {"demo"} == {server, "prometheus", "grafana"}
+    assert ("demo" in services) == (server == "server-cpu")
+    assert [port["host_ip"] for port in services[server]["ports"]] == ["127.0.0.1"]
+    assert "ports" not in services["prometheus"]
+
+
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_an_image_runs_without_root_and_with_a_patient_health_check(name: str) -> None:
     text = dockerfile(name)
