@@ -96,7 +96,9 @@ def draw_lines(axes: Axes, panel: dict[str, Any], source: Source) -> None:
     for number, (legend, times, values) in enumerate(series):
         colour = COLOURS[number % len(COLOURS)]
         own_divisor, own_unit = scale(panel, float(np.nanmax(values)))
-        label = f"{legend}  {np.nanmax(values) / own_divisor:.3g} {own_unit}".rstrip()
+        largest = float(np.nanmax(values)) / own_divisor
+        number_text = f"{largest:,.0f}" if largest >= 100 else f"{largest:.3g}"
+        label = f"{legend}  {number_text} {own_unit}".rstrip()
         if stacked:
             filled = np.interp(grid, times, np.nan_to_num(values) / divisor, left=0, right=0)
             axes.fill_between(grid, below, below + filled, color=colour, alpha=0.6, lw=0)
@@ -108,7 +110,7 @@ def draw_lines(axes: Axes, panel: dict[str, Any], source: Source) -> None:
             shown = np.interp(grid, times, values, left=np.nan, right=np.nan)
             shown[np.abs(grid[:, None] - times[None]).min(axis=1) > source.step / 60] = np.nan
             axes.plot(grid, shown / divisor, color=colour, lw=1.1, ls=dashed, label=label)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
     axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} {unit}".rstrip())
     axes.legend(
