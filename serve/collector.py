@@ -169,11 +169,11 @@ def fit_abstention(config: Any) -> float:
     of the specialists' own prompts that the threshold let through.
 
     Args:
-        config: A `RouterConfig`; its field `abstention` is taken where a format has one.
+        config: A `RouterConfig`; `heldout.abstained` is taken where an artifact has measured it.
     """
-    known = getattr(config, "abstention", None)
-    if known is not None:
-        return float(known)
+    measured = getattr(config.heldout, "abstained", 0.0)
+    if measured:
+        return float(measured)
     shares = (
         share * (1.0 if config.experts[domain] is None else 1.0 - config.heldout.kept)
         for domain, share in config.training.mix.items()
