@@ -10,13 +10,17 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PACKAGES := compression router serve
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test test-image check lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/deltamux demo $(if $(filter-out 0,$(SERVE)),--serve)
 
 test: check
 	$(BIN)/python -m pytest
+
+# The CPU image's steps without Docker, in an environment of their own: minutes, mostly downloads.
+test-image: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/test_docker_walk.py
 
 check: lint types
 

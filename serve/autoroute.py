@@ -63,6 +63,11 @@ class AutoRoute:
             logger.error("deltamux: the router is not usable: %s", error)
 
     @property
+    def router(self) -> Router | None:
+        """The router in use, None where it could not be loaded."""
+        return self._router
+
+    @property
     def fallback(self) -> str | None:
         """The expert that answers where the router does not; None is the base."""
         name = self.settings.fallback if self.settings else BASE

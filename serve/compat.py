@@ -2,13 +2,15 @@
 
 Replaced (general plugin): the LoRA manager class that model runners create; an expert travels
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
-isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state`, and two methods of
-`IterationStats` for per-expert latencies. On instances: `LogitsProcessor._get_logits` (`layers.py`),
+isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state`; for per-expert latencies
+`IterationStats.update_from_output` and `OutputProcessor.add_request` (`observe.py`); for traces
+`OutputProcessor.do_tracing` (`spans.py`). On instances: `LogitsProcessor._get_logits` (`layers.py`),
 `show_available_models` and `model_name` of `openai_serving_models` (`endpoint.py`), and, on shallow
 copies of the handlers, template, sampling defaults and engine client (`handlers.py`).
 """
 
 import os
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -24,7 +26,12 @@ MANAGER_MODULE = "vllm.v1.worker.lora_model_runner_mixin"
 MANAGER_NAME = "LRUCacheWorkerLoRAManager"
 STATS_MODULE = "vllm.v1.metrics.stats"
 STATS_NAME = "IterationStats"
-STATS_METHODS = ("update_from_output", "update_from_finished_request")
+STATS_METHODS = ("update_from_output",)
+OUTPUT_MODULE = "vllm.v1.engine.output_processor"
+OUTPUT_NAME = "OutputProcessor"
+OUTPUT_METHODS = ("add_request", "do_tracing")
+# Exceptions that vLLM answers with a 4xx, wherever they are in a class's ancestry.
+CLIENT_ERRORS = {"VLLMClientError", "ValueError", "TypeError", "OverflowError", "TemplateError"}
 # Handlers on app.state and the method that answers a request.
 HANDLERS = {
     "openai_serving_chat": "create_chat_completion",
@@ -86,6 +93,8 @@ def check_vllm() -> None:
     symbol(MANAGER_MODULE, MANAGER_NAME)
     for method in STATS_METHODS:
         symbol(STATS_MODULE, STATS_NAME, method)
+    for method in OUTPUT_METHODS:
+        symbol(OUTPUT_MODULE, OUTPUT_NAME, method)
     protocol("ErrorResponse")
 
 
@@ -132,6 +141,39 @@ def protocol(name: str) -> Any:
         if find_spec(module) is not None:
             return symbol(module, name)
     raise RuntimeError(f"vLLM {vllm_version()} has none of {', '.join(PROTOCOL_MODULES)}")
+
+
+def error_status(error: BaseException) -> int:
+    """The HTTP status that vLLM answers an exception with, to the hundred where it names none."""
+    for name in ("http_status", "status_code"):
+        status = getattr(error, name, None)
+        if isinstance(status, int):
+            return int(status)
+    return 400 if CLIENT_ERRORS & {cls.__name__ for cls in type(error).__mro__} else 500
+
+
+def on_gpu() -> bool:
+    """Whether vLLM runs on an NVIDIA GPU."""
+    return bool(symbol("vllm.platforms", "current_platform").is_cuda())
+
+
+@lru_cache(maxsize=1)
+def _device_handle() -> tuple[Any, Any]:
+    nvml: Any = import_module("vllm.third_party.pynvml")
+    nvml.nvmlInit()
+    physical = symbol("vllm.platforms", "current_platform").device_id_to_physical_device_id(0)
+    return nvml, nvml.nvmlDeviceGetHandleByIndex(physical)
+
+
+def device_memory() -> tuple[int, int]:
+    """Bytes in use on the GPU that vLLM takes first, and its size, as NVML reports them.
+
+    Raises:
+        Exception: NVML's own, where the driver does not answer.
+    """
+    nvml, handle = _device_handle()
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return int(memory.used), int(memory.total)
 
 
 def replace_manager(manager: type) -> None:

@@ -4,6 +4,7 @@
 headers; `init_state` puts the gateway in front of vLLM's handlers once they exist.
 """
 
+import time
 from argparse import Namespace
 from http import HTTPStatus
 from pathlib import Path
@@ -15,13 +16,15 @@ from pydantic import BaseModel, ConfigDict
 
 from deltamux.compression.checkpoint import resolve_directory
 from deltamux.router.decision import Decision
-from deltamux.serve import compat, metrics
+from deltamux.serve import collector, compat, ready, spans
 from deltamux.serve.autoroute import AutoRoute
 from deltamux.serve.expert import Expert, ExpertError
 from deltamux.serve.experts import ExpertRegistry
-from deltamux.serve.handlers import Gateway, RoutedHandler, error_response
-from deltamux.serve.settings import AUTO, BASE, ExpertName, plugin_settings
-from deltamux.serve.status import WorkerStatus, read_status
+from deltamux.serve.handlers import ARRIVAL, Gateway, RoutedHandler, error_response
+from deltamux.serve.journal import Journal
+from deltamux.serve.memory import Memory
+from deltamux.serve.settings import AUTO, BASE, RESERVED_NAMES, ExpertName, plugin_settings
+from deltamux.serve.status import read_status
 from deltamux.serve.store import public_name
 
 router = APIRouter(prefix="/v1")
@@ -37,6 +40,7 @@ class DeltamuxEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Add routes and headers."""
         app.include_router(router)
+        app.include_router(ready.router)
         app.add_middleware(DecisionHeaders)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -63,14 +67,18 @@ class DeltamuxEndpoint:
             _encoder(engine_client),
             registry.serves,
         )
-        gateway = Gateway(registry, route, models)
+        journal = Journal(settings.log_requests)
+        gateway = Gateway(registry, route, models, journal)
         for attribute, method in compat.HANDLERS.items():
             handler = getattr(state, attribute, None)
             if handler is not None:
                 setattr(state, attribute, RoutedHandler(handler, method, gateway))
         _list_everything(models, registry, has_router=settings.router is not None)
-        metrics.install(registry, lambda: _kv_cache_bytes(config))
+        sources = collector.Sources(registry, route, journal, Memory(config))
+        collector.install(sources)
+        spans.install(config.observability_config)
         state.deltamux_registry, state.deltamux_route = registry, route
+        state.deltamux_journal, state.deltamux_settings = journal, settings
 
 
 def _encoder(engine_client: Any) -> Any:
@@ -108,24 +116,15 @@ def _list_everything(models: Any, registry: ExpertRegistry, has_router: bool) ->
     models.model_name = model_name
 
 
-def _kv_cache_bytes(config: Any) -> int:
-    """Bytes of the KV cache: blocks × tokens × layers × (key and value)."""
-    cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
-    layers = model.get_num_layers(parallel)
-    width = model.get_num_kv_heads(parallel) * model.get_head_size()
-    tokens = (cache.num_gpu_blocks or 0) * cache.block_size
-    itemsize = 1 if str(cache.cache_dtype).startswith("fp8") else model.dtype.itemsize
-    return int(tokens * layers * width * 2 * itemsize)
-
-
 class DecisionHeaders:
-    """ASGI middleware: who answered, and why, as response headers."""
+    """ASGI middleware: when a request came in; who answered, and why, as response headers."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Add headers to responses of requests that were decided on."""
+        """Note the arrival; add headers to responses of requests that were decided on."""
+        scope.setdefault("state", {})[ARRIVAL] = time.time()
 
         async def send_with_headers(message: Any) -> None:
             decision = scope.get("state", {}).get("deltamux")
@@ -176,7 +175,10 @@ def _registry(request: Request) -> ExpertRegistry:
     return registry
 
 
-def _describe(expert: Expert, status: WorkerStatus) -> dict[str, Any]:
+def _describe(expert: Expert, request: Request) -> dict[str, Any]:
+    status = read_status()
+    journal: Journal = request.app.state.deltamux_journal
+    waiting, running = journal.in_flight().get(expert.name, (0, 0))
     seen = expert.request and status.experts.get(expert.request.lora_int_id)
     return {
         "id": expert.name,
@@ -188,7 +190,9 @@ def _describe(expert: Expert, status: WorkerStatus) -> dict[str, Any]:
         "pinned": bool(seen and seen.pinned),
         "bytes": expert.num_bytes,
         "bits_per_weight": expert.bits_per_weight,
-        "running": expert.running,
+        "last_used": expert.last_used,
+        "running": running,
+        "waiting": waiting,
         "error": expert.error or (seen.error if seen else None),
     }
 
@@ -206,21 +210,20 @@ def _missing(name: str) -> JSONResponse:
 @router.get("/experts")
 async def list_experts(request: Request) -> JSONResponse:
     """All experts with their residency."""
-    status = read_status()
-    data = [_describe(expert, status) for expert in _registry(request)]
+    data = [_describe(expert, request) for expert in _registry(request)]
     return JSONResponse({"object": "list", "data": data})
 
 
 @router.post("/experts")
 async def register_expert(body: RegisterBody, request: Request) -> JSONResponse:
     """Load an expert, or a new version of one."""
-    if body.name in (AUTO, BASE):
+    if body.name in RESERVED_NAMES:
         return _failure(f"an expert cannot be called {body.name!r}", HTTPStatus.BAD_REQUEST)
     try:
         expert = await _registry(request).register(body.name, body.path, body.pin)
     except ExpertError as error:
         return _failure(str(error), HTTPStatus.BAD_REQUEST)
-    content = _describe(expert, read_status())
+    content = _describe(expert, request)
     return JSONResponse(content, status_code=HTTPStatus.CREATED.value)
 
 
@@ -228,7 +231,7 @@ async def register_expert(body: RegisterBody, request: Request) -> JSONResponse:
 async def get_expert(name: str, request: Request) -> JSONResponse:
     """One expert."""
     expert = _registry(request).get(name)
-    return JSONResponse(_describe(expert, read_status())) if expert else _missing(name)
+    return JSONResponse(_describe(expert, request)) if expert else _missing(name)
 
 
 @router.delete("/experts/{name}")
@@ -250,7 +253,7 @@ async def pin_expert(name: str, request: Request) -> JSONResponse:
         await _registry(request).pin(name)
     except ExpertError as error:
         return _failure(str(error), HTTPStatus.BAD_REQUEST)
-    return JSONResponse(_describe(expert, read_status()))
+    return JSONResponse(_describe(expert, request))
 
 
 @router.post("/route")

@@ -32,6 +32,7 @@ class Expert:
         chat_template: Its own template, None where it has none.
         variants: vLLM's handlers speaking for this expert, by method name.
         pinned: Whether it is to keep a slot.
+        last_used: Unix time of its last request, None before the first.
         holds: Requests between admission and the engine.
         running: Generations in the engine.
     """
@@ -48,6 +49,7 @@ class Expert:
     chat_template: str | None = None
     variants: dict[str, Any] = field(default_factory=dict)
     pinned: bool = False
+    last_used: float | None = None
     holds: int = 0
     running: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)

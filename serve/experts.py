@@ -9,10 +9,12 @@ beside the old one, swaps the name, and drops the old one when its last request 
 import asyncio
 import logging
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 from deltamux.serve.expert import Expert, ExpertError, read_expert
+from deltamux.serve.settings import check_expert_name
 from deltamux.serve.status import read_status
 from deltamux.serve.store import artifact_path, versioned_name, versioned_path
 
@@ -88,6 +90,10 @@ class ExpertRegistry:
         """
         if self._models.is_base_model(name):
             raise ExpertError(f"{name!r} is the base model's name: choose another")
+        try:
+            check_expert_name(name)
+        except ValueError as error:
+            raise ExpertError(str(error)) from error
         async with self._lock:
             try:
                 expert = await asyncio.to_thread(read_expert, name, path)
@@ -110,8 +116,11 @@ class ExpertRegistry:
             await self.pin(name)
         return expert
 
-    async def admit(self, expert: Expert) -> None:
+    async def admit(self, expert: Expert) -> float:
         """Make sure that an expert is in the host cache before its request reaches the engine.
+
+        Returns:
+            Seconds that it took to load it, 0.0 if it was there.
 
         Raises:
             ExpertError: It was refused, or has gone bad on disk.
@@ -119,11 +128,14 @@ class ExpertRegistry:
         if expert.error:
             raise ExpertError(f"expert {expert.name!r} is not available: {expert.error}")
         seen = read_status().experts.get(expert.request.lora_int_id)
-        if seen is None or seen.tier == "disk" or seen.error:
+        start = time.monotonic()
+        absent = seen is None or seen.tier == "disk" or bool(seen.error)
+        if absent:
             await self._load(expert)
         if seen is not None and seen.error:
             # What ran while it was gone left the base's keys in the cache under its name.
             await self._engine.reset_prefix_cache()
+        return time.monotonic() - start if absent else 0.0
 
     async def pin(self, name: str) -> None:
         """Keep an expert in a slot.

@@ -5,8 +5,8 @@ request → decision → admission (host cache) → the expert's own template an
 """
 
 import copy
-from collections.abc import AsyncGenerator
-from contextlib import nullcontext
+import time
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -15,8 +15,13 @@ from deltamux.serve import compat, metrics
 from deltamux.serve.autoroute import AutoRoute, explicit
 from deltamux.serve.expert import Expert, ExpertError
 from deltamux.serve.experts import ExpertRegistry
-from deltamux.serve.settings import AUTO, BASE
+from deltamux.serve.journal import Journal, RequestRecord
+from deltamux.serve.observe import RequestEngine
+from deltamux.serve.settings import AUTO, BASE, UNKNOWN
 
+# Where the middleware leaves the time at which a request's first bytes had come, before its body was
+# read and its turn on the event loop had come.
+ARRIVAL = "deltamux_arrival"
 # What vLLM reads from a generation_config.json.
 GENERATION_KEYS = (
     "repetition_penalty",
@@ -53,6 +58,24 @@ class RoutedHandler:
         return await self._gateway.answer(self._handler, self._method, request, raw_request)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a vLLM handler's method."""
+
+    handler: Any
+    method: str
+    request: Any
+    raw_request: Any
+
+    async def through(
+        self, handler: Any, record: RequestRecord, registry: ExpertRegistry, stop_ids: list[int]
+    ) -> Any:
+        """Make it on a copy of a handler that has an engine of the request's own."""
+        bound = copy.copy(handler)
+        bound.engine_client = RequestEngine(handler.engine_client, record, registry, stop_ids)
+        return await getattr(bound, self.method)(self.request, self.raw_request)
+
+
 class Gateway:
     """Chooses the expert of each request and hands it to vLLM.
 
@@ -60,12 +83,16 @@ class Gateway:
         registry: The experts.
         route: The router.
         models: vLLM's `openai_serving_models`, for the base's names.
+        journal: Where each request is recorded.
     """
 
-    def __init__(self, registry: ExpertRegistry, route: AutoRoute, models: Any) -> None:
+    def __init__(
+        self, registry: ExpertRegistry, route: AutoRoute, models: Any, journal: Journal
+    ) -> None:
         self._registry = registry
         self._route = route
         self._models = models
+        self._journal = journal
 
     def decide(self, model: str | None, request: Any) -> Decision:
         """The decision for a request; an unknown model name is left to vLLM's 404."""
@@ -83,29 +110,38 @@ class Gateway:
         Returns:
             What the handler returns: a response, an error, or an async generator of events.
         """
+        arrival = getattr(getattr(raw_request, "state", None), ARRIVAL, None) or time.time()
         decision = self.decide(request.model, request)
         expert = self._registry.get(decision.expert) if decision.expert else None
         if expert is not None:
             request.model = expert.name
         elif request.model in (AUTO, BASE):
             request.model = self._models.base_model_paths[0].name
-        if expert or not request.model or self._models.is_base_model(request.model):
-            metrics.requests_total.labels(expert.name if expert else BASE, decision.reason).inc()
-            if raw_request is not None:
-                raw_request.state.deltamux = decision
+        known = expert or not request.model or self._models.is_base_model(request.model)
+        if known and raw_request is not None:
+            raw_request.state.deltamux = decision
+        # A model's name that nobody configured is a client's text: it never becomes a label.
+        label = expert.name if expert else BASE if known else UNKNOWN
+        record = self._journal.begin(label, decision, arrival)
+        call = Call(handler, method, request, raw_request)
+        return await self._journal.follow(record, self._answer(record, expert, call))
+
+    async def _answer(self, record: RequestRecord, expert: Expert | None, call: Call) -> Any:
         if expert is None:
-            return await getattr(handler, method)(request, raw_request)
+            return await call.through(call.handler, record, self._registry, [])
+        expert.last_used = record.arrival
         with expert.held():
             try:
-                await self._registry.admit(expert)
+                record.swap_wait_seconds = await self._registry.admit(expert)
             except ExpertError as error:
                 return unavailable(str(error))
-            if method not in expert.variants:
-                expert.variants[method] = specialise(handler, expert, self._registry)
-            return await getattr(expert.variants[method], method)(request, raw_request)
+            if call.method not in expert.variants:
+                expert.variants[call.method] = specialise(call.handler, expert)
+            variant = expert.variants[call.method]
+            return await call.through(variant, record, self._registry, expert.stop_ids)
 
 
-def specialise(handler: Any, expert: Expert, registry: ExpertRegistry) -> Any:
+def specialise(handler: Any, expert: Expert) -> Any:
     """A shallow copy of a vLLM handler that speaks for one expert.
 
     vLLM keeps template and sampling defaults on the handler, one set for the whole server; a copy
@@ -119,7 +155,6 @@ def specialise(handler: Any, expert: Expert, registry: ExpertRegistry) -> Any:
         variant.online_renderer = copy.copy(handler.online_renderer)
         variant.online_renderer.chat_template = expert.chat_template
         variant.chat_template = expert.chat_template
-    variant.engine_client = ExpertEngine(handler.engine_client, expert.stop_ids, registry)
     return variant
 
 
@@ -129,33 +164,6 @@ def sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
     if "max_new_tokens" in found:
         found["max_tokens"] = found.pop("max_new_tokens")
     return found
-
-
-class ExpertEngine:
-    """vLLM's engine client; it counts generations, which also end at an expert's own stop tokens."""
-
-    def __init__(self, engine: Any, stop_ids: list[int], registry: ExpertRegistry) -> None:
-        self._engine = engine
-        self._stop_ids = stop_ids
-        self._registry = registry
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is the engine's own."""
-        return getattr(self._engine, name)
-
-    async def generate(
-        self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        """Generate, with the stop tokens added unless the client ignores end-of-sequence."""
-        if self._stop_ids and not sampling_params.ignore_eos:
-            known = sampling_params.stop_token_ids or []
-            sampling_params.stop_token_ids = sorted({*known, *self._stop_ids})
-            sampling_params._all_stop_token_ids.update(self._stop_ids)
-        request = kwargs.get("lora_request")
-        version = self._registry.version(request.lora_int_id) if request else None
-        with version.generating() if version else nullcontext():
-            async for output in self._engine.generate(prompt, sampling_params, *args, **kwargs):
-                yield output
 
 
 def unavailable(message: str) -> Any:

@@ -181,9 +181,13 @@ class ExpertManager:
         for expert_id, request in wanted.items():
             if expert_id in self.resident:
                 continue
+            start = time.monotonic()
             if expert_id not in self.host:
                 self._load_in_step(request)
             self._activate(expert_id, keep=set(wanted))
+            expert = self._expert(expert_id)
+            expert.swapped_at = time.monotonic()
+            expert.swap_seconds = expert.swapped_at - start
             self._publish()
 
     def _load_in_step(self, request: Any) -> None:

@@ -16,6 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 # Model names with a meaning of their own.
 AUTO = "auto"
 BASE = "base"
+# Counts requests for models that do not exist.
+UNKNOWN = "unknown"
+RESERVED_NAMES = (AUTO, BASE, UNKNOWN)
 ENVIRONMENT_PREFIX = "DELTAMUX_"
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -71,20 +74,23 @@ class SlotSettings(_Model):
 
 
 class PluginSettings(_Model):
-    """What deltamux's code inside vLLM needs to know; `slots` itself is vLLM's max_loras."""
+    """What deltamux's code inside vLLM needs to know; `slots` itself is vLLM's max_loras.
+
+    `log_requests` writes one line of JSON a request to standard output.
+    """
 
     version: Literal[1] = 1
     experts: tuple[ExpertSettings, ...] = ()
     router: RouterSettings | None = None
     host_cache: Size = 8 * 2**30
+    log_requests: bool = False
     slot: SlotSettings = SlotSettings()
 
     @model_validator(mode="after")
     def _check_names(self) -> "PluginSettings":
         names = [expert.name for expert in self.experts]
         for name in names:
-            if name in (AUTO, BASE):
-                raise ValueError(f"an expert cannot be called {name!r}: the name is taken")
+            check_expert_name(name)
             if names.count(name) > 1:
                 raise ValueError(f"the expert name {name!r} is given twice")
         if self.router and self.router.fallback not in (BASE, *names):
@@ -107,7 +113,8 @@ class Settings(PluginSettings):
 def load_settings(path: Path, environment: dict[str, str] | None = None) -> Settings:
     """Read `deltamux.yaml`; paths in it are relative to its folder.
 
-    `DELTAMUX_SLOTS`, `DELTAMUX_HOST_CACHE`, `DELTAMUX_BASE` and `DELTAMUX_ROUTER` override it.
+    `DELTAMUX_SLOTS`, `DELTAMUX_HOST_CACHE`, `DELTAMUX_LOG_REQUESTS`, `DELTAMUX_BASE` and
+    `DELTAMUX_ROUTER` override it.
 
     Raises:
         ValueError: Not YAML, an unknown key, or a value out of range; the message names it.
@@ -128,7 +135,7 @@ def load_settings(path: Path, environment: dict[str, str] | None = None) -> Sett
 
 
 def _override(content: dict[str, Any], environment: dict[str, str]) -> None:
-    for key in ("slots", "host_cache"):
+    for key in ("slots", "host_cache", "log_requests"):
         value = environment.get(ENVIRONMENT_PREFIX + key.upper())
         if value:
             content[key] = value
@@ -152,6 +159,20 @@ def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
     if (root / base.model).is_dir():
         base = base.model_copy(update={"model": str(root / base.model)})
     return settings.model_copy(update={"experts": experts, "router": router, "base": base})
+
+
+def check_expert_name(name: str) -> None:
+    """Refuse a name that could not be told from another model's, or that is no plain word.
+
+    Raises:
+        ValueError: The message names the rule.
+    """
+    if name in RESERVED_NAMES:
+        raise ValueError(f"an expert cannot be called {name!r}: the name is taken")
+    if not re.fullmatch(_NAME, name):
+        raise ValueError(
+            f"an expert's name is up to 64 letters, digits, '.', '_' and '-', got {name!r}"
+        )
 
 
 def plugin_settings(additional_config: Any) -> PluginSettings:

@@ -7,12 +7,12 @@ first process that loads the plugin and is inherited by the others through the e
 """
 
 import atexit
-import json
 import logging
 import os
 import shutil
 import tempfile
 from bisect import bisect_left
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,6 +46,9 @@ class ExpertStatus(BaseModel):
         pinned: Whether it keeps its slot.
         host_bytes: Memory in the host cache.
         error: Why it could not be loaded, if so.
+        swapped_at: When a batch last waited for it to enter a slot: the end of that move, on
+            CLOCK_MONOTONIC, which all processes of a machine share.
+        swap_seconds: How long that move took.
     """
 
     tier: str = "disk"
@@ -53,6 +56,8 @@ class ExpertStatus(BaseModel):
     pinned: bool = False
     host_bytes: int = 0
     error: str | None = None
+    swapped_at: float = 0.0
+    swap_seconds: float = 0.0
 
 
 class WorkerStatus(BaseModel):
@@ -103,10 +108,14 @@ def publish(status: WorkerStatus) -> None:
 
 
 def read_status() -> WorkerStatus:
-    """The worker's last status; empty before the first one."""
+    """The worker's last status; empty before the first one. Shared by its readers: do not change it."""
     try:
-        return WorkerStatus.model_validate(
-            json.loads((status_directory() / STATUS_FILE).read_text())
-        )
+        return _parsed((status_directory() / STATUS_FILE).read_text())
     except FileNotFoundError:
         return WorkerStatus()
+
+
+@lru_cache(maxsize=1)
+def _parsed(text: str) -> WorkerStatus:
+    """Read once for every change: requests ask far more often than experts move."""
+    return WorkerStatus.model_validate_json(text)

@@ -1,12 +1,22 @@
 """Small random checkpoints of every supported architecture, with a byte-level tokenizer."""
 
+import gzip
 import json
-from collections.abc import Callable
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
 import torch
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 # Products of small matrices: two threads wait for each other longer than they work.
 torch.set_num_threads(1)
@@ -184,3 +194,174 @@ def make_artifact(
         return made[key]
 
     return make
+
+
+LIVE_NAMES = ("math", "sql", "shell")
+LIVE_KEY = "secret"
+LIVE_WORDS = {
+    "math": "add subtract number sum total divide seven plus",
+    "sql": "select table column where join rows database query",
+    "shell": "list files directory grep folder permissions disk command",
+    "general": "hello weather story friend music holiday advice dinner",
+}
+# Requests that the live server takes at once; more are refused with 503.
+LIVE_QUEUE = 24
+
+
+class SpanCollector:
+    """An OTLP collector over HTTP that keeps the attributes of every span."""
+
+    def __init__(self) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+            ExportTraceServiceRequest,
+        )
+
+        spans: list[dict[str, Any]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                if self.headers.get("content-encoding") == "gzip":
+                    body = gzip.decompress(body)
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    for scope in resource.scope_spans:
+                        spans.extend(map(_span_attributes, scope.spans))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.spans = spans
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/traces"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def _span_attributes(span: Any) -> dict[str, Any]:
+    values = {item.key: item.value for item in span.attributes}
+    plain = {key: getattr(value, value.WhichOneof("value")) for key, value in values.items()}
+    return {"name": span.name} | plain
+
+
+def write_live_site(folder: Path, make_samples: Callable[[Path], list[Any]]) -> Path:
+    """A tiny base, three experts, a damaged one and a router; returns the configuration."""
+    from deltamux.compression.checkpoint import open_checkpoint
+    from deltamux.compression.compress import compress
+    from deltamux.compression.recipe import Recipe
+    from deltamux.router.data import read_dataset
+    from deltamux.router.fit import fit_router
+
+    base = save_base(folder / "base")
+    for seed, name in enumerate(LIVE_NAMES, start=1):
+        tuned = save_expert(base, folder / f"tuned-{name}", seed)
+        pair = open_checkpoint(base), open_checkpoint(tuned)
+        samples = make_samples(tuned)
+        compress(*pair, folder / name, Recipe(), calibration=samples, held_out=[], progress=False)
+    shutil.copytree(folder / "sql", folder / "broken")
+    weights = folder / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    prompts = folder / "prompts"
+    prompts.mkdir()
+    for domain, words in LIVE_WORDS.items():
+        each = words.split()
+        rows = [
+            {"prompt": f"{each[i % 8]} the {each[(i * 3 + 1) % 8]} of {each[(i // 8) % 8]} {i}"}
+            for i in range(48)
+        ]
+        (prompts / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fit_router(read_dataset(prompts), folder / "router", base=str(base))
+    names = [{"name": name, "path": name} for name in (*LIVE_NAMES, "broken")]
+    content = {
+        "version": 1,
+        "base": {"model": "base"},
+        "experts": [{**names[0], "pin": True}, *names[1:]],
+        "router": {"path": "router"},
+        "slots": 2,
+        "host_cache": "1GiB",
+        "log_requests": True,
+        "engine": {
+            "served_model_name": "tiny",
+            "dtype": "float32",
+            "max_model_len": 512,
+            "max_num_seqs": 8,
+            "max_num_queued_reqs": LIVE_QUEUE,
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 2**26,
+        },
+    }
+    config = folder / "deltamux.yaml"
+    config.write_text(yaml.safe_dump(content))
+    return config
+
+
+@dataclass(frozen=True)
+class Live:
+    """A running server that logs requests and traces; `math` is pinned, two slots."""
+
+    folder: Path
+    server: Any
+    traces: SpanCollector
+
+    def http(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {LIVE_KEY}"}
+        url = f"{self.server.url}{path}"
+        return httpx.request(method, url, headers=headers, timeout=60, **arguments)
+
+    def samples(self) -> dict[tuple[str, ...], float]:
+        """`/metrics` as (name, label=value, …) → value."""
+        page = self.http("GET", "/metrics").text
+        return {
+            (sample.name, *sorted(f"{k}={v}" for k, v in sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        }
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator[Live]:
+    """A server for the tests of metrics, logs, traces, Prometheus and dashboards."""
+    from deltamux.compression.text import encode_rows, read_rows
+    from deltamux.serve.demo_server import deltamux_serve, running_server
+
+    folder = tmp_path_factory.mktemp("live")
+    config = write_live_site(folder, lambda tuned: encode_rows(read_rows(text_file), tuned, 128))
+    traces = SpanCollector()
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    command = [*deltamux_serve(config), "--api-key", LIVE_KEY]
+    command += ["--otlp-traces-endpoint", traces.url]
+    with running_server(command, folder / "server.log", environment) as server:
+        yield Live(folder, server, traces)
+    traces.server.shutdown()
+    traces.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def debian_prometheus() -> Path:
+    """The folder with Debian's `prometheus` and `promtool`.
+
+    Where the package is not installed, apt fetches it and it is unpacked under `build/`: that needs no
+    root and changes nothing on the machine.
+    """
+    installed = shutil.which("promtool")
+    if installed and shutil.which("prometheus"):
+        return Path(installed).parent
+    folder = Path(__file__).parent.parent / "build" / "prometheus"
+    binaries = folder / "usr" / "bin"
+    if not (binaries / "promtool").is_file():
+        for name in ("lists/partial", "cache/archives/partial"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        places = {"State::Lists": folder / "lists", "Cache": folder / "cache"}
+        apt = ["apt-get", "-qq", *(f"-oDir::{key}={place}" for key, place in places.items())]
+        subprocess.run([*apt, "update"], check=True, cwd=folder)
+        subprocess.run([*apt, "download", "prometheus"], check=True, cwd=folder)
+        (package,) = folder.glob("prometheus_*.deb")
+        subprocess.run(["dpkg", "-x", package, folder], check=True)
+    return binaries

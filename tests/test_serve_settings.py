@@ -7,6 +7,7 @@ import yaml
 
 from deltamux.serve.settings import (
     PluginSettings,
+    check_expert_name,
     load_settings,
     parse_bytes,
     plugin_settings,
@@ -127,3 +128,25 @@ def test_the_plugin_refuses_to_run_without_its_settings(content: object) -> None
 def test_the_plugin_refuses_unknown_settings() -> None:
     with pytest.raises(ValueError, match="slotz"):
         plugin_settings({"deltamux": {"version": 1, "slotz": 1}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ['a"} 1\nb{c="', "a\n", "a b", "-a", "a/b", "ä", "", "a" * 65, "auto", "base", "unknown"],
+)
+def test_a_name_that_is_no_plain_word_is_refused_everywhere(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"an expert"):
+        check_expert_name(name)
+    experts = [{"name": name, "path": "math"}]
+    path = write(tmp_path, {"base": {"model": "base"}, "experts": experts})
+    with pytest.raises(ValueError, match=r"is not a deltamux configuration"):
+        load_settings(path, {})
+
+
+@pytest.mark.parametrize(("value", "expected"), [("true", True), ("false", False), ("", False)])
+def test_the_request_log_is_switched_by_the_environment(
+    tmp_path: Path, value: str, expected: bool
+) -> None:
+    path = tmp_path / "deltamux.yaml"
+    path.write_text("base: {model: base}")
+    assert load_settings(path, {"DELTAMUX_LOG_REQUESTS": value}).log_requests is expected
