@@ -7,6 +7,7 @@ stays near the largest tensor in use.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -148,6 +150,17 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     if checkpoint.config.get("tie_word_embeddings"):
         files.pop("lm_head.weight", None)  # some savers write the shared weight twice
     return checkpoint
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that other users may read, such as a container's.
+
+    safetensors itself gives it to its owner alone, whatever the umask.
+    """
+    save_file(tensors, path, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def resolve_directory(source: str, revision: str | None = None) -> Path:

@@ -32,7 +32,7 @@ from deltamux.compression.quantize import QuantizedDelta, Scheme, search_steps
 CODED_STEPS = (
     (Scheme.INT4, (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)),
     (Scheme.QUINARY, (2.8,)),
-    (Scheme.TERNARY, (2.8, 4.0, 5.6, 8.0)),
+    (Scheme.TERNARY, (2.8, 4.0, 4.8, 5.6, 6.7, 8.0)),
 )
 # Wider steps of the 16 levels, as far as the largest element needs them: where a few channels or
 # elements stand far out, all other rungs would cut off what most of the delta's energy is in.

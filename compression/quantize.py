@@ -23,6 +23,8 @@ import torch
 STEP_STARTS = (0.7, 1.0, 1.5)
 STEP_ITERATIONS = 4
 # Rows whose steps are searched at once: few enough to stay in the cache of one core.
+# Energy of a channel, in units of the median one's, from which it counts for no more.
+OUTLYING = 16.0
 ROW_BLOCK = 128
 
 
@@ -220,9 +222,9 @@ def _round_rows(delta_RK: torch.Tensor, step: float) -> tuple[torch.Tensor, torc
 def requantize(delta_NK: torch.Tensor) -> QuantizedDelta:
     """A dense delta in 4-bit codes with a step a row, for slots: one refit from a Gaussian's step.
 
-    A channel that is larger than most is one whose inputs are small: folding a norm makes such channels.
-    None counts for more than the median one, or steps wide enough for a few of them would round the
-    others away.
+    A channel far larger than most is one whose inputs are small: folding a norm makes such channels.
+    None counts for more than `OUTLYING` median ones, or steps wide enough for a few of them would round
+    the others away.
 
     Args:
         delta_NK: float32.
@@ -231,8 +233,8 @@ def requantize(delta_NK: torch.Tensor) -> QuantizedDelta:
     steps_N = torch.empty(len(delta_NK), dtype=torch.bfloat16)
     energy_K = delta_NK.square().mean(dim=0)
     changed = energy_K[energy_K > 0]
-    median = changed.median() if len(changed) else energy_K.new_tensor(1.0)
-    weights_K = median / energy_K.clamp_min(float(median))
+    most = OUTLYING * float(changed.median()) if len(changed) else 1.0
+    weights_K = most / energy_K.clamp_min(most)
     for start in range(0, len(delta_NK), ROW_BLOCK):
         block = slice(start, start + ROW_BLOCK)
         rows = delta_NK[block]

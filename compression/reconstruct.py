@@ -7,12 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from deltamux.compression.architecture import EMBEDDING, Role
 from deltamux.compression.artifact import Artifact
-from deltamux.compression.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint
+from deltamux.compression.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    save_tensors,
+)
 
 SHARD_BYTES = 2 * 1024**3
 
@@ -107,7 +112,7 @@ def _write_shards(
 
     def flush() -> None:
         file = f"model-{len(shards):05d}.safetensors"
-        save_file(shards[-1], target / file, metadata={"format": "pt"})
+        save_tensors(shards[-1], target / file, {"format": "pt"})
         weight_map.update(dict.fromkeys(shards[-1], file))
         shards[-1].clear()
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from deltamux.compression.allocate import Choice
@@ -27,7 +26,7 @@ from deltamux.compression.artifact import (
     read_manifest,
     tensor_bytes,
 )
-from deltamux.compression.checkpoint import CONFIG_FILE
+from deltamux.compression.checkpoint import CONFIG_FILE, save_tensors
 from deltamux.compression.diff import Difference
 from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.lossless import encode_exact
@@ -148,7 +147,7 @@ def write_artifact(difference: Difference, recipe: Recipe, draft: Draft, target:
     """Fill a directory with everything but the model card."""
     base, expert = difference.base, difference.expert
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    save_file(draft.tensors, target / WEIGHTS_FILE, metadata=metadata)
+    save_tensors(draft.tensors, target / WEIGHTS_FILE, metadata)
     order = {spec.name: index for index, spec in enumerate(difference.specs)}
     manifest = Manifest(
         deltamux_version=deltamux_version(),

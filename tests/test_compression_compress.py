@@ -1,5 +1,7 @@
+import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 
@@ -124,6 +126,15 @@ def test_verification_is_written_into_the_manifest(make_pair, compress_pair, tmp
     assert found["tokens"] > 0
     assert found["nll_compressed"] > 0
     assert 0 < found["kl"] < found["kl_base"]
+
+
+def test_other_users_may_read_the_weights(make_pair, compress_pair, tmp_path):
+    umask = os.umask(0o022)
+    try:
+        root = compress_pair(*make_pair(), tmp_path / "artifact")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((root / "model.safetensors").stat().st_mode) == 0o644
 
 
 def test_without_held_out_text_nothing_is_verified(make_artifact):
