@@ -1,7 +1,9 @@
 """The router's directory on disk, format version 1.
 
 - `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], in the
-  terms of `tables.py`, columns in the order of the configuration's `labels`; `__metadata__` is
+  terms of `tables.py`, columns in the order of the configuration's `labels`; with a sentence encoder
+  `sentences` float32 [E, D]; `seen` uint64 [N], sorted, the fingerprints of the training prompts
+  (`data.py`), by which an evaluation finds prompts that were trained on; `__metadata__` is
   {"format": "deltamux-router"} (one key, since safetensors writes several in no fixed order, and
   the same fit should give the same bytes).
 - `router_config.json`: see `config.py`; UTF-8, keys in the schema's order.
@@ -15,6 +17,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,7 +31,12 @@ from deltamux.router.config import (
     RouterConfig,
     parse_config,
 )
+from deltamux.router.data import Fingerprints
+from deltamux.router.encoder import WIDTH as SENTENCE_WIDTH
 from deltamux.router.tables import Floats, Tables
+
+#: Tensor that the classifier does not read.
+SEEN: Final = "seen"
 
 _ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
 
@@ -48,7 +56,13 @@ def check_target(directory: Path) -> None:
         )
 
 
-def save_artifact(directory: Path, tables: Tables, config: RouterConfig, tokenizer: bytes) -> int:
+def save_artifact(
+    directory: Path,
+    tables: Tables,
+    config: RouterConfig,
+    tokenizer: bytes,
+    seen: Fingerprints | None = None,
+) -> int:
     """Write the three files, replacing an earlier router.
 
     Args:
@@ -56,6 +70,7 @@ def save_artifact(directory: Path, tables: Tables, config: RouterConfig, tokeniz
         tables: The weights; stored as float16, the bias as float32.
         config: Its shapes must fit the tables.
         tokenizer: The bytes of `tokenizer.json`.
+        seen: Fingerprints of the training prompts; None for none.
 
     Returns:
         Bytes written.
@@ -64,11 +79,15 @@ def save_artifact(directory: Path, tables: Tables, config: RouterConfig, tokeniz
         ValueError: The target holds something else, or a weight is not finite in float16.
     """
     check_target(directory)
-    arrays = {
+    arrays: dict[str, np.ndarray[Any, Any]] = {
         "tokens": _half(tables.tokens),
         "pairs": _half(tables.pairs),
         "bias": tables.bias.astype(np.float32),
     }
+    if tables.sentences is not None:
+        arrays["sentences"] = tables.sentences.astype(np.float32)
+    if seen is not None:
+        arrays[SEEN] = seen
     files = {
         TABLES_FILE: save(arrays, metadata={"format": FORMAT}),
         CONFIG_FILE: (config.model_dump_json(indent=2) + "\n").encode(),
@@ -106,6 +125,8 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
         "pairs": (config.buckets, num_domains),
         "bias": (num_domains,),
     }
+    if config.features == "encoder":
+        shapes["sentences"] = (SENTENCE_WIDTH, num_domains)
     for name, shape in shapes.items():
         got = arrays[name].shape if name in arrays else "no such tensor"
         if got != shape:
@@ -115,7 +136,16 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
             )
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{tables_path}: {name!r} is not finite; fit the router again")
-    return config, Tables(arrays["tokens"], arrays["pairs"], arrays["bias"])
+    return config, Tables(**{name: arrays[name] for name in shapes})
+
+
+def load_seen(directory: Path) -> Fingerprints:
+    """Return the fingerprints of a router's training prompts, uint64 [N]; empty where unknown."""
+    with safe_open(directory / TABLES_FILE, framework="numpy") as file:
+        if SEEN not in file.keys():  # noqa: SIM118 - not a mapping
+            return np.zeros(0, dtype=np.uint64)
+        found: Fingerprints = file.get_tensor(SEEN)
+        return found
 
 
 def _read_tables(path: Path) -> dict[str, Floats]:
@@ -124,7 +154,7 @@ def _read_tables(path: Path) -> dict[str, Floats]:
         with safe_open(path, framework="numpy") as file:
             if (file.metadata() or {}).get("format") != FORMAT:
                 raise ValueError(f"{path} does not hold a router's tables")
-            names: list[str] = list(file.keys())
+            names = [name for name in file.keys() if name != SEEN]  # noqa: SIM118 - not a mapping
             return {name: file.get_tensor(name).astype(np.float32) for name in names}
     except SafetensorError as error:
         raise ValueError(

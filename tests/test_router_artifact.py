@@ -54,7 +54,8 @@ def edit_config(directory, **changes):
 def test_what_was_written_is_read_back(artifact):
     config, tables = load_artifact(artifact)
     assert config == make_config()
-    for name, original in vars(make_tables()).items():
+    assert tables.sentences is None
+    for name, original in list(vars(make_tables()).items())[:3]:
         # float16 keeps 11 significant bits.
         np.testing.assert_allclose(getattr(tables, name), original, rtol=2**-11)
 

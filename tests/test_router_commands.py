@@ -180,6 +180,9 @@ def test_the_flags_are_frozen():
     commands |= {command.name: command.callback for command in router_app.registered_commands}
     assert {name: list(inspect.signature(f).parameters) for name, f in commands.items()} == {
         "route": ["text", "directory", "jsonl"],
-        "fit": ["data", "output", "tokenizer", "keep", "expert", "seed", "as_json"],
+        "fit": [
+            *("data", "output", "tokenizer", "keep", "expert", "max_wrong", "features"),
+            *("describe", "minimum", "seed", "as_json"),
+        ],
         "evaluate": ["directory", "data", "as_json"],
     }
