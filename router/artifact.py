@@ -2,7 +2,7 @@
 
 - `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], in the
   terms of `tables.py`, columns in the order of the configuration's `labels`; with a sentence encoder
-  `sentences` float32 [E, D]; `seen` uint64 [N], sorted, the fingerprints of the training prompts
+  `stack_weights` float32 [D + E, D] and `stack_bias` float32 [D] (`stack.py`); `seen` uint64 [N], sorted, the fingerprints of the training prompts
   (`data.py`), by which an evaluation finds prompts that were trained on; `__metadata__` is
   {"format": "deltamux-router"} (one key, since safetensors writes several in no fixed order, and
   the same fit should give the same bytes).
@@ -33,10 +33,13 @@ from deltamux.router.config import (
 )
 from deltamux.router.data import Fingerprints
 from deltamux.router.encoder import WIDTH as SENTENCE_WIDTH
+from deltamux.router.stack import Stack
 from deltamux.router.tables import Floats, Tables
 
 #: Tensor that the classifier does not read.
 SEEN: Final = "seen"
+STACK_WEIGHTS: Final = "stack_weights"
+STACK_BIAS: Final = "stack_bias"
 
 _ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
 
@@ -61,7 +64,9 @@ def save_artifact(
     tables: Tables,
     config: RouterConfig,
     tokenizer: bytes,
+    *,
     seen: Fingerprints | None = None,
+    stack: Stack | None = None,
 ) -> int:
     """Write the three files, replacing an earlier router.
 
@@ -71,6 +76,7 @@ def save_artifact(
         config: Its shapes must fit the tables.
         tokenizer: The bytes of `tokenizer.json`.
         seen: Fingerprints of the training prompts; None for none.
+        stack: The second classifier, with features "encoder".
 
     Returns:
         Bytes written.
@@ -84,8 +90,8 @@ def save_artifact(
         "pairs": _half(tables.pairs),
         "bias": tables.bias.astype(np.float32),
     }
-    if tables.sentences is not None:
-        arrays["sentences"] = tables.sentences.astype(np.float32)
+    if stack is not None:
+        arrays |= {STACK_WEIGHTS: stack.weights, STACK_BIAS: stack.bias}
     if seen is not None:
         arrays[SEEN] = seen
     files = {
@@ -106,8 +112,8 @@ def save_artifact(
     return sum(map(len, files.values()))
 
 
-def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
-    """Read configuration and tables, and check them against each other.
+def load_artifact(directory: Path) -> tuple[RouterConfig, Tables, Stack | None]:
+    """Read configuration, tables and second classifier, and check them against each other.
 
     Raises:
         FileNotFoundError: The directory or one of the two files is missing.
@@ -125,8 +131,9 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
         "pairs": (config.buckets, num_domains),
         "bias": (num_domains,),
     }
-    if config.features == "encoder":
-        shapes["sentences"] = (SENTENCE_WIDTH, num_domains)
+    if config.encoder is not None:
+        shapes[STACK_WEIGHTS] = (num_domains + SENTENCE_WIDTH, num_domains)
+        shapes[STACK_BIAS] = (num_domains,)
     for name, shape in shapes.items():
         got = arrays[name].shape if name in arrays else "no such tensor"
         if got != shape:
@@ -136,7 +143,12 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
             )
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{tables_path}: {name!r} is not finite; fit the router again")
-    return config, Tables(**{name: arrays[name] for name in shapes})
+    tables = Tables(arrays["tokens"], arrays["pairs"], arrays["bias"])
+    if config.encoder is None:
+        return config, tables, None
+    weights, bias = arrays[STACK_WEIGHTS], arrays[STACK_BIAS]
+    encoder = config.encoder
+    return config, tables, Stack(weights, bias, encoder.temperature, encoder.ask_below)
 
 
 def load_seen(directory: Path) -> Fingerprints:

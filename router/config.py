@@ -62,6 +62,16 @@ class Training(BaseModel):
     max_wrong: Share = 1.0
 
 
+class EncoderConfig(BaseModel):
+    """The sentence encoder: SHA-256 of its weights, and how its opinion is used (`stack.py`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    ask_below: Share
+
+
 class RouterConfig(BaseModel):
     """The schema of `router_config.json`, format version 1.
 
@@ -69,7 +79,7 @@ class RouterConfig(BaseModel):
         labels: Domain of each table column, in order.
         experts: Domain to expert name; None for domains that the base answers.
         features: "default" reads the tables alone, "encoder" a sentence encoder beside them.
-        encoder_sha256: SHA-256 of the encoder's weights; None without one.
+        encoder: What belongs to the encoder; None without one.
         threshold: Smallest probability with which a specialist is routed.
         minimums: Domain to a probability that its expert needs where that is more.
         override_confidence: Smallest probability with which the last user turn alone decides.
@@ -86,7 +96,7 @@ class RouterConfig(BaseModel):
     labels: Annotated[list[str], Field(min_length=2)]
     experts: dict[str, str | None]
     features: Literal["default", "encoder"] = "default"
-    encoder_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    encoder: EncoderConfig | None = None
     threshold: Share
     minimums: dict[str, Share] = {}
     override_confidence: Share = 0.95
@@ -108,8 +118,8 @@ class RouterConfig(BaseModel):
             raise ValueError("at least one domain needs an expert")
         if unknown := set(self.minimums) - set(self.labels):
             raise ValueError(f"'minimums' names {sorted(unknown)}, which 'labels' does not")
-        if (self.features == "encoder") != (self.encoder_sha256 is not None):
-            raise ValueError("'encoder_sha256' belongs to the features 'encoder'")
+        if (self.features == "encoder") != (self.encoder is not None):
+            raise ValueError("'encoder' belongs to the features 'encoder'")
         if self.buckets & (self.buckets - 1):
             raise ValueError(f"'buckets' must be a power of two, got {self.buckets}")
         return self

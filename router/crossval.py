@@ -75,7 +75,7 @@ def held_out_scores(design: Design, examples: Examples, seed: int, bar: Any) -> 
     num_domains = int(examples.truth.max()) + 1
     scores = np.zeros((len(examples.truth), num_domains))
     groups = examples.groups[examples.origins]
-    for held_out in _folds(examples, seed):
+    for held_out in folds(examples, seed):
         inside = np.isin(groups, held_out)
         rows, out = np.flatnonzero(~inside), np.flatnonzero(inside)
         head = fit_head(training.take(rows))
@@ -84,7 +84,7 @@ def held_out_scores(design: Design, examples: Examples, seed: int, bar: Any) -> 
     return scores
 
 
-def _folds(examples: Examples, seed: int) -> Iterator[Labels]:
+def folds(examples: Examples, seed: int) -> Iterator[Labels]:
     """Groups of each held-out fold; every domain has its share in each, as far as groups allow.
 
     The groups of a domain, in random order, go to the fold that has least of the domain.

@@ -21,9 +21,7 @@ from deltamux.router.tables import Floats
 #: Width of a vector.
 WIDTH: Final = 384
 #: Word pieces read of a text, from both ends, the two marks included.
-MAX_PIECES: Final = 64
-#: Weight of the vectors beside the tables' blocks of length 1.
-SCALE: Final = 4.0
+MAX_PIECES: Final = 48
 
 _VOCABULARY: Final = Path(__file__).with_name("wordpiece.txt")
 _START, _END = "[CLS]", "[SEP]"

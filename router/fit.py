@@ -11,7 +11,7 @@ it: the user has an expert for them.
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,18 +26,21 @@ from deltamux.router.calibration import (
     threshold_for,
     wrong_expert,
 )
-from deltamux.router.config import HeldOut, RouterConfig, Training
+from deltamux.router.config import EncoderConfig, HeldOut, RouterConfig, Training
 from deltamux.router.crossval import NUM_FOLDS, held_out_scores
 from deltamux.router.data import Dataset, fingerprints
-from deltamux.router.encoder import SCALE, SentenceEncoder, join, load_encoder
+from deltamux.router.encoder import SentenceEncoder, join, load_encoder
 from deltamux.router.features import NUM_BUCKETS, PREFIX_TOKENS, SUFFIX_TOKENS
 from deltamux.router.head import Design, build_design, fit_head, fold
 from deltamux.router.material import Material, prepare
 from deltamux.router.metrics import Labels, quality
 from deltamux.router.options import Features, Kind, Options
 from deltamux.router.policy import Mask
-from deltamux.router.tables import Floats, Probabilities, Tables, softmax
+from deltamux.router.stack import ASK_BELOW, Stack, fit_stack
+from deltamux.router.tables import Probabilities, Tables, softmax
 
+#: Examples that the encoder reads of those that it will be asked about; half as many of the others.
+MAX_ENCODED: Final = 1500
 #: A generated prompt that a specialist claims with this probability is the user's, not the base's.
 CLAIMED: Final = 0.5
 
@@ -62,16 +65,23 @@ class Trial:
     Attributes:
         kind: The features.
         design: Of all N examples.
+        scores: Float64 [N, D], held out, of the tables, divided by `temperature`.
+        temperature: Of the tables.
         probabilities: Float64 [N, D], held out and calibrated.
-        temperature: That of the calibration.
-        losses: Float64 [N], -log of the true domain's probability; 0 for generated prompts.
+        stack: The second classifier, with features "encoder".
     """
 
     kind: Kind
     design: Design
-    probabilities: Probabilities
+    scores: Probabilities
     temperature: float
-    losses: Probabilities
+    probabilities: Probabilities
+    stack: Stack | None = None
+
+    def losses(self, truth: Labels) -> Probabilities:
+        """Return -log of the true domain's probability, float64 [N]."""
+        own = self.probabilities[np.arange(len(truth)), truth]
+        return np.asarray(-np.log(np.maximum(own, 1e-12)))
 
 
 def fit_router(
@@ -119,72 +129,82 @@ def fit_router(
     _require_scipy()
     encoder = load_encoder() if options.features != "default" else None
     material = prepare(dataset, base, options)
-    num_steps = NUM_FOLDS * len(options.kinds()) + 1
-    with tqdm(total=num_steps, desc="fit", disable=not progress, leave=False) as bar:
-        trials = [
-            try_features(kind, material, encoder, options.seed, bar) for kind in options.kinds()
-        ]
-        best = better(trials)
+    with tqdm(total=NUM_FOLDS + 1, desc="fit", disable=not progress, leave=False) as bar:
+        trials = [try_default(material, options.seed, bar)]
+        if encoder is not None:
+            trials.append(try_encoder(trials[0], material, encoder, options.seed))
+        best = better(trials, material.numbers.truth) if options.features == "auto" else trials[-1]
         tables = _fit_all(best, material)
         bar.update()
     config = _configure(dataset, material, best, options, encoder)
     seen = np.unique(fingerprints(dataset.prompts))
-    num_bytes = save_artifact(output, tables, config, material.tokenizer, seen)
-    losses: dict[str, float] = {
-        trial.kind: round(float(trial.losses.mean()), 5) for trial in trials
-    }
+    num_bytes = save_artifact(
+        output, tables, config, material.tokenizer, seen=seen, stack=best.stack
+    )
+    truth = material.numbers.truth
+    losses: dict[str, float] = {t.kind: round(float(t.losses(truth).mean()), 5) for t in trials}
     return FitReport(config, num_bytes, losses)
 
 
-def try_features(
-    kind: Kind, material: Material, encoder: SentenceEncoder | None, seed: int, bar: Any
-) -> Trial:
-    """Cross-validate one kind of features.
+def try_default(material: Material, seed: int, bar: Any) -> Trial:
+    """Cross-validate the tables.
 
     Args:
-        kind: Which.
         material: What to fit on.
-        encoder: The sentence encoder, for features "encoder".
         seed: Of the folds.
         bar: Its `update` is called after each fold.
     """
-    sentences = None
-    if kind == "encoder":
-        assert encoder is not None
-        sentences = read_sentences(material, encoder)
-    design = build_design(material.ids, material.embedding, sentences)
+    design = build_design(material.ids, material.embedding)
     scores = held_out_scores(design, material.numbers, seed, bar)
-    truth, labelled = material.numbers.truth, slice(material.num_labelled)
-    temperature = fit_temperature(scores[labelled], truth[labelled])
-    probabilities = softmax(scores, temperature)
-    own = np.maximum(probabilities[np.arange(len(truth)), truth], 1e-12)
-    losses = np.where(_generated(material), 0.0, -np.log(own))
-    return Trial(kind, design, probabilities, temperature, losses)
+    labelled = slice(material.num_labelled)
+    temperature = fit_temperature(scores[labelled], material.numbers.truth[labelled])
+    scores /= temperature
+    return Trial("default", design, scores, temperature, softmax(scores))
 
 
-def better(trials: list[Trial]) -> Trial:
+def try_encoder(default: Trial, material: Material, encoder: SentenceEncoder, seed: int) -> Trial:
+    """Cross-validate the encoder's opinion on the prompts that are not plain to the tables.
+
+    Args:
+        default: The tables' trial.
+        material: What to fit on.
+        encoder: The sentence encoder.
+        seed: Of the folds and of the examples that are read.
+    """
+    rng = np.random.default_rng(seed)
+    best = default.probabilities.max(axis=1)
+    unsure, plain = np.flatnonzero(best < ASK_BELOW), np.flatnonzero(best >= ASK_BELOW)
+    rows = np.sort(
+        np.concatenate(
+            [rng.permutation(unsure)[:MAX_ENCODED], rng.permutation(plain)[: MAX_ENCODED // 2]]
+        )
+    )
+    prompts = [material.examples[row].prompt for row in rows]
+    vectors = np.stack([join([encoder.vector(turn) for turn in p.turns]) for p in prompts])
+    stack, scores = fit_stack(default.scores[rows], vectors, material.numbers, rows, seed)
+    asked = best[rows] < ASK_BELOW
+    temperature = fit_temperature(scores[asked], material.numbers.truth[rows][asked])
+    probabilities = default.probabilities.copy()
+    probabilities[rows[asked]] = softmax(scores[asked], temperature)
+    return replace(
+        default,
+        kind="encoder",
+        probabilities=probabilities,
+        stack=replace(stack, temperature=temperature),
+    )
+
+
+def better(trials: list[Trial], truth: Labels) -> Trial:
     """Return the default features unless the encoder's loss is smaller by two standard errors.
 
-    The encoder costs a thousand times the time of a decision; chance alone must not choose it.
+    The encoder costs a hundred times the time of a decision; chance alone must not choose it.
     """
     first, *others = trials
     for other in others:
-        gains = first.losses - other.losses
+        gains = first.losses(truth) - other.losses(truth)
         if gains.mean() > 2 * gains.std() / np.sqrt(len(gains)):
             first = other
     return first
-
-
-def read_sentences(material: Material, encoder: SentenceEncoder) -> Floats:
-    """Return the sentence vectors of all examples, float32 [N, E], scaled."""
-    vectors: dict[str, Floats] = {}
-    rows = []
-    for example in material.examples:
-        for turn in example.prompt.turns:
-            if turn not in vectors:
-                vectors[turn] = encoder.vector(turn)
-        rows.append(join([vectors[turn] for turn in example.prompt.turns]))
-    return np.stack(rows) * np.float32(SCALE)
 
 
 def _generated(material: Material) -> Mask:
@@ -198,11 +218,7 @@ def _fit_all(trial: Trial, material: Material) -> Tables:
     described = material.specialists[material.numbers.truth]
     kept = np.flatnonzero(~_generated(material) | described | (best < CLAIMED))
     head = fit_head(material.numbers.training(trial.design).take(kept))
-    tables = fold(trial.design, head, material.vocab_size)
-    if tables.sentences is None:
-        return tables
-    # A request's vector has length 1.
-    return Tables(tables.tokens, tables.pairs, tables.bias, tables.sentences * np.float32(SCALE))
+    return fold(trial.design, head, material.vocab_size)
 
 
 def _configure(
@@ -224,7 +240,7 @@ def _configure(
         labels=material.labels,
         experts=material.experts,
         features=trial.kind,
-        encoder_sha256=encoder.sha256 if encoder and trial.kind == "encoder" else None,
+        encoder=_encoder_config(trial, encoder),
         threshold=threshold,
         minimums=dict(sorted(options.minimums.items())),
         temperature=trial.temperature,
@@ -235,6 +251,16 @@ def _configure(
         tokenizer_sha256=hashlib.sha256(material.tokenizer).hexdigest(),
         training=_training(dataset, material, options),
         heldout=_judge(trial.probabilities, truth, num_labelled, specialists, threshold),
+    )
+
+
+def _encoder_config(trial: Trial, encoder: SentenceEncoder | None) -> EncoderConfig | None:
+    """What the configuration says about the encoder."""
+    if encoder is None or trial.stack is None:
+        return None
+    stack = trial.stack
+    return EncoderConfig(
+        sha256=encoder.sha256, temperature=stack.temperature, ask_below=stack.ask_below
     )
 
 

@@ -8,10 +8,10 @@ Three blocks of columns, each row of length about 1 in each block:
 
 Vectors of tokens are those of `vectors.py`. The third block is linear in the first, so both fold into
 one weight a token. The mean over prompts only moves the bias; subtracting it makes the optimisation
-well-conditioned. A sentence encoder's vector, where there is one, stands beside them (`encoder.py`).
+well-conditioned.
 
 Shapes: N prompts, V vocabulary, B buckets, D domains, K width of a token's vector, T token columns
-and Q pair columns that occur, E width of a sentence vector.
+and Q pair columns that occur.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Design:
 
     Attributes:
         sparse: CSR float32 [N, T + Q].
-        dense: Float32 [N, K + E].
+        dense: Float32 [N, K].
         tokens: Int64 [T], token id of each column.
         pairs: Int64 [Q], bucket of each column.
         vectors: The tokens' vectors, scale included; None without an embedding.
@@ -60,7 +60,7 @@ class TrainingSet:
 
     Attributes:
         sparse: CSR float32 [N, T + Q].
-        dense: Float32 [N, K + E].
+        dense: Float32 [N, K].
         truth: Int64 [N], the domains.
         weights: Float64 [N], how much each prompt counts within its domain.
     """
@@ -79,7 +79,7 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Head:
-    """A fitted classifier: float64 weights [T + Q + K + E, D] and bias [D]."""
+    """A fitted classifier: float64 weights [T + Q + K, D] and bias [D]."""
 
     weights: Probabilities
     bias: Probabilities
@@ -90,15 +90,12 @@ class Head:
         return np.asarray(sparse @ upper + dense @ lower + self.bias, dtype=np.float64)
 
 
-def build_design(
-    prompts: Sequence[Ids], embedding: EmbeddingRows | None, sentences: Floats | None = None
-) -> Design:
+def build_design(prompts: Sequence[Ids], embedding: EmbeddingRows | None) -> Design:
     """Build the training features.
 
     Args:
         prompts: Bounded token ids of each prompt.
         embedding: The base's input embedding; None leaves its block out.
-        sentences: Float32 [N, E], a sentence encoder's vectors of length 1; None leaves them out.
     """
     from scipy import sparse
 
@@ -117,8 +114,6 @@ def build_design(
         offset *= scale
         dense = summed * scale - offset
         vectors = TokenVectors(embedding, vectors.projection * scale, vectors.shift * scale)
-    if sentences is not None:
-        dense = np.concatenate([dense, sentences], axis=1)
     block = sparse.hstack([token_block, pair_block], format="csr", dtype=np.float32)
     return Design(block, np.ascontiguousarray(dense), tokens, pairs, vectors, offset)
 
@@ -129,12 +124,18 @@ def fit_head(training: TrainingSet) -> Head:
     Args:
         training: Holds every domain 0..D-1 at least once.
     """
-    totals = np.bincount(training.truth, weights=training.weights)
-    weights = training.weights * training.weights.sum() / (len(totals) * totals[training.truth])
+    balanced = balance(training.truth, training.weights)
     weights, bias = fit_regression(
-        training.sparse, training.dense, training.truth, weights, penalty=1 / INVERSE_PENALTY
+        training.sparse, training.dense, training.truth, balanced, penalty=1 / INVERSE_PENALTY
     )
     return Head(weights, bias)
+
+
+def balance(truth: Labels, weights: Probabilities) -> Probabilities:
+    """Scale weights so that every domain has the same share of an unchanged sum, float64 [N]."""
+    totals = np.bincount(truth, weights=weights)
+    scaled: Probabilities = weights * weights.sum() / (len(totals) * totals[truth])
+    return scaled
 
 
 def fold(design: Design, head: Head, vocab_size: int) -> Tables:
@@ -148,10 +149,10 @@ def fold(design: Design, head: Head, vocab_size: int) -> Tables:
     Returns:
         Tables whose scores equal the classifier's up to float32 rounding.
     """
-    num_tokens, num_pairs, width = len(design.tokens), len(design.pairs), len(design.offset)
+    num_tokens, num_pairs = len(design.tokens), len(design.pairs)
     weights = head.weights.astype(np.float32)
-    token_weights, pair_weights, embedding_weights, sentence_weights = np.split(
-        weights, np.cumsum([num_tokens, num_pairs, width])
+    token_weights, pair_weights, embedding_weights = np.split(
+        weights, [num_tokens, num_tokens + num_pairs]
     )
     num_domains = weights.shape[1]
     tokens = np.zeros((vocab_size, num_domains), dtype=np.float32)
@@ -162,7 +163,7 @@ def fold(design: Design, head: Head, vocab_size: int) -> Tables:
     if design.vectors is not None:
         tokens[: design.vectors.embedding.num_rows] += design.vectors.project(embedding_weights)
         bias = bias - design.offset @ embedding_weights
-    return Tables(tokens, pairs, bias, sentence_weights if len(sentence_weights) else None)
+    return Tables(tokens, pairs, bias)
 
 
 def _presence(rows: Sequence[Ids], min_prompts: int) -> tuple[Ids, Any]:

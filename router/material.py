@@ -23,8 +23,6 @@ from deltamux.router.tokenizer import build_encode, read_tokenizer
 MIN_PROMPTS: Final = 5
 #: Prompts of one domain that are fitted on; more cost time and change little.
 MAX_PROMPTS: Final = 1500
-#: The same where a sentence encoder has to read every one of them.
-MAX_ENCODED_PROMPTS: Final = 400
 #: Domain that is added where the user's prompts have none that the base answers.
 IMPLICIT_DOMAIN: Final = "general"
 
@@ -77,8 +75,7 @@ def prepare(dataset: Dataset, base: str, options: Options) -> Material:
     embedding = find_embedding(directory)
     encode, vocab_size = build_encode(tokenizer)
     vocab_size = max(vocab_size, embedding.num_rows if embedding else 0)
-    limit = MAX_PROMPTS if options.features == "default" else MAX_ENCODED_PROMPTS
-    prompts = _subset(dataset.prompts, limit, options.seed)
+    prompts = _subset(dataset.prompts, MAX_PROMPTS, options.seed)
     examples = augment(prompts, experts, options.descriptions, options.seed)
     ids = [
         bounded_ids([encode(turn) for turn in example.prompt.turns], vocab_size)

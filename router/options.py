@@ -37,9 +37,3 @@ class Options:
         for domain, least in self.minimums.items():
             if not 0 <= least <= 1:
                 raise ValueError(f"the minimum of {domain!r} must be in [0, 1], got {least}")
-
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of features to try."""
-        if self.features == "auto":
-            return ("default", "encoder")
-        return (self.features,)

@@ -20,7 +20,7 @@ from deltamux.router.tables import Floats, Probabilities
 
 _MAX_ITERATIONS: Final = 200
 #: Relative decrease of the objective at which to stop.
-_TOLERANCE: Final = 1e-7
+_TOLERANCE: Final = 1e-6
 
 
 def fit_regression(

@@ -18,6 +18,7 @@ from deltamux.router.encoder import SentenceEncoder, join, load_encoder
 from deltamux.router.features import Ids, bounded_ids
 from deltamux.router.messages import bound_text, bound_turns
 from deltamux.router.policy import Choice, Rules, follow
+from deltamux.router.stack import Stack
 from deltamux.router.tables import Floats, Probabilities, Tables, softmax
 from deltamux.router.tokenizer import Decode, Encode, build_decode, check_tokenizer, read_tokenizer
 
@@ -47,23 +48,27 @@ class Router:
     Args:
         config: The contents of `router_config.json`.
         tables: The classifier.
-        encoder: The sentence encoder; None with features "default".
+        stack: The second classifier; None with features "default".
+        encoder: The sentence encoder; None likewise.
         decode: Token ids to text, for requests that come as ids; needed beside an encoder.
 
     Attributes:
         config: As given.
         tables: As given.
+        stack: As given.
     """
 
     def __init__(
         self,
         config: RouterConfig,
         tables: Tables,
+        stack: Stack | None = None,
         encoder: SentenceEncoder | None = None,
         decode: Decode | None = None,
     ) -> None:
         self.config = config
         self.tables = tables
+        self.stack = stack
         self._encoder = encoder
         self._decode = decode
         minimums = [config.minimums.get(label, 0.0) for label in config.labels]
@@ -90,18 +95,18 @@ class Router:
             ValueError: The files are damaged, too new, made for another tokenizer, or need an
                 encoder that is not installed.
         """
-        config, tables = load_artifact(Path(path))
+        config, tables, stack = load_artifact(Path(path))
         if tokenizer_sha256 is not None:
             check_tokenizer(config.tokenizer_sha256, tokenizer_sha256)
-        if config.features == "default":
+        if config.encoder is None:
             return cls(config, tables)
         encoder = load_encoder()
-        if encoder.sha256 != config.encoder_sha256:
+        if encoder.sha256 != config.encoder.sha256:
             raise ValueError(
-                f"the router was fitted with the encoder {str(config.encoder_sha256)[:12]}, "
+                f"the router was fitted with the encoder {config.encoder.sha256[:12]}, "
                 f"installed is {encoder.sha256[:12]}; fit the router again"
             )
-        return cls(config, tables, encoder, build_decode(read_tokenizer(path)))
+        return cls(config, tables, stack, encoder, build_decode(read_tokenizer(path)))
 
     @property
     def labels(self) -> list[str]:
@@ -191,11 +196,14 @@ class Router:
     def score(self, conversation: Conversation, first: int, last: int) -> Probabilities:
         """Return the probabilities of the turns first..last together, float64 [D]."""
         ids = self._ids(conversation, first, last + 1)
-        sentence = None
-        if self._encoder is not None:
-            turns = range(first, min(last + 1, len(conversation.ids)))
-            sentence = join([self._vector(conversation, turn) for turn in turns])
-        return softmax(self.tables.scores(ids, sentence), self.config.temperature)
+        scores = self.tables.scores(ids) / self.config.temperature
+        probabilities = softmax(scores)
+        stack = self.stack
+        if stack is None or self._encoder is None or probabilities.max() >= stack.ask_below:
+            return probabilities
+        turns = range(first, min(last + 1, len(conversation.ids)))
+        vector = join([self._vector(conversation, turn, self._encoder) for turn in turns])
+        return stack.probabilities(scores, vector)
 
     def _ends(
         self, turns: Sequence[Turn], read: Callable[[Turn], Sequence[int]]
@@ -239,10 +247,10 @@ class Router:
         config = self.config
         return bounded_ids(turns, config.vocab_size, config.prefix_tokens, config.suffix_tokens)
 
-    def _vector(self, conversation: Conversation, turn: int) -> Floats:
+    def _vector(self, conversation: Conversation, turn: int, encoder: SentenceEncoder) -> Floats:
         """The sentence vector of a turn, found once."""
-        if turn not in conversation.vectors and self._encoder is not None:
-            conversation.vectors[turn] = self._encoder.vector(self._text(conversation, turn))
+        if turn not in conversation.vectors:
+            conversation.vectors[turn] = encoder.vector(self._text(conversation, turn))
         return conversation.vectors[turn]
 
     def _text(self, conversation: Conversation, turn: int) -> str:

@@ -6,11 +6,9 @@ token when the router is fitted:
 
     score(prompt) = bias + sum over distinct tokens t of tokens[t] / sqrt(U)
                          + sum over distinct pair buckets b of pairs[b] / sqrt(P)
-                         + sentence . sentences, with a sentence encoder
     probability   = softmax(score / temperature)
 
-Shapes: V tokens of the vocabulary, B buckets, D domains, U and P distinct tokens and buckets,
-E width of a sentence vector.
+Shapes: V tokens of the vocabulary, B buckets, D domains, U and P distinct tokens and buckets.
 """
 
 from dataclasses import dataclass
@@ -32,28 +30,23 @@ class Tables:
         tokens: Float32 [V, D].
         pairs: Float32 [B, D]; B is a power of two.
         bias: Float32 [D].
-        sentences: Float32 [E, D]; None without an encoder.
     """
 
     tokens: Floats
     pairs: Floats
     bias: Floats
-    sentences: Floats | None = None
 
-    def scores(self, ids: Ids, sentence: Floats | None = None) -> Probabilities:
+    def scores(self, ids: Ids) -> Probabilities:
         """Return the scores of a prompt, float64 [D].
 
         Args:
             ids: Int64 [N], each in [0, V). No tokens at all leave the bias alone.
-            sentence: Float32 [E], the prompt's sentence vector, where there is an encoder.
         """
         tokens, pairs = distinct(ids, len(self.pairs))
         total = self.bias.astype(np.float64)
         for table, rows in ((self.tokens, tokens), (self.pairs, pairs)):
             if rows.size:
                 total += table.take(rows, axis=0).sum(axis=0) / np.sqrt(rows.size)
-        if self.sentences is not None and sentence is not None:
-            total += sentence @ self.sentences
         return total
 
 

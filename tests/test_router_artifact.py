@@ -52,10 +52,9 @@ def edit_config(directory, **changes):
 
 
 def test_what_was_written_is_read_back(artifact):
-    config, tables = load_artifact(artifact)
+    config, tables, _ = load_artifact(artifact)
     assert config == make_config()
-    assert tables.sentences is None
-    for name, original in list(vars(make_tables()).items())[:3]:
+    for name, original in vars(make_tables()).items():
         # float16 keeps 11 significant bits.
         np.testing.assert_allclose(getattr(tables, name), original, rtol=2**-11)
 
