@@ -30,6 +30,7 @@ from routing_data import (
 )
 from routing_measure import (
     Judge,
+    Took,
     attacks,
     conversations,
     held_out,
@@ -60,7 +61,7 @@ BARS: dict[str, tuple[float, float, bool]] = {
     "p50_ms": (0.1, 5.0, True),
     "p99_ms": (0.4, 15.0, True),
     "artifact_mb": (8.0, 8.0, True),
-    "refit_3000_seconds": (15.0, 60.0, True),
+    "refit_3000_cpu_seconds": (15.0, 60.0, True),
 }
 REFIT_PROMPTS = 3000
 FEW = (8, 16, 32, 64, 128)
@@ -71,11 +72,12 @@ def fitted(rows: Any, base: str, features: Any, seed: int, describe: bool = Fals
     folder = tempfile.TemporaryDirectory()
     directory = Path(folder.name) / "router"
     known = {name: text for name, text in DESCRIPTIONS.items() if describe and name in rows}
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     report = fit_router(
         dataset(rows), directory, base=base, features=features, seed=seed, descriptions=known
     )
-    return Judge(directory, report, time.perf_counter() - start, folder)
+    took = Took(time.perf_counter() - start, time.process_time() - cpu)
+    return Judge(directory, report, took, folder)
 
 
 def one_seed(corpus: Corpus, base: str, features: str, seed: int) -> dict[str, Any]:
@@ -85,12 +87,12 @@ def one_seed(corpus: Corpus, base: str, features: str, seed: int) -> dict[str, A
     found = held_out(judge, test) | scope(judge, test, corpus)
     found |= conversations(judge, test, corpus, rng) | attacks(judge, test)
     found |= latency(judge, corpus) | residency(judge, test, rng)
-    found["fit_all_seconds"] = judge.seconds
+    found["fit_all_seconds"], found["fit_all_cpu_seconds"] = judge.took
     found["artifact_mb"] = judge.report.num_bytes / 1e6
     found["shifted_data_sets"] = shift(judge, corpus.shifted)
     few = sample(corpus.train, REFIT_PROMPTS // len(DOMAINS), rng)
     small = fitted(few, base, features, seed)
-    found["refit_3000_seconds"] = small.seconds
+    found["refit_3000_seconds"], found["refit_3000_cpu_seconds"] = small.took
     found["accuracy_3000"] = held_out(small, test)["accuracy"]
     found["unseen_domains"] = {}
     for name in SPECIALISTS:

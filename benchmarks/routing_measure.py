@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from routing_data import DOMAINS, FOLLOW_UPS, SPECIALISTS, Corpus, Row, bare
@@ -27,13 +27,20 @@ SLOTS = 2
 Tests = dict[str, list[Row]]
 
 
+class Took(NamedTuple):
+    """Seconds of the clock, and of the process's cores."""
+
+    seconds: float
+    cpu_seconds: float
+
+
 class Judge:
     """A fitted router, and what its fit reported.
 
     Args:
         directory: The router's.
         report: Of the fit.
-        seconds: That the fit took.
+        took: What the fit took.
         folder: Removed when nothing refers to the judge any more.
     """
 
@@ -41,10 +48,10 @@ class Judge:
         self,
         directory: Path,
         report: FitReport,
-        seconds: float,
+        took: Took,
         folder: tempfile.TemporaryDirectory[str],
     ) -> None:
-        self.report, self.seconds, self._folder = report, seconds, folder
+        self.report, self.took, self._folder = report, took, folder
         self.router, self.encode = Router.load(directory), load_tokenizer(directory)
 
     def decide(self, *turns: str, **options: Any) -> Decision:
