@@ -101,14 +101,13 @@ def judge(probabilities: Probabilities, rules: Rules, current: int | None = None
         current: The domain whose expert has the conversation; None for the base.
     """
     domain = int(np.argmax(probabilities))
-    threshold = float(rules.thresholds[domain])
     if current is not None:
-        if probabilities[domain] < probabilities[current] + rules.hysteresis:
-            domain = current
-        threshold = float(rules.thresholds[domain])
-        threshold -= rules.hysteresis if domain == current else 0.0
-    routed = bool(rules.specialists[domain]) and probabilities[domain] >= threshold
-    if routed and domain != current:
+        own = probabilities[current]
+        near = probabilities[domain] < own + rules.hysteresis or domain == current
+        if near and own >= rules.thresholds[current] - rules.hysteresis:
+            return Choice(current, float(own), True, probabilities)
+    routed = bool(rules.specialists[domain] and probabilities[domain] >= rules.thresholds[domain])
+    if routed:
         domain = _resident(domain, probabilities, rules)
     return Choice(domain, float(probabilities[domain]), routed, probabilities)
 

@@ -17,6 +17,7 @@ from deltamux.router.decision import REASON_ABSTAIN, REASON_ROUTER, Decision
 from deltamux.router.encoder import SentenceEncoder, join, load_encoder
 from deltamux.router.features import Ids, bounded_ids
 from deltamux.router.messages import bound_text, bound_turns
+from deltamux.router.options import Kind
 from deltamux.router.policy import Choice, Rules, follow
 from deltamux.router.stack import Stack
 from deltamux.router.tables import Floats, Probabilities, Tables, softmax
@@ -82,13 +83,21 @@ class Router:
         )
 
     @classmethod
-    def load(cls, path: str | Path, *, tokenizer_sha256: str | None = None) -> "Router":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        tokenizer_sha256: str | None = None,
+        features: Kind | None = None,
+    ) -> "Router":
         """Read a router's directory.
 
         Args:
             path: The directory.
             tokenizer_sha256: Identity of the tokenizer whose ids will be given; None skips the
                 check.
+            features: "default" reads the tables alone, also of a router with an encoder; "encoder"
+                refuses a router without one; None takes what the router was fitted with.
 
         Raises:
             FileNotFoundError: The directory or one of its files is missing.
@@ -98,7 +107,11 @@ class Router:
         config, tables, stack = load_artifact(Path(path))
         if tokenizer_sha256 is not None:
             check_tokenizer(config.tokenizer_sha256, tokenizer_sha256)
-        if config.encoder is None:
+        if features == "encoder" and config.encoder is None:
+            raise ValueError(
+                f"{path} was fitted with features 'default'; fit it again with --features encoder"
+            )
+        if config.encoder is None or features == "default":
             return cls(config, tables)
         encoder = load_encoder()
         if encoder.sha256 != config.encoder.sha256:
@@ -148,8 +161,7 @@ class Router:
             resident: Whether an expert of a name is on the device.
             margin: How far behind the winner such an expert may be, and still answer.
         """
-        ids = [found for _, found in self._ends(turns, lambda turn: turn)]
-        return self._decide(Conversation(ids), resident, margin)
+        return self.decide_read(self.read_ids(turns), resident, margin)
 
     def decide(
         self,
@@ -167,7 +179,21 @@ class Router:
             resident: As for `decide_ids`.
             margin: As for `decide_ids`.
         """
-        return self._decide(self.read(turns, encode), resident, margin)
+        return self.decide_read(self.read(turns, encode), resident, margin)
+
+    def decide_read(
+        self, conversation: Conversation, resident: Resident | None = None, margin: float = 0.0
+    ) -> Decision:
+        """Decide on a conversation that was read before."""
+        choice = self.choose(conversation, resident, margin)
+        domain = self.labels[choice.domain]
+        return Decision(
+            expert=self.config.experts[domain] if choice.routed else None,
+            domain=domain,
+            confidence=choice.confidence,
+            reason=REASON_ROUTER if choice.routed else REASON_ABSTAIN,
+            probabilities=dict(zip(self.labels, choice.probabilities.tolist(), strict=True)),
+        )
 
     def read(self, turns: Sequence[str], encode: Encode) -> Conversation:
         """Tokenize turns, from the end until the suffix is full, then from the start.
@@ -178,6 +204,10 @@ class Router:
         texts = bound_turns([bound_text(text) for text in turns])
         known = self._ends(texts, encode)
         return Conversation([ids for _, ids in known], [text for text, _ in known])
+
+    def read_ids(self, turns: Sequence[Sequence[int]]) -> Conversation:
+        """Take turns that are tokenized already; both ends of a long conversation count."""
+        return Conversation([found for _, found in self._ends(turns, lambda turn: turn)])
 
     def choose(
         self, conversation: Conversation, resident: Resident | None = None, margin: float = 0.0
@@ -222,28 +252,14 @@ class Router:
             head.append((turns[first], read(turns[first])))
             room -= len(head[-1][1])
             first += 1
-        return [(turn, ids) for turn, ids in head + tail[::-1] if self._bound([ids]).size]
-
-    def _decide(
-        self, conversation: Conversation, resident: Resident | None, margin: float
-    ) -> Decision:
-        """The choice as a decision."""
-        choice = self.choose(conversation, resident, margin)
-        domain = self.labels[choice.domain]
-        return Decision(
-            expert=self.config.experts[domain] if choice.routed else None,
-            domain=domain,
-            confidence=choice.confidence,
-            reason=REASON_ROUTER if choice.routed else REASON_ABSTAIN,
-            probabilities=dict(zip(self.labels, choice.probabilities.tolist(), strict=True)),
-        )
+        return [(turn, ids) for turn, ids in head + tail[::-1] if self.bound([ids]).size]
 
     def _ids(self, conversation: Conversation, first: int, stop: int) -> Ids:
         """Bounded token ids of some turns together."""
-        return self._bound(conversation.ids[first:stop])
+        return self.bound(conversation.ids[first:stop])
 
-    def _bound(self, turns: Sequence[Sequence[int]]) -> Ids:
-        """Token ids of turns together, bounded, and without unknown ones."""
+    def bound(self, turns: Sequence[Sequence[int]]) -> Ids:
+        """Return the token ids of turns together, bounded, and without unknown ones."""
         config = self.config
         return bounded_ids(turns, config.vocab_size, config.prefix_tokens, config.suffix_tokens)
 

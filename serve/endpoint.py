@@ -20,6 +20,7 @@ from deltamux.serve.autoroute import AutoRoute
 from deltamux.serve.expert import Expert, ExpertError
 from deltamux.serve.experts import ExpertRegistry
 from deltamux.serve.handlers import Gateway, RoutedHandler, error_response
+from deltamux.serve.routing_api import routing_router
 from deltamux.serve.settings import AUTO, BASE, ExpertName, plugin_settings
 from deltamux.serve.status import WorkerStatus, read_status
 from deltamux.serve.store import public_name
@@ -37,6 +38,7 @@ class DeltamuxEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Add routes and headers."""
         app.include_router(router)
+        app.include_router(routing_router)
         app.add_middleware(DecisionHeaders)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -62,6 +64,7 @@ class DeltamuxEndpoint:
             resolve_directory(model_config.tokenizer, model_config.tokenizer_revision),
             _encoder(engine_client),
             registry.serves,
+            registry.residents,
         )
         gateway = Gateway(registry, route, models)
         for attribute, method in compat.HANDLERS.items():
@@ -161,16 +164,6 @@ class RegisterBody(BaseModel):
     pin: bool = False
 
 
-class RouteBody(BaseModel):
-    """`POST /v1/route`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str | list[int] | None = None
-    messages: list[Any] | None = None
-    input: str | list[Any] | None = None
-
-
 def _registry(request: Request) -> ExpertRegistry:
     registry: ExpertRegistry = request.app.state.deltamux_registry
     return registry
@@ -251,16 +244,3 @@ async def pin_expert(name: str, request: Request) -> JSONResponse:
     except ExpertError as error:
         return _failure(str(error), HTTPStatus.BAD_REQUEST)
     return JSONResponse(_describe(expert, read_status()))
-
-
-@router.post("/route")
-async def decide(body: RouteBody, request: Request) -> JSONResponse:
-    """The decision that `model="auto"` would take, without generating."""
-    route: AutoRoute = request.app.state.deltamux_route
-    decision, seconds = route.decide(body.model_dump(exclude_none=True))
-    content = decision.to_json() | {
-        "probabilities": decision.probabilities,
-        "seconds": seconds,
-        "error": route.error,
-    }
-    return JSONResponse(content)

@@ -64,7 +64,7 @@ def test_the_conversations_expert_is_left_on_clear_evidence_only():
 
 
 def test_the_conversations_expert_is_left_when_little_speaks_for_it():
-    assert decide([0.1, 0.45, 0.45], current=0, hysteresis=0.4) == (0, 0.1, False)
+    assert decide([0.1, 0.45, 0.45], current=0, hysteresis=0.4) == (1, 0.45, False)
 
 
 def test_a_conversation_goes_on_from_where_the_topic_changed():
