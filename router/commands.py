@@ -9,11 +9,13 @@ from typing import Annotated, cast
 
 import typer
 
+from deltamux.router.artifact import load_seen
 from deltamux.router.console import table, user_errors
 from deltamux.router.data import Dataset, parse_json, parse_turns, read_dataset
 from deltamux.router.decision import BASE_NAME, Decision
 from deltamux.router.messages import user_turns
 from deltamux.router.options import Features
+from deltamux.router.plots import draw, require_matplotlib
 from deltamux.router.router import Router
 from deltamux.router.tokenizer import Encode, load_tokenizer
 
@@ -103,16 +105,30 @@ def fit(  # noqa: PLR0917 - a command line, called by name
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The router.")],
     data: Annotated[Path, typer.Argument(help="As for fit; sub-folders: test.jsonl first.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory for figures and evaluation.json."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate a router on labelled prompts."""
     from deltamux.router.evaluate import evaluate_router
 
     with user_errors():
+        if output is not None:
+            require_matplotlib()
         router, encode = Router.load(directory), load_tokenizer(directory)
         dataset = read_dataset(data, splits=("test", "train"))
-        result = evaluate_router(router, encode, dataset, progress=True)
+        seen = load_seen(directory)
+        result = evaluate_router(router, encode, dataset, seen=seen, progress=True)
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            content = json.dumps(dataclasses.asdict(result), indent=1)
+            (output / "evaluation.json").write_text(content + "\n", encoding="utf-8")
+            draw(result.curves, output)
     _warn(dataset)
+    if result.seen:
+        typer.echo(f"{result.seen} of these prompts were trained on", err=True)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result)))
         return
