@@ -5,8 +5,10 @@ python benchmarks/routing.py --base .demo/base --data ../shared/data [--shifted 
 
 Every figure is the mean over the seeds; a seed draws the training subsets, the folds and 300 test
 prompts of each domain. Accuracy, macro-F1 and ECE are of the most probable domain; "wrong expert",
-follow-ups, switches and attacks are of decisions, abstaining included. `routing_data.py` says what is
-trained on and how each test is made. Prints a table and keeps the figures in `results/`.
+follow-ups, switches and attacks are of decisions, abstaining included. Times are CPU seconds, which
+another load on the machine lengthens less than those of the clock; of fits both are kept.
+`routing_data.py` says what is trained on and how each test is made. Prints a table and keeps the
+figures in `results/`.
 """
 
 import argparse
@@ -96,7 +98,7 @@ def one_seed(corpus: Corpus, base: str, features: str, seed: int) -> dict[str, A
     found["accuracy_3000"] = held_out(small, test)["accuracy"]
     found["unseen_domains"] = {}
     for name in SPECIALISTS:
-        others = {domain: rows for domain, rows in few.items() if domain != name}
+        others = {domain: rows[:200] for domain, rows in few.items() if domain != name}
         found["unseen_domains"][name] = unseen(fitted(others, base, features, seed), test, name)
     found["unseen_domain_auroc"] = float(np.mean(list(found["unseen_domains"].values())))
     found["shifted_styles"] = styles(corpus, base, features, seed)
@@ -123,7 +125,7 @@ def styles(corpus: Corpus, base: str, features: str, seed: int) -> dict[str, dic
         name: [row for row in rows if name not in STYLES or not STYLES[name](row)]
         for name, rows in corpus.train.items()
     }
-    judge = fitted(sample(known, 1000, rng), base, features, seed)
+    judge = fitted(sample(known, 500, rng), base, features, seed)
     asked = {
         f"{name} style": [row["prompt"] for row in corpus.test[name] if form(row)][:300]
         for name, form in STYLES.items()

@@ -26,8 +26,8 @@ from record import record
 from torch.nn import functional
 
 from deltamux.compression.artifact import Artifact
-from deltamux.compression.checkpoint import Checkpoint, WeightSource, open_checkpoint
-from deltamux.compression.forward import StreamedModel, batches
+from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
+from deltamux.compression.forward import StreamedModel, WeightSource, batches
 from deltamux.compression.reconstruct import reconstructed
 from deltamux.compression.text import Sample, encode_rows
 from deltamux.router.console import table

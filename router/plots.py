@@ -72,9 +72,15 @@ def _reliability(curves: Curves, path: Path) -> Path:
     points = [point for point in curves.reliability if point is not None]
     total = max(1, sum(count for _, _, count in points))
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", label="calibrated")
-    axes.plot([p[0] for p in points], [p[1] for p in points], color="tab:blue", linewidth=1)
+    axes.plot(
+        [p[0] for p in points],
+        [p[1] for p in points],
+        color="tab:blue",
+        linewidth=1,
+        label="router",
+    )
     sizes = [15 + 400 * count / total for _, _, count in points]
-    axes.scatter([p[0] for p in points], [p[1] for p in points], s=sizes, label="router")
+    axes.scatter([p[0] for p in points], [p[1] for p in points], s=sizes)
     for confidence, accuracy, count in points:
         axes.annotate(
             str(count),
@@ -84,7 +90,7 @@ def _reliability(curves: Curves, path: Path) -> Path:
             fontsize=7,
         )
     axes.set(
-        xlabel=f"confidence ({NUM_BINS} bins)", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03)
+        xlabel=f"confidence ({NUM_BINS} bins)", ylabel="accuracy", xlim=(0, 1.1), ylim=(0, 1.03)
     )
     axes.legend(loc="upper left")
     return _save(figure, path)

@@ -44,16 +44,16 @@ def test_threshold_keeps_the_asked_share_of_own_prompts():
 
 
 def test_threshold_ignores_prompts_of_the_general_domain():
-    probabilities = np.array([[0.8, 0.2]] * 10 + [[0.3, 0.7]] * 90)
+    probabilities = np.array([[0.65, 0.35]] * 10 + [[0.3, 0.7]] * 90)
     truth = np.array([0] * 10 + [1] * 90)
-    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.8
+    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.65
 
 
 def test_own_prompts_lost_to_the_general_domain_count_as_lost():
-    probabilities = np.array([[0.4, 0.6]] * 10 + [[0.8, 0.2]] * 90)
+    probabilities = np.array([[0.4, 0.6]] * 10 + [[0.65, 0.35]] * 90)
     truth = np.zeros(100, dtype=np.int64)
     assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.0
-    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.9) == 0.8
+    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.9) == 0.65
 
 
 def test_threshold_is_capped_only_beside_a_general_domain():
