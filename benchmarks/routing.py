@@ -107,13 +107,14 @@ def one_seed(corpus: Corpus, base: str, features: str, seed: int) -> dict[str, A
     ]
     found["shifted_wrong_expert"] = float(np.mean(wrong))
     found["shifted_wrong_expert_worst"] = max(wrong)
+    hundred = {name: rows[:100] for name, rows in test.items()}
     for count in FEW:
         handful = sample(corpus.train, count, np.random.default_rng([seed, count]))
-        figures = held_out(fitted(handful, base, features, seed), test)
+        figures = held_out(fitted(handful, base, features, seed), hundred)
         found[f"bare_accuracy_{count}"] = figures["bare_accuracy"]
         found[f"accuracy_{count}"] = figures["accuracy"]
         if count == 16:
-            described = held_out(fitted(handful, base, features, seed, describe=True), test)
+            described = held_out(fitted(handful, base, features, seed, describe=True), hundred)
             found["bare_accuracy_16_described"] = described["bare_accuracy"]
     return found
 

@@ -24,7 +24,7 @@ from deltamux.router.tables import Floats, Probabilities, softmax
 #: Largest probability of the tables below which the encoder is asked.
 ASK_BELOW: Final = 0.995
 #: Weight of a vector of length 1 beside the scores: the higher, the less its weights are penalised.
-VECTOR_SCALE: Final = 4.0
+VECTOR_SCALE: Final = 8.0
 #: Penalty of the squared weights, relative to a prompt's weight.
 PENALTY: Final = 0.2
 
