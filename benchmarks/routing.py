@@ -182,7 +182,8 @@ def main() -> None:
             )
         result[features] = mean(figures) | {"seeds": figures}
         show(features, result[features])
-    record("routing", result)
+        # Hours of work on a slow machine: what is done is kept.
+        record("routing", result)
 
 
 if __name__ == "__main__":
