@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deltamux.router.artifact import load_artifact
@@ -96,6 +97,47 @@ def test_the_encoder_knows_words_that_the_tables_never_saw(fitted):
     asked = prompts(UNSEEN, 10, 1)
     right = [router.decide(prompt.turns, encode).domain == prompt.domain for prompt in asked]
     assert np.mean(right) > 0.8
+
+
+def test_auto_takes_the_encoder_only_where_it_clearly_helps(base, tmp_path):
+    # One prompt a pair of words: held-out words are strange to the tables, not to the encoder.
+    words = {"cooking": SUBJECTS["cooking"] + UNSEEN["cooking"],
+             "sailing": SUBJECTS["sailing"] + UNSEEN["sailing"]}  # fmt: skip
+    strange = [Prompt((word,), name) for name, own in words.items() for word in own]
+    report = fit_router(
+        Dataset(strange, [], 0, []), tmp_path / "strange", base=str(base), features="auto"
+    )
+    assert report.config.features == "encoder"
+    assert report.log_loss["encoder"] < report.log_loss["default"]
+
+    plain = [
+        Prompt((f"{first} {second} {name}",), name)
+        for name in ("about", "me")
+        for first in ("tell", "the", "and")
+        for second in SUBJECTS["cooking"]
+    ]
+    report = fit_router(
+        Dataset(plain, [], 0, []), tmp_path / "plain", base=str(base), features="auto"
+    )
+    assert report.config.features == "default"
+    assert Router.load(tmp_path / "plain").stack is None
+
+
+def test_the_tables_of_a_router_with_encoder_decide_alone_when_asked(fitted):
+    output, _ = fitted
+    assert Router.load(output).stack is not None
+    assert Router.load(output, features="default").stack is None
+
+
+def test_a_damaged_second_classifier_is_refused(fitted, tmp_path):
+    output, _ = fitted
+    for path in output.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tables = load_file(tmp_path / "router.safetensors")
+    tables["stack_weights"] = tables["stack_weights"][:-1]
+    save_file(tables, tmp_path / "router.safetensors", {"format": "deltamux-router"})
+    with pytest.raises(ValueError, match="'stack_weights' must have shape"):
+        load_artifact(tmp_path)
 
 
 def test_ids_without_text_are_decoded_for_the_encoder(fitted):
