@@ -13,8 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from deltamux.router.conversation import Conversation, bound
 from deltamux.router.features import pair_buckets
-from deltamux.router.router import Conversation, Router
+from deltamux.router.router import Router
 from deltamux.router.tokenizer import Decode
 
 #: Entries that are returned.
@@ -57,7 +58,7 @@ def _leads(
 ) -> list[dict[str, Any]]:
     """Tokens and pairs by the size of what they add, largest first."""
     winner, other = domains
-    ids = router.bound(turns)
+    ids = bound(turns, router.config)
     if not ids.size:
         return []
     tables, temperature = router.tables, router.config.temperature

@@ -5,17 +5,17 @@ bounded time on any input. A router never changes after it was loaded, so thread
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from deltamux.router.artifact import load_artifact
 from deltamux.router.config import RouterConfig
+from deltamux.router.conversation import Conversation, bound, read_ends
 from deltamux.router.decision import REASON_ABSTAIN, REASON_ROUTER, Decision
 from deltamux.router.encoder import SentenceEncoder, join, load_encoder
-from deltamux.router.features import Ids, bounded_ids
+from deltamux.router.features import Ids
 from deltamux.router.messages import bound_text, bound_turns
 from deltamux.router.options import Kind
 from deltamux.router.policy import Choice, Rules, follow
@@ -23,24 +23,8 @@ from deltamux.router.stack import Stack
 from deltamux.router.tables import Floats, Probabilities, Tables, softmax
 from deltamux.router.tokenizer import Decode, Encode, build_decode, check_tokenizer, read_tokenizer
 
-Turn = TypeVar("Turn")
-
 #: Whether an expert of a name is on the device.
 Resident = Callable[[str], bool]
-
-
-@dataclass
-class Conversation:
-    """The user's turns, as a router reads them.
-
-    Attributes:
-        ids: Token ids of each turn, oldest first; none is empty.
-        texts: The same turns as text; None where they are to be decoded from the ids.
-    """
-
-    ids: list[Sequence[int]]
-    texts: list[str] | None = None
-    vectors: dict[int, Floats] = field(default_factory=dict)
 
 
 class Router:
@@ -196,18 +180,15 @@ class Router:
         )
 
     def read(self, turns: Sequence[str], encode: Encode) -> Conversation:
-        """Tokenize turns, from the end until the suffix is full, then from the start.
-
-        Turns in the middle of a long conversation are not even tokenized, since only both ends of
-        it count.
-        """
+        """Tokenize the turns that count: those at both ends of a long conversation."""
         texts = bound_turns([bound_text(text) for text in turns])
-        known = self._ends(texts, encode)
+        known = read_ends(texts, encode, self.config)
         return Conversation([ids for _, ids in known], [text for text, _ in known])
 
     def read_ids(self, turns: Sequence[Sequence[int]]) -> Conversation:
         """Take turns that are tokenized already; both ends of a long conversation count."""
-        return Conversation([found for _, found in self._ends(turns, lambda turn: turn)])
+        found = read_ends(turns, lambda turn: turn, self.config)
+        return Conversation([ids for _, ids in found])
 
     def choose(
         self, conversation: Conversation, resident: Resident | None = None, margin: float = 0.0
@@ -235,33 +216,9 @@ class Router:
         vector = join([self._vector(conversation, turn, self._encoder) for turn in turns])
         return stack.probabilities(scores, vector)
 
-    def _ends(
-        self, turns: Sequence[Turn], read: Callable[[Turn], Sequence[int]]
-    ) -> list[tuple[Turn, Sequence[int]]]:
-        """Turns at both ends with their ids, without those that hold no known token."""
-        first, last = 0, len(turns)
-        head: list[tuple[Turn, Sequence[int]]] = []
-        tail: list[tuple[Turn, Sequence[int]]] = []
-        room = self.config.suffix_tokens
-        while first < last and room > 0:
-            last -= 1
-            tail.append((turns[last], read(turns[last])))
-            room -= len(tail[-1][1])
-        room = self.config.prefix_tokens
-        while first < last and room > 0:
-            head.append((turns[first], read(turns[first])))
-            room -= len(head[-1][1])
-            first += 1
-        return [(turn, ids) for turn, ids in head + tail[::-1] if self.bound([ids]).size]
-
     def _ids(self, conversation: Conversation, first: int, stop: int) -> Ids:
         """Bounded token ids of some turns together."""
-        return self.bound(conversation.ids[first:stop])
-
-    def bound(self, turns: Sequence[Sequence[int]]) -> Ids:
-        """Return the token ids of turns together, bounded, and without unknown ones."""
-        config = self.config
-        return bounded_ids(turns, config.vocab_size, config.prefix_tokens, config.suffix_tokens)
+        return bound(conversation.ids[first:stop], self.config)
 
     def _vector(self, conversation: Conversation, turn: int, encoder: SentenceEncoder) -> Floats:
         """The sentence vector of a turn, found once."""

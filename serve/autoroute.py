@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deltamux.router.conversation import Conversation
 from deltamux.router.decision import (
     REASON_EXPLICIT,
     REASON_ROUTER_ERROR,
@@ -23,7 +24,7 @@ from deltamux.router.decision import (
 )
 from deltamux.router.explain import explain
 from deltamux.router.messages import user_turns
-from deltamux.router.router import Conversation, Router
+from deltamux.router.router import Router
 from deltamux.router.tokenizer import Decode, Encode, build_decode, read_tokenizer, tokenizer_sha256
 from deltamux.serve import routing_metrics
 from deltamux.serve.settings import BASE, RouterSettings
