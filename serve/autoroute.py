@@ -12,7 +12,7 @@ and that time is part of `deltamux_router_seconds`. A prompt that comes as token
 import logging
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,16 @@ from deltamux.router.decision import (
     Decision,
 )
 from deltamux.router.explain import explain
-from deltamux.router.messages import user_turns
 from deltamux.router.router import Router
-from deltamux.router.tokenizer import Decode, Encode, build_decode, read_tokenizer, tokenizer_sha256
+from deltamux.router.tokenizer import Encode
 from deltamux.serve import routing_metrics
+from deltamux.serve.generation import (
+    Generation,
+    ask_shadow,
+    load_generation,
+    request_ids,
+    request_texts,
+)
 from deltamux.serve.settings import BASE, RouterSettings
 
 logger = logging.getLogger("vllm.deltamux")
@@ -35,25 +41,6 @@ logger = logging.getLogger("vllm.deltamux")
 def explicit(expert: str | None) -> Decision:
     """The decision of a client that named the model itself."""
     return Decision(expert, expert or BASE, 1.0, REASON_EXPLICIT, {})
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What decides at one time.
-
-    Attributes:
-        router: Who decides.
-        shadow: Who decides too, and is only counted.
-        drift: Decisions of `router` against its fit.
-        decode: Token ids to text, to explain.
-        settings: What it was loaded from.
-    """
-
-    router: Router
-    shadow: Router | None
-    drift: routing_metrics.Drift
-    decode: Decode
-    settings: RouterSettings
 
 
 class AutoRoute:
@@ -87,7 +74,7 @@ class AutoRoute:
             self.error = "no router is configured"
             return
         try:
-            self._put(self._load(settings))
+            self._put(load_generation(settings, self._tokenizer_directory))
         except (ValueError, OSError) as error:
             self.error = str(error)
             logger.error("deltamux: the router is not usable: %s", error)
@@ -121,7 +108,7 @@ class AutoRoute:
         settings = settings or RouterSettings(path=Path(str(path)))
         changes = {"path": path or settings.path, "shadow": shadow or settings.shadow}
         try:
-            fresh = self._load(settings.model_copy(update=changes))
+            fresh = load_generation(settings.model_copy(update=changes), self._tokenizer_directory)
         except (ValueError, OSError):
             routing_metrics.reloads_total.labels("refused").inc()
             raise
@@ -151,7 +138,7 @@ class AutoRoute:
         seconds = time.perf_counter() - start
         if observe and generation is not None and conversation is not None:
             generation.drift.observe(chosen)
-            _shadow(generation, conversation, chosen)
+            ask_shadow(generation, conversation, chosen)
         return decision, seconds
 
     def explain(self, request: Any) -> dict[str, Any] | None:
@@ -165,21 +152,6 @@ class AutoRoute:
         except Exception:
             logger.exception("deltamux: the router cannot explain a request")
             return None
-
-    def _load(self, settings: RouterSettings) -> Generation:
-        """A generation, every part checked."""
-        identity = tokenizer_sha256(self._tokenizer_directory)
-        router = Router.load(settings.path, tokenizer_sha256=identity, features=settings.features)
-        shadow = (
-            Router.load(settings.shadow, tokenizer_sha256=identity) if settings.shadow else None
-        )
-        return Generation(
-            router=router,
-            shadow=shadow,
-            drift=routing_metrics.Drift(router.config),
-            decode=build_decode(read_tokenizer(self._tokenizer_directory)),
-            settings=settings,
-        )
 
     def _put(self, generation: Generation) -> None:
         """Let a generation decide from now on: one assignment, so no request sees a mixture."""
@@ -214,43 +186,10 @@ class AutoRoute:
 
     def _read(self, router: Router, request: Any) -> Conversation:
         """The request as the router reads it."""
-        ids = _token_ids(_field(request, "prompt"))
+        ids = request_ids(request)
         routing_metrics.token_source.labels("text" if ids is None else "ids").inc()
-        return router.read(_texts(request), self._encode) if ids is None else router.read_ids([ids])
-
-
-def _shadow(generation: Generation, conversation: Conversation, decision: Decision) -> None:
-    """Let the shadow router decide, and count whether it agrees. It never fails a request."""
-    if generation.shadow is None:
-        return
-    start = time.perf_counter()
-    try:
-        # Of its own: the two may read vectors of different encoders.
-        own = Conversation(conversation.ids, conversation.texts)
-        agree = str(generation.shadow.decide_read(own).expert == decision.expert).lower()
-    except Exception:
-        logger.exception("deltamux: the shadow router failed on a request")
-        agree = "error"
-    routing_metrics.shadow_total.labels(agree).inc()
-    routing_metrics.shadow_seconds.observe(time.perf_counter() - start)
-
-
-def _field(request: Any, name: str) -> Any:
-    return request.get(name) if isinstance(request, dict) else getattr(request, name, None)
-
-
-def _texts(request: Any) -> list[str]:
-    for name in ("messages", "prompt", "input"):
-        content = _field(request, name)
-        if content is not None:
-            return user_turns(content)
-    return []
-
-
-def _token_ids(prompt: Any) -> list[int] | None:
-    """The ids of a prompt that came as token ids, else None."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
-        prompt = prompt[0]
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-        return prompt
-    return None
+        return (
+            router.read(request_texts(request), self._encode)
+            if ids is None
+            else router.read_ids([ids])
+        )

@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
-from deltamux.serve.autoroute import AutoRoute, Generation
+from deltamux.serve.autoroute import AutoRoute
+from deltamux.serve.generation import Generation
 from deltamux.serve.handlers import error_response
 
 routing_router = APIRouter(prefix="/v1")
