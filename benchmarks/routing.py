@@ -170,20 +170,13 @@ def main() -> None:
     corpus = read_corpus(arguments.data, arguments.shifted)
     result: dict[str, Any] = {"bars": BARS, "load_at_start": os.getloadavg()[0]}
     for features in arguments.features:
-        figures = []
+        figures: list[Any] = []
         for seed in range(arguments.seeds):
             figures.append(one_seed(corpus, arguments.base, features, seed))
-            print(
-                features,
-                "seed",
-                seed,
-                {name: round(figures[-1][name], 4) for name in BARS},
-                flush=True,
-            )
-        result[features] = mean(figures) | {"seeds": figures}
+            # An hour of work on a slow machine: what is done is kept.
+            result[features] = mean(figures) | {"seeds": list(figures)}
+            record("routing", result)
         show(features, result[features])
-        # Hours of work on a slow machine: what is done is kept.
-        record("routing", result)
 
 
 if __name__ == "__main__":
