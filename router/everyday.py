@@ -3,8 +3,8 @@
 A router that never saw a prompt outside its experts' domains finds a specialist for everything.
 So training adds requests as people put them to any assistant: chores, facts, plans, texts to write,
 passages to read. Sentences are patterns, their gaps are filled with words; the draw is fixed by the
-seed. Some of them may well belong to an expert of the user's (cooking, travel); `fit.py` drops
-those that a first router, fitted without them, already gives to a specialist.
+seed. Some of them may well belong to an expert of the user's (cooking, travel): `fit.py` drops those
+that a held-out classifier gives to a specialist.
 """
 
 from random import Random
