@@ -24,7 +24,13 @@ _TOLERANCE: Final = 1e-6
 
 
 def fit_regression(
-    sparse: Any, dense: Floats, truth: Labels, weights: Probabilities, *, penalty: float
+    sparse: Any,
+    dense: Floats,
+    truth: Labels,
+    weights: Probabilities,
+    *,
+    penalty: float,
+    offset: Floats | None = None,
 ) -> tuple[Probabilities, Probabilities]:
     """Fit.
 
@@ -34,6 +40,7 @@ def fit_regression(
         truth: Int64 [N], in 0..D-1.
         weights: Float64 [N], of the prompts.
         penalty: Of the squared weights.
+        offset: Float32 [N, D], added to the scores; None for nothing.
 
     Returns:
         Float64 [S + K, D] weights and [D] bias.
@@ -53,6 +60,8 @@ def fit_regression(
         exact = flat.reshape(num_columns + 1, num_domains)
         now = exact.astype(np.float32)
         scores = sparse @ now[:num_sparse] + dense @ now[num_sparse:-1] + now[-1]
+        if offset is not None:
+            scores += offset
         scores -= scores.max(axis=1, keepdims=True)
         powers = np.exp(scores)
         sums = powers.sum(axis=1, keepdims=True)

@@ -7,7 +7,8 @@ asked only where the tables' largest probability stays below `ASK_BELOW`:
 
 A [D, D], S [E, D] and b are a logistic regression on cross-validated scores, as stacking needs
 (Wolpert 1992, "Stacked Generalization"): scores of prompts that the tables were fitted on would
-look better than they are.
+look better than they are. The penalty draws A to the identity: where nothing speaks against them,
+the tables' scores stand.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from deltamux.router.crossval import Examples, folds
+from deltamux.router.encoder import WIDTH
 from deltamux.router.head import balance
 from deltamux.router.metrics import Labels
 from deltamux.router.regression import fit_regression
@@ -24,9 +26,9 @@ from deltamux.router.tables import Floats, Probabilities, softmax
 #: Largest probability of the tables below which the encoder is asked.
 ASK_BELOW: Final = 0.995
 #: Weight of a vector of length 1 beside the scores: the higher, the less its weights are penalised.
-VECTOR_SCALE: Final = 8.0
+VECTOR_SCALE: Final = 4.0
 #: Penalty of the squared weights, relative to a prompt's weight.
-PENALTY: Final = 0.2
+PENALTY: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -90,4 +92,15 @@ def _fit(columns: Floats, truth: Labels, weights: Probabilities) -> Any:
     from scipy import sparse
 
     nothing = sparse.csr_array((len(truth), 0), dtype=np.float32)
-    return fit_regression(nothing, columns, truth, balance(truth, weights), penalty=PENALTY)
+    num_domains = columns.shape[1] - WIDTH
+    weights, bias = fit_regression(
+        nothing,
+        columns,
+        truth,
+        balance(truth, weights),
+        penalty=PENALTY,
+        offset=columns[:, :num_domains],
+    )
+    # Without evidence against them the tables' own scores stand.
+    weights[:num_domains] += np.eye(num_domains)
+    return weights, bias
