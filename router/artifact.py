@@ -1,7 +1,9 @@
 """The router's directory on disk, format version 1.
 
 - `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], in the
-  terms of `tables.py`, columns in the order of the configuration's `labels`; `__metadata__` is
+  terms of `tables.py`, columns in the order of the configuration's `labels`; with a sentence encoder
+  `stack_weights` float32 [D + E, D] and `stack_bias` float32 [D] (`stack.py`); `seen` uint64 [N], sorted, the fingerprints of the training prompts
+  (`data.py`), by which an evaluation finds prompts that were trained on; `__metadata__` is
   {"format": "deltamux-router"} (one key, since safetensors writes several in no fixed order, and
   the same fit should give the same bytes).
 - `router_config.json`: see `config.py`; UTF-8, keys in the schema's order.
@@ -15,6 +17,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,7 +31,15 @@ from deltamux.router.config import (
     RouterConfig,
     parse_config,
 )
+from deltamux.router.data import Fingerprints
+from deltamux.router.encoder import WIDTH as SENTENCE_WIDTH
+from deltamux.router.stack import Stack
 from deltamux.router.tables import Floats, Tables
+
+#: Tensor that the classifier does not read.
+SEEN: Final = "seen"
+STACK_WEIGHTS: Final = "stack_weights"
+STACK_BIAS: Final = "stack_bias"
 
 _ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
 
@@ -48,7 +59,15 @@ def check_target(directory: Path) -> None:
         )
 
 
-def save_artifact(directory: Path, tables: Tables, config: RouterConfig, tokenizer: bytes) -> int:
+def save_artifact(
+    directory: Path,
+    tables: Tables,
+    config: RouterConfig,
+    tokenizer: bytes,
+    *,
+    seen: Fingerprints | None = None,
+    stack: Stack | None = None,
+) -> int:
     """Write the three files, replacing an earlier router.
 
     Args:
@@ -56,6 +75,8 @@ def save_artifact(directory: Path, tables: Tables, config: RouterConfig, tokeniz
         tables: The weights; stored as float16, the bias as float32.
         config: Its shapes must fit the tables.
         tokenizer: The bytes of `tokenizer.json`.
+        seen: Fingerprints of the training prompts; None for none.
+        stack: The second classifier, with features "encoder".
 
     Returns:
         Bytes written.
@@ -64,11 +85,15 @@ def save_artifact(directory: Path, tables: Tables, config: RouterConfig, tokeniz
         ValueError: The target holds something else, or a weight is not finite in float16.
     """
     check_target(directory)
-    arrays = {
+    arrays: dict[str, np.ndarray[Any, Any]] = {
         "tokens": _half(tables.tokens),
         "pairs": _half(tables.pairs),
         "bias": tables.bias.astype(np.float32),
     }
+    if stack is not None:
+        arrays |= {STACK_WEIGHTS: stack.weights, STACK_BIAS: stack.bias}
+    if seen is not None:
+        arrays[SEEN] = seen
     files = {
         TABLES_FILE: save(arrays, metadata={"format": FORMAT}),
         CONFIG_FILE: (config.model_dump_json(indent=2) + "\n").encode(),
@@ -87,8 +112,8 @@ def save_artifact(directory: Path, tables: Tables, config: RouterConfig, tokeniz
     return sum(map(len, files.values()))
 
 
-def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
-    """Read configuration and tables, and check them against each other.
+def load_artifact(directory: Path) -> tuple[RouterConfig, Tables, Stack | None]:
+    """Read configuration, tables and second classifier, and check them against each other.
 
     Raises:
         FileNotFoundError: The directory or one of the two files is missing.
@@ -106,6 +131,9 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
         "pairs": (config.buckets, num_domains),
         "bias": (num_domains,),
     }
+    if config.encoder is not None:
+        shapes[STACK_WEIGHTS] = (num_domains + SENTENCE_WIDTH, num_domains)
+        shapes[STACK_BIAS] = (num_domains,)
     for name, shape in shapes.items():
         got = arrays[name].shape if name in arrays else "no such tensor"
         if got != shape:
@@ -115,7 +143,21 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
             )
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{tables_path}: {name!r} is not finite; fit the router again")
-    return config, Tables(arrays["tokens"], arrays["pairs"], arrays["bias"])
+    tables = Tables(arrays["tokens"], arrays["pairs"], arrays["bias"])
+    if config.encoder is None:
+        return config, tables, None
+    weights, bias = arrays[STACK_WEIGHTS], arrays[STACK_BIAS]
+    encoder = config.encoder
+    return config, tables, Stack(weights, bias, encoder.temperature, encoder.ask_below)
+
+
+def load_seen(directory: Path) -> Fingerprints:
+    """Return the fingerprints of a router's training prompts, uint64 [N]; empty where unknown."""
+    with safe_open(directory / TABLES_FILE, framework="numpy") as file:
+        if SEEN not in file.keys():  # noqa: SIM118 - not a mapping
+            return np.zeros(0, dtype=np.uint64)
+        found: Fingerprints = file.get_tensor(SEEN)
+        return found
 
 
 def _read_tables(path: Path) -> dict[str, Floats]:
@@ -124,7 +166,7 @@ def _read_tables(path: Path) -> dict[str, Floats]:
         with safe_open(path, framework="numpy") as file:
             if (file.metadata() or {}).get("format") != FORMAT:
                 raise ValueError(f"{path} does not hold a router's tables")
-            names: list[str] = list(file.keys())
+            names = [name for name in file.keys() if name != SEEN]  # noqa: SIM118 - not a mapping
             return {name: file.get_tensor(name).astype(np.float32) for name in names}
     except SafetensorError as error:
         raise ValueError(

@@ -1,26 +1,30 @@
-"""Prompts that a fit adds to the labelled ones, so that the router does not learn templates alone.
+"""All training examples of a fit: the labelled prompts, and what deltamux adds to them.
 
-- Lines: labelled prompts often share a frame ("Table t has columns: ...", "Your code should pass
-  these tests: ..."), and a classifier that always saw the frame misses the bare request. Of every
-  prompt of several lines, one line from its edges is added: the first of every other prompt, the
-  last of the rest.
-- Follow-ups: see `followups.py`; they go to the first domain that the base answers, if there is one.
+- views of the labelled prompts (`views.py`), under their labels;
+- generic follow-ups (`followups.py`) and everyday requests (`everyday.py`), for the base;
+- the description of a domain, where the user gives one.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from deltamux.router.data import Prompt
-from deltamux.router.followups import followups
+import numpy as np
 
-#: An added prompt counts a quarter of a labelled one. At full weight they cost held-out prompts of
-#: experts that are phrased as commands; at a quarter most of what they teach remains.
-ADDED_WEIGHT: Final = 0.25
-#: Shorter lines ("Table:") are frame without content.
-MIN_LINE_WORDS: Final = 4
-#: Origin of a prompt that stems from no labelled one.
-NO_ORIGIN: Final = -1
+from deltamux.router.data import Prompt
+from deltamux.router.everyday import everyday_prompts
+from deltamux.router.followups import followups
+from deltamux.router.views import make_views
+
+#: What a generated prompt counts beside a labelled one. Between 0.05 and 1 the cross-validated
+#: figures barely differ.
+GENERATED_WEIGHT: Final = 0.25
+#: Generated prompts of each kind, to the labelled prompts of a typical domain: a few labelled
+#: prompts must not drown among generated ones. With 16 of them, 1 instead of 0.25 costs bare prompts
+#: of the training files four points.
+GENERATED_RATIO: Final = 0.25
+#: A description says more than one prompt does.
+DESCRIPTION_WEIGHT: Final = 3.0
 
 
 @dataclass(frozen=True)
@@ -29,41 +33,55 @@ class Example:
 
     Attributes:
         prompt: Turns and domain.
-        origin: Index of the labelled prompt that it is or stems from, or `NO_ORIGIN`. Examples of
-            one origin must not be on both sides of a cross-validation split.
+        origin: Number of the prompt that it is or stems from. Examples of one origin must not be on
+            both sides of a cross-validation split. Labelled prompts come first, in their order.
         weight: How much it counts within its domain.
+        generated: It stems from no labelled prompt.
     """
 
     prompt: Prompt
     origin: int
     weight: float
+    generated: bool = False
 
 
-def augment(prompts: Sequence[Prompt], experts: Mapping[str, str | None]) -> list[Example]:
-    """Return the labelled prompts in their order, then the added ones.
+def augment(
+    prompts: Sequence[Prompt],
+    experts: Mapping[str, str | None],
+    descriptions: Mapping[str, str],
+    seed: int = 0,
+) -> list[Example]:
+    """Return the labelled prompts in their order, then their views, then generated prompts.
 
     Args:
         prompts: Labelled prompts.
         experts: Domain to expert; None for domains that the base answers.
+        descriptions: One line about a domain; may be empty.
+        seed: Of views and of the choice among generated prompts.
     """
-    labelled = [Example(prompt, index, 1.0) for index, prompt in enumerate(prompts)]
-    lines: dict[Prompt, int] = {}
-    for index, prompt in enumerate(prompts):
-        line = _edge_line(prompt.turns[0], last=index % 2 == 1)
-        if line is not None:
-            lines.setdefault(Prompt((line,), prompt.domain), index)
-    added = [Example(prompt, origin, ADDED_WEIGHT) for prompt, origin in lines.items()]
+    examples = [Example(prompt, index, 1.0) for index, prompt in enumerate(prompts)]
+    for view in make_views(prompts, seed):
+        prompt = Prompt((view.text,), prompts[view.origin].domain)
+        examples.append(Example(prompt, view.origin, view.weight))
+    generated = [(Prompt((text,), name), DESCRIPTION_WEIGHT) for name, text in descriptions.items()]
     fallback = next((domain for domain, expert in experts.items() if expert is None), None)
     if fallback is not None:
-        replies = [Prompt((text,), fallback) for text in followups()]
-        added += [Example(prompt, NO_ORIGIN, ADDED_WEIGHT) for prompt in replies]
-    return labelled + added
+        texts = _generated(prompts, len(experts), seed)
+        generated += [(Prompt((text,), fallback), GENERATED_WEIGHT) for text in texts]
+    first = len(prompts)
+    examples += [
+        Example(prompt, first + index, weight, generated=True)
+        for index, (prompt, weight) in enumerate(generated)
+    ]
+    return examples
 
 
-def _edge_line(text: str, *, last: bool) -> str | None:
-    """First or last line of a text of several lines, None where it says too little."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) < 2:
-        return None
-    line = lines[-1 if last else 0].strip()
-    return line if len(line.split()) >= MIN_LINE_WORDS else None
+def _generated(prompts: Sequence[Prompt], num_domains: int, seed: int) -> list[str]:
+    """Follow-ups and everyday prompts, in number like the prompts of one domain."""
+    rng = np.random.default_rng(seed)
+    limit = max(1, round(GENERATED_RATIO * len(prompts) / num_domains))
+    texts: list[str] = []
+    for pool in (followups(), everyday_prompts(seed)):
+        chosen = np.sort(rng.permutation(len(pool))[:limit])
+        texts += [pool[index] for index in chosen]
+    return texts

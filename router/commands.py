@@ -5,14 +5,17 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
+from deltamux.router.artifact import load_seen
 from deltamux.router.console import table, user_errors
 from deltamux.router.data import Dataset, parse_json, parse_turns, read_dataset
 from deltamux.router.decision import BASE_NAME, Decision
 from deltamux.router.messages import user_turns
+from deltamux.router.options import Features
+from deltamux.router.plots import draw, require_matplotlib
 from deltamux.router.router import Router
 from deltamux.router.tokenizer import Encode, load_tokenizer
 
@@ -30,6 +33,19 @@ def fit(  # noqa: PLR0917 - a command line, called by name
     expert: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=EXPERT; may be repeated.")
     ] = None,
+    max_wrong: Annotated[
+        float,
+        typer.Option(help="Largest share of held-out prompts that a wrong expert may answer."),
+    ] = 0.02,
+    features: Annotated[
+        str, typer.Option(help="default, encoder, or auto: chosen by cross-validation.")
+    ] = "default",
+    describe: Annotated[
+        list[str] | None, typer.Option(help="DOMAIN=TEXT, one line on a domain; may be repeated.")
+    ] = None,
+    minimum: Annotated[
+        list[str] | None, typer.Option(help="DOMAIN=P, what its expert needs; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the cross-validation.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -38,10 +54,19 @@ def fit(  # noqa: PLR0917 - a command line, called by name
 
     start = time.perf_counter()
     with user_errors():
-        experts = _parse_experts(expert or [])
         dataset = read_dataset(data)
         report = fit_router(
-            dataset, output, base=tokenizer, keep=keep, experts=experts, seed=seed, progress=True
+            dataset,
+            output,
+            base=tokenizer,
+            keep=keep,
+            max_wrong=max_wrong,
+            features=cast(Features, features),
+            experts=_parse_pairs("expert", "EXPERT", expert or []),
+            descriptions=_parse_pairs("describe", "TEXT", describe or []),
+            minimums=_parse_numbers(minimum or []),
+            seed=seed,
+            progress=True,
         )
     _warn(dataset)
     config = report.config
@@ -49,6 +74,8 @@ def fit(  # noqa: PLR0917 - a command line, called by name
         "output": str(output),
         "bytes": report.num_bytes,
         "seconds": round(time.perf_counter() - start, 1),
+        "features": config.features,
+        "log_loss": report.log_loss,
         "threshold": config.threshold,
         "temperature": config.temperature,
         "duplicates_dropped": dataset.num_duplicates,
@@ -67,8 +94,9 @@ def fit(  # noqa: PLR0917 - a command line, called by name
     held_out = config.heldout
     typer.echo(
         f"\nheld-out: accuracy {held_out.accuracy:.4f}, macro-F1 {held_out.macro_f1:.4f}, "
-        f"ECE {held_out.ece:.4f}, own prompts kept {held_out.kept:.4f} (n={held_out.n})\n"
-        f"threshold {config.threshold:.4f}, temperature {config.temperature:.3f}; "
+        f"ECE {held_out.ece:.4f}, own prompts kept {held_out.kept:.4f} (n={held_out.n}), "
+        f"wrong expert with added prompts {held_out.wrong:.4f}\n"
+        f"features {config.features}, threshold {config.threshold:.4f}, temperature {config.temperature:.3f}; "
         f"wrote {output} ({report.num_bytes / 1e6:.1f} MB) in {result['seconds']} s"
     )
 
@@ -77,16 +105,30 @@ def fit(  # noqa: PLR0917 - a command line, called by name
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The router.")],
     data: Annotated[Path, typer.Argument(help="As for fit; sub-folders: test.jsonl first.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory for figures and evaluation.json."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate a router on labelled prompts."""
     from deltamux.router.evaluate import evaluate_router
 
     with user_errors():
+        if output is not None:
+            require_matplotlib()
         router, encode = Router.load(directory), load_tokenizer(directory)
         dataset = read_dataset(data, splits=("test", "train"))
-        result = evaluate_router(router, encode, dataset, progress=True)
+        seen = load_seen(directory)
+        result = evaluate_router(router, encode, dataset, seen=seen, progress=True)
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            content = json.dumps(dataclasses.asdict(result), indent=1)
+            (output / "evaluation.json").write_text(content + "\n", encoding="utf-8")
+            draw(result.curves, output)
     _warn(dataset)
+    if result.seen:
+        typer.echo(f"{result.seen} of these prompts were trained on", err=True)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result)))
         return
@@ -146,15 +188,26 @@ def _show(decision: Decision) -> str:
     return json.dumps({**decision.to_json(), "expert": decision.expert or BASE_NAME})
 
 
-def _parse_experts(pairs: Sequence[str]) -> dict[str, str]:
-    """DOMAIN=EXPERT flags as a mapping."""
-    experts = {}
+def _parse_pairs(flag: str, value: str, pairs: Sequence[str]) -> dict[str, str]:
+    """DOMAIN=... flags as a mapping."""
+    found = {}
     for pair in pairs:
-        domain, equals, name = pair.partition("=")
-        if not (domain and equals and name):
-            raise ValueError(f"--expert takes DOMAIN=EXPERT, got {pair!r}")
-        experts[domain] = name
-    return experts
+        domain, equals, text = pair.partition("=")
+        if not (domain and equals and text.strip()):
+            raise ValueError(f"--{flag} takes DOMAIN={value}, got {pair!r}")
+        found[domain] = text
+    return found
+
+
+def _parse_numbers(pairs: Sequence[str]) -> dict[str, float]:
+    """DOMAIN=P flags as a mapping."""
+    found = {}
+    for domain, text in _parse_pairs("minimum", "P", pairs).items():
+        try:
+            found[domain] = float(text)
+        except ValueError as error:
+            raise ValueError(f"--minimum takes DOMAIN=P, got {domain}={text}") from error
+    return found
 
 
 def _warn(dataset: Dataset) -> None:

@@ -19,7 +19,7 @@ TABLES_FILE: Final = "router.safetensors"
 TOKENIZER_FILE: Final = "tokenizer.json"
 
 #: Domains that the base answers unless they are given an expert.
-FALLBACK_DOMAINS: Final = frozenset({"general", "base", "other"})
+FALLBACK_DOMAINS: Final = frozenset({"general", "base", "other", "ood"})
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -30,7 +30,10 @@ class HeldOut(BaseModel):
 
     `accuracy` and `macro_f1` are of the most probable domain, before abstaining; `ece` is the
     expected calibration error over 15 bins; `kept` is the share of the specialists' own prompts
-    that the threshold lets through to an expert; `n` counts prompts.
+    that the threshold lets through to an expert; `wrong` is the share that an expert other than
+    the prompt's own would answer, among labelled prompts, their views and generated prompts;
+    `abstained` and `confidence` are the share of labelled prompts left to the base and the mean
+    confidence, against which served traffic is compared; `n` counts prompts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +42,9 @@ class HeldOut(BaseModel):
     macro_f1: Share
     ece: Share
     kept: Share
+    wrong: Share = 0.0
+    abstained: Share = 0.0
+    confidence: Share = 1.0
     n: Count
 
 
@@ -53,6 +59,17 @@ class Training(BaseModel):
     embedding: bool
     seed: int
     keep: Share
+    max_wrong: Share = 1.0
+
+
+class EncoderConfig(BaseModel):
+    """The sentence encoder: SHA-256 of its weights, and how its opinion is used (`stack.py`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    ask_below: Share
 
 
 class RouterConfig(BaseModel):
@@ -61,8 +78,12 @@ class RouterConfig(BaseModel):
     Attributes:
         labels: Domain of each table column, in order.
         experts: Domain to expert name; None for domains that the base answers.
+        features: "default" reads the tables alone, "encoder" a sentence encoder beside them.
+        encoder: What belongs to the encoder; None without one.
         threshold: Smallest probability with which a specialist is routed.
+        minimums: Domain to a probability that its expert needs where that is more.
         override_confidence: Smallest probability with which the last user turn alone decides.
+        hysteresis: By how much the conversation's expert may fall behind before it is left.
         temperature: Divides the scores before the softmax.
         tokenizer_sha256: SHA-256 of the bytes of the `tokenizer.json` that made the token ids.
     """
@@ -74,8 +95,12 @@ class RouterConfig(BaseModel):
     feature_version: Literal[1] = FEATURE_VERSION
     labels: Annotated[list[str], Field(min_length=2)]
     experts: dict[str, str | None]
+    features: Literal["default", "encoder"] = "default"
+    encoder: EncoderConfig | None = None
     threshold: Share
+    minimums: dict[str, Share] = {}
     override_confidence: Share = 0.95
+    hysteresis: Share = 0.3
     temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     vocab_size: Annotated[int, Field(gt=0)]
     buckets: Annotated[int, Field(ge=2)]
@@ -91,6 +116,10 @@ class RouterConfig(BaseModel):
             raise ValueError("'experts' must name every entry of 'labels' exactly once")
         if all(expert is None for expert in self.experts.values()):
             raise ValueError("at least one domain needs an expert")
+        if unknown := set(self.minimums) - set(self.labels):
+            raise ValueError(f"'minimums' names {sorted(unknown)}, which 'labels' does not")
+        if (self.features == "encoder") != (self.encoder is not None):
+            raise ValueError("'encoder' belongs to the features 'encoder'")
         if self.buckets & (self.buckets - 1):
             raise ValueError(f"'buckets' must be a power of two, got {self.buckets}")
         return self

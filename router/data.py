@@ -8,13 +8,19 @@ Accepted layouts:
   belongs to the folder's name. Folders without such a file are left out.
 """
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from deltamux.router.messages import user_turns
+
+Fingerprints = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,13 @@ def read_dataset(path: Path, splits: Sequence[str] = ("train",)) -> Dataset:
     conflicts = [turns for turns, names in domains.items() if len(names) > 1]
     files = [file for file, _ in sources]
     return Dataset(list(prompts), files, num_rows - len(prompts), conflicts)
+
+
+def fingerprints(prompts: Sequence[Prompt]) -> Fingerprints:
+    """Return 64 bits of a hash of each prompt's words, uint64 [N]; case and spaces do not count."""
+    words = [" ".join(" ".join(prompt.turns).lower().split()) for prompt in prompts]
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in words]
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
 def parse_turns(row: object) -> list[str]:

@@ -28,9 +28,10 @@ class Decision:
 
     Attributes:
         expert: Name of the expert that answers; None means the base.
-        domain: The most probable label, also where the router abstained.
+        domain: The domain whose expert answers; where the router abstained, the most probable one.
         confidence: Calibrated probability of `domain`, in [0, 1]. For a chosen expert this is the
-            largest probability over the specialist domains.
+            largest probability over the specialist domains, unless it goes on with a conversation
+            or was preferred for being on the device.
         reason: One of `REASONS`.
         probabilities: Label to probability; they sum to 1. Empty where the router was not asked.
     """

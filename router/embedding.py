@@ -1,7 +1,8 @@
 """The input-embedding rows of a base checkpoint, read in pieces.
 
-A wide model's embedding takes gigabytes as float32, and only two things are wanted of it: the rows
-of the tokens that occur in the training prompts, and its product with a narrow matrix.
+A wide model's embedding takes gigabytes as float32, and only three things are wanted of it: the
+rows of the tokens that occur in the training prompts, mean and covariance of all rows, and their
+product with a narrow matrix. All rows are scaled to length 1.
 """
 
 import json
@@ -44,16 +45,28 @@ class EmbeddingRows:
     width: int
 
     def gather(self, ids: Ids) -> Floats:
-        """Return the rows of `ids`, float32 [len(ids), H]; ids beyond V give zero rows."""
+        """Return the rows of `ids` scaled to length 1, float32 [len(ids), H]; zeros beyond V."""
         rows = np.zeros((len(ids), self.width), dtype=np.float32)
         for start, chunk in self._chunks():
             inside = (ids >= start) & (ids < start + len(chunk))
             rows[inside] = chunk[ids[inside] - start]
-        return rows
+        return normalise(rows)
 
     def project(self, matrix: Floats) -> Floats:
-        """Return embedding [V, H] @ matrix [H, K], float32 [V, K]."""
-        return np.concatenate([chunk @ matrix for _, chunk in self._chunks()])
+        """Return the rows scaled to length 1 [V, H] @ matrix [H, K], float32 [V, K]."""
+        return np.concatenate([normalise(chunk) @ matrix for _, chunk in self._chunks()])
+
+    def moments(self) -> tuple[Floats, Floats]:
+        """Return mean [H] and covariance [H, H] of the rows scaled to length 1, float32."""
+        total = np.zeros(self.width)
+        products = np.zeros((self.width, self.width))
+        for _, chunk in self._chunks():
+            unit = normalise(chunk)
+            total += unit.sum(axis=0, dtype=np.float64)
+            products += unit.T @ unit
+        mean = total / self.num_rows
+        covariance = products / self.num_rows - np.outer(mean, mean)
+        return mean.astype(np.float32), covariance.astype(np.float32)
 
     def _chunks(self) -> Iterator[tuple[int, Floats]]:
         """First row and float32 rows of each piece."""
@@ -64,6 +77,13 @@ class EmbeddingRows:
             rows = file.get_slice(self.tensor)
             for start in range(0, self.num_rows, _CHUNK_ROWS):
                 yield start, rows[start : start + _CHUNK_ROWS].float().numpy()
+
+
+def normalise(rows: Floats) -> Floats:
+    """Scale every row to length 1; rows of zeros stay."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    scaled: Floats = rows / np.maximum(lengths, np.float32(1e-12))
+    return scaled
 
 
 def find_embedding(base: Path) -> EmbeddingRows | None:

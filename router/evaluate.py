@@ -13,8 +13,9 @@ from typing import Final
 import numpy as np
 from tqdm import tqdm
 
-from deltamux.router.data import Dataset
-from deltamux.router.decision import Decision
+from deltamux.router.curves import Curves, reliability, risk_coverage
+from deltamux.router.data import Dataset, Fingerprints, fingerprints
+from deltamux.router.decision import BASE_NAME, Decision
 from deltamux.router.metrics import Quality, quality
 from deltamux.router.router import Router
 from deltamux.router.tokenizer import Encode
@@ -22,6 +23,8 @@ from deltamux.router.tokenizer import Encode
 RIGHT: Final = "right"
 FALLBACK: Final = "fallback"
 WRONG: Final = "wrong"
+#: Row of the confusion matrix for domains that the router does not know.
+OTHER: Final = "other domains"
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,27 @@ class Evaluation:
     Attributes:
         quality: Of the most probable domain, before abstaining; prompts of known domains only.
         domains: Outcomes by domain.
+        seen: Prompts that the router was trained on; None where its training prompts are unknown.
+        curves: Confusion, reliability, risk against coverage.
         decision_p50_us: Median time of a decision in microseconds, tokenization excluded.
         decision_p99_us: Its 99th percentile.
     """
 
     quality: Quality | None
     domains: dict[str, DomainCounts]
+    seen: int | None
+    curves: Curves
     decision_p50_us: float
     decision_p99_us: float
 
 
 def evaluate_router(
-    router: Router, encode: Encode, dataset: Dataset, *, progress: bool = False
+    router: Router,
+    encode: Encode,
+    dataset: Dataset,
+    *,
+    seen: Fingerprints | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Route every prompt and count.
 
@@ -61,20 +73,23 @@ def evaluate_router(
         router: The router to judge.
         encode: Its tokenizer.
         dataset: Labelled prompts.
+        seen: Fingerprints of the router's training prompts, to find leakage; None: unknown.
         progress: Show a bar.
     """
     decisions: list[Decision] = []
     nanoseconds: list[int] = []
     for prompt in tqdm(dataset.prompts, desc="evaluate", disable=not progress, leave=False):
-        ids = [encode(turn) for turn in prompt.turns]
+        conversation = router.read(prompt.turns, encode)
         start = time.perf_counter_ns()
-        decisions.append(router.decide_ids(ids))
+        decisions.append(router.decide_read(conversation))
         nanoseconds.append(time.perf_counter_ns() - start)
     domains = [prompt.domain for prompt in dataset.prompts]
     p50, p99 = np.percentile(nanoseconds, [50, 99]) / 1000
     return Evaluation(
         quality=_quality(router, decisions, domains),
         domains=_count(router, decisions, domains),
+        seen=_leaked(dataset, seen),
+        curves=_curves(router, decisions, domains),
         decision_p50_us=round(float(p50), 1),
         decision_p99_us=round(float(p99), 1),
     )
@@ -91,6 +106,36 @@ def _quality(router: Router, decisions: list[Decision], domains: list[str]) -> Q
         np.array([index(made.domain) for made, _ in known], dtype=np.int64),
         np.array([made.confidence for made, _ in known]),
         np.array([index(name) for _, name in known], dtype=np.int64),
+    )
+
+
+def _leaked(dataset: Dataset, seen: Fingerprints | None) -> int | None:
+    """Prompts that were trained on."""
+    if seen is None or not seen.size:
+        return None
+    return int(np.isin(fingerprints(dataset.prompts), seen).sum())
+
+
+def _curves(router: Router, decisions: list[Decision], domains: list[str]) -> Curves:
+    """Confusion by who answers; reliability and risk by probabilities, before abstaining."""
+    labels, experts = router.labels, router.config.experts
+    rows = [*labels, OTHER] if set(domains) - set(labels) else labels
+    answers = [*sorted({name for name in experts.values() if name is not None}), BASE_NAME]
+    confusion = [[0] * len(answers) for _ in rows]
+    for made, domain in zip(decisions, domains, strict=True):
+        row = rows.index(domain if domain in labels else OTHER)
+        confusion[row][answers.index(made.expert or BASE_NAME)] += 1
+    probabilities = np.array([list(made.probabilities.values()) for made in decisions])
+    truth = np.array([labels.index(d) if d in labels else -1 for d in domains], dtype=np.int64)
+    best, known = probabilities.argmax(axis=1), truth >= 0
+    specialists = np.array([experts[label] is not None for label in labels], dtype=np.bool_)
+    return Curves(
+        labels=rows,
+        answers=answers,
+        confusion=confusion,
+        reliability=reliability(probabilities.max(axis=1)[known], (best == truth)[known]),
+        risk_coverage=risk_coverage(probabilities, truth, specialists),
+        threshold=router.config.threshold,
     )
 
 

@@ -1,14 +1,16 @@
 """Fitting a router: labelled prompts in, a router's directory out.
 
-    augment -> tokenize -> features -> cross-validate -> calibrate -> fit all -> fold -> write
+    prepare -> features -> cross-validate -> choose features -> calibrate -> fit all -> fold -> write
 
-Everything that judges or calibrates (temperature, threshold, reported quality) comes from
-cross-validated predictions; the classifier that is written is then fitted on all prompts.
+Everything that judges or calibrates (temperature, threshold, reported quality, the choice of
+features) comes from cross-validated predictions; the classifier that is written is then fitted on
+all examples. Generated prompts that the held-out classifier gives to a specialist are left out of
+it: the user has an expert for them.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,35 +19,40 @@ import numpy as np
 from tqdm import tqdm
 
 from deltamux.router.artifact import check_target, save_artifact
-from deltamux.router.augment import augment
-from deltamux.router.base import resolve_base
-from deltamux.router.calibration import fit_temperature, fit_threshold, specialist_scores
-from deltamux.router.config import FALLBACK_DOMAINS, HeldOut, RouterConfig, Training
-from deltamux.router.data import Dataset, Prompt
-from deltamux.router.decision import BASE_NAME
-from deltamux.router.embedding import find_embedding
-from deltamux.router.features import (
-    NUM_BUCKETS,
-    PREFIX_TOKENS,
-    SUFFIX_TOKENS,
-    Ids,
-    bounded_ids,
+from deltamux.router.calibration import (
+    fit_threshold,
+    specialist_scores,
+    threshold_for,
+    wrong_expert,
 )
-from deltamux.router.head import TrainingSet, build_design, fit_head, fold
+from deltamux.router.config import EncoderConfig, HeldOut, RouterConfig, Training
+from deltamux.router.crossval import NUM_FOLDS
+from deltamux.router.data import Dataset, fingerprints
+from deltamux.router.encoder import SentenceEncoder, load_encoder
+from deltamux.router.features import NUM_BUCKETS, PREFIX_TOKENS, SUFFIX_TOKENS
+from deltamux.router.head import fit_head, fold
+from deltamux.router.material import Material, prepare
 from deltamux.router.metrics import Labels, quality
+from deltamux.router.options import Features, Options
 from deltamux.router.policy import Mask
-from deltamux.router.tables import Probabilities, softmax
-from deltamux.router.tokenizer import Encode, build_encode, read_tokenizer
+from deltamux.router.tables import Probabilities, Tables
+from deltamux.router.trials import Trial, better, try_default, try_encoder
 
-NUM_FOLDS: Final = 5
+#: A generated prompt that a specialist claims with this probability is the user's, not the base's.
+CLAIMED: Final = 0.5
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """What was written: the configuration, and the bytes of all files."""
+    """What was written: the configuration, and the bytes of all files.
+
+    `log_loss` has the cross-validated loss of each kind of features that was tried, in nats an
+    example.
+    """
 
     config: RouterConfig
     num_bytes: int
+    log_loss: dict[str, float]
 
 
 def fit_router(
@@ -54,7 +61,11 @@ def fit_router(
     *,
     base: str,
     keep: float = 0.95,
+    max_wrong: float = 0.02,
+    features: Features = "default",
     experts: Mapping[str, str] | None = None,
+    descriptions: Mapping[str, str] | None = None,
+    minimums: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> FitReport:
@@ -66,143 +77,147 @@ def fit_router(
         base: Directory or hub id of the served base: its tokenizer makes the token ids; its input
             embedding, where weights are there, adds features.
         keep: Share of the specialists' own held-out prompts that must reach their expert, in (0, 1].
+        max_wrong: Largest share of held-out prompts that a wrong expert may answer, in (0, 1]; the
+            threshold is raised until it holds, whatever becomes of `keep`.
+        features: "default", "encoder", or "auto" for the better of both in cross-validation.
         experts: Expert of a domain, where it is not called like the domain; "base" for none.
-        seed: Of the folds and of the projection of a wide embedding.
+        descriptions: One line about a domain.
+        minimums: Domain to the probability that its expert needs, where that is more than the
+            threshold.
+        seed: Of folds, views and subsets.
         progress: Show a bar.
 
     Raises:
         FileNotFoundError: The base has no tokenizer.
-        ValueError: An argument or the data cannot make a router, scikit-learn is missing, or the
-            output holds something else.
+        ValueError: An argument or the data cannot make a router, SciPy or the encoder is
+            missing, or the output holds something else.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    options = Options(
+        keep, max_wrong, features, experts or {}, descriptions or {}, minimums or {}, seed
+    )
+    options.check()
     check_target(output)
-    _require_sklearn()
-    mapping = assign_experts(dataset, experts or {})
-    labels = list(mapping)
-    specialists = np.array([expert is not None for expert in mapping.values()], dtype=np.bool_)
-
-    base_directory = resolve_base(base)
-    tokenizer = read_tokenizer(base_directory)
-    embedding = find_embedding(base_directory)
-    encode, vocab_size = build_encode(tokenizer)
-    vocab_size = max(vocab_size, embedding.num_rows if embedding else 0)
-
-    examples = augment(dataset.prompts, mapping)
-    ids = [_encode_prompt(example.prompt, encode, vocab_size) for example in examples]
-    truth = np.array([labels.index(example.prompt.domain) for example in examples], dtype=np.int64)
-    weights = np.array([example.weight for example in examples])
-    origins = np.array([example.origin for example in examples])
-    labelled = truth[: len(dataset.prompts)]
-
+    _require_scipy()
+    encoder = load_encoder() if options.features != "default" else None
+    material = prepare(dataset, base, options)
     with tqdm(total=NUM_FOLDS + 1, desc="fit", disable=not progress, leave=False) as bar:
-        design = build_design(ids, embedding, seed)
-        training = TrainingSet(design.matrix, truth, weights)
-        scores = np.zeros((len(labelled), len(labels)))
-        for held_out in _folds(labelled, seed):
-            rows = np.flatnonzero(~np.isin(origins, held_out))
-            scores[held_out] = fit_head(training.take(rows), seed).scores(design.matrix[held_out])
-            bar.update()
-        tables = fold(design, fit_head(training, seed), embedding, vocab_size)
+        trials = [try_default(material, options.seed, bar)]
+        if encoder is not None:
+            trials.append(try_encoder(trials[0], material, encoder, options.seed))
+        best = better(trials, material.numbers.truth) if options.features == "auto" else trials[-1]
+        tables = _fit_all(best, material)
         bar.update()
-    temperature = fit_temperature(scores, labelled)
-    probabilities = softmax(scores, temperature)
-    threshold = fit_threshold(probabilities, labelled, specialists, keep)
+    config = _configure(dataset, material, best, options, encoder)
+    seen = np.unique(fingerprints(dataset.prompts))
+    num_bytes = save_artifact(
+        output, tables, config, material.tokenizer, seen=seen, stack=best.stack
+    )
+    truth = material.numbers.truth
+    losses: dict[str, float] = {t.kind: round(float(t.losses(truth).mean()), 5) for t in trials}
+    return FitReport(config, num_bytes, losses)
 
-    config = RouterConfig(
-        labels=labels,
-        experts=mapping,
+
+def _generated(material: Material) -> Mask:
+    """Bool [N], True for examples that stem from no labelled prompt."""
+    return np.array([example.generated for example in material.examples], dtype=np.bool_)
+
+
+def _fit_all(trial: Trial, material: Material) -> Tables:
+    """The classifier on all examples but the generated ones that an expert claims."""
+    best = specialist_scores(trial.probabilities, material.specialists)
+    described = material.specialists[material.numbers.truth]
+    kept = np.flatnonzero(~_generated(material) | described | (best < CLAIMED))
+    head = fit_head(material.numbers.training(trial.design).take(kept))
+    return fold(trial.design, head, material.vocab_size)
+
+
+def _configure(
+    dataset: Dataset,
+    material: Material,
+    trial: Trial,
+    options: Options,
+    encoder: SentenceEncoder | None,
+) -> RouterConfig:
+    """Threshold, reported quality and everything else in `router_config.json`."""
+    truth, num_labelled = material.numbers.truth, material.num_labelled
+    specialists = material.specialists
+    own = trial.probabilities[:num_labelled]
+    threshold = max(
+        fit_threshold(own, truth[:num_labelled], specialists, options.keep),
+        threshold_for(trial.probabilities, truth, specialists, options.max_wrong),
+    )
+    return RouterConfig(
+        labels=material.labels,
+        experts=material.experts,
+        features=trial.kind,
+        encoder=_encoder_config(trial, encoder),
         threshold=threshold,
-        temperature=temperature,
-        vocab_size=vocab_size,
+        minimums=dict(sorted(options.minimums.items())),
+        temperature=trial.temperature,
+        vocab_size=material.vocab_size,
         buckets=NUM_BUCKETS,
         prefix_tokens=PREFIX_TOKENS,
         suffix_tokens=SUFFIX_TOKENS,
-        tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
-        training=_training(
-            dataset, len(examples) - len(labelled), embedding is not None, seed, keep
-        ),
-        heldout=_judge(probabilities, labelled, specialists, threshold),
+        tokenizer_sha256=hashlib.sha256(material.tokenizer).hexdigest(),
+        training=_training(dataset, material, options),
+        heldout=_judge(trial.probabilities, truth, num_labelled, specialists, threshold),
     )
-    return FitReport(config, save_artifact(output, tables, config, tokenizer))
 
 
-def assign_experts(dataset: Dataset, experts: Mapping[str, str]) -> dict[str, str | None]:
-    """Give every domain of the data its expert, sorted by domain.
-
-    Raises:
-        ValueError: The data or the names cannot make a router.
-    """
-    counts = Counter(prompt.domain for prompt in dataset.prompts)
-    if len(counts) < 2:
-        raise ValueError(f"a router needs prompts of two domains or more, got {sorted(counts)}")
-    for domain, count in counts.items():
-        if count < NUM_FOLDS:
-            raise ValueError(
-                f"domain {domain!r} has {count} different prompts; {NUM_FOLDS} are the least that "
-                "can be cross-validated, and 64 a sensible start"
-            )
-    if unknown := set(experts) - set(counts):
-        raise ValueError(f"no prompts of the domains {sorted(unknown)}; known: {sorted(counts)}")
-    mapping: dict[str, str | None] = {}
-    for domain in sorted(counts):
-        expert = experts.get(domain, BASE_NAME if domain in FALLBACK_DOMAINS else domain)
-        mapping[domain] = None if expert == BASE_NAME else expert
-    if not any(mapping.values()):
-        raise ValueError(f"no domain of {sorted(counts)} has an expert; name one: DOMAIN=EXPERT")
-    return mapping
-
-
-def _require_sklearn() -> None:
-    """Say how to get scikit-learn, before any work."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "fitting a router needs scikit-learn; run: pip install 'deltamux[router]'"
-        ) from error
-
-
-def _encode_prompt(prompt: Prompt, encode: Encode, vocab_size: int) -> Ids:
-    """Token ids of all turns, as the router sees them."""
-    return bounded_ids([encode(turn) for turn in prompt.turns], vocab_size)
-
-
-def _folds(truth: Labels, seed: int) -> Iterator[Labels]:
-    """Row numbers of each held-out fold; every domain has its share in each."""
-    from sklearn.model_selection import StratifiedKFold
-
-    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)
-    for _, held_out in folds.split(np.zeros(len(truth)), truth):
-        yield held_out
+def _encoder_config(trial: Trial, encoder: SentenceEncoder | None) -> EncoderConfig | None:
+    """What the configuration says about the encoder."""
+    if encoder is None or trial.stack is None:
+        return None
+    stack = trial.stack
+    return EncoderConfig(
+        sha256=encoder.sha256, temperature=stack.temperature, ask_below=stack.ask_below
+    )
 
 
 def _judge(
-    probabilities: Probabilities, truth: Labels, specialists: Mask, threshold: float
+    probabilities: Probabilities,
+    truth: Labels,
+    num_labelled: int,
+    specialists: Mask,
+    threshold: float,
 ) -> HeldOut:
     """Held-out quality for the configuration."""
-    result = quality(probabilities.argmax(axis=1), probabilities.max(axis=1), truth)
-    own = specialist_scores(probabilities, specialists)[specialists[truth]]
+    own, labels = probabilities[:num_labelled], truth[:num_labelled]
+    result = quality(own.argmax(axis=1), own.max(axis=1), labels)
+    best = specialist_scores(own, specialists)
+    wrong = wrong_expert(probabilities, truth, specialists, threshold)
     return HeldOut(
         accuracy=round(result.accuracy, 4),
         macro_f1=round(result.macro_f1, 4),
         ece=round(result.ece, 4),
-        kept=round(float((own >= threshold).mean()), 4),
+        kept=round(float((best >= threshold)[specialists[labels]].mean()), 4),
+        wrong=round(float(wrong.mean()), 4),
+        abstained=round(float((best < threshold).mean()), 4),
+        confidence=round(float(own.max(axis=1).mean()), 4),
         n=result.n,
     )
 
 
-def _training(
-    dataset: Dataset, num_added: int, embedding: bool, seed: int, keep: float
-) -> Training:
+def _training(dataset: Dataset, material: Material, options: Options) -> Training:
     """Counts for the configuration."""
     counts = Counter(prompt.domain for prompt in dataset.prompts)
     return Training(
         prompts=dict(sorted(counts.items())),
         mix={name: round(n / counts.total(), 4) for name, n in sorted(counts.items())},
-        added=num_added,
-        embedding=embedding,
-        seed=seed,
-        keep=keep,
+        added=len(material.examples) - material.num_labelled,
+        embedding=material.embedding is not None,
+        seed=options.seed,
+        keep=options.keep,
+        max_wrong=options.max_wrong,
     )
+
+
+def _require_scipy() -> None:
+    """Say how to get SciPy, before any work."""
+    try:
+        import scipy  # noqa: F401
+        import threadpoolctl  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "fitting a router needs scipy and threadpoolctl; run: pip install 'deltamux[router]'"
+        ) from error

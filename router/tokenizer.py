@@ -7,10 +7,12 @@ A router's features are token ids, so a router belongs to one tokenizer. The SHA
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from deltamux.router.config import CONFIG_FILE, TOKENIZER_FILE, parse_config
 
 Encode = Callable[[str], list[int]]
+Decode = Callable[[list[int]], str]
 
 
 def tokenizer_sha256(directory: str | Path) -> str:
@@ -45,6 +47,33 @@ def build_encode(tokenizer_json: bytes) -> tuple[Encode, int]:
     Raises:
         ValueError: The bytes are not a tokenizer.
     """
+    tokenizer = _tokenizer(tokenizer_json)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    return encode, size
+
+
+def build_decode(tokenizer_json: bytes) -> Decode:
+    """Return the function from token ids back to text.
+
+    Raises:
+        ValueError: The bytes are not a tokenizer.
+    """
+    tokenizer = _tokenizer(tokenizer_json)
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids)
+        return text
+
+    return decode
+
+
+def _tokenizer(tokenizer_json: bytes) -> Any:
+    """The tokenizer of a `tokenizer.json`, without truncation and padding."""
     from tokenizers import Tokenizer
 
     # The library raises bare Exception.
@@ -54,13 +83,7 @@ def build_encode(tokenizer_json: bytes) -> tuple[Encode, int]:
         raise ValueError(f"{TOKENIZER_FILE} cannot be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    return encode, size
+    return tokenizer
 
 
 def load_tokenizer(path: str | Path) -> Encode:

@@ -1,4 +1,4 @@
-"""The metrics that are read at each scrape: residency, swaps, memory, requests in flight, the router.
+"""The metrics that are read at each scrape: residency, swaps, memory, requests in flight.
 
 The worker's own counts come from its status file. Whatever cannot be read is left out of the page,
 with a line in the log: a scrape must not fail for one figure.
@@ -60,7 +60,7 @@ class ServerCollector(Collector):
 
     def collect(self) -> Iterable[Any]:
         """All families that can be read."""
-        for family in (_experts, _swaps, _memory, _in_flight, _router_fit):
+        for family in (_experts, _swaps, _memory, _in_flight):
             yield from self._readable(family)
 
     def _readable(self, family: Callable[[Sources, WorkerStatus], Iterable[Any]]) -> list[Any]:
@@ -141,41 +141,3 @@ def _in_flight(sources: Sources, _: WorkerStatus) -> Iterator[Any]:
         family.add_metric([expert, "waiting"], waiting)
         family.add_metric([expert, "running"], running)
     yield family
-
-
-def _router_fit(sources: Sources, _: WorkerStatus) -> Iterator[Any]:
-    router = sources.route.router
-    if router is None:
-        return
-    yield GaugeMetricFamily(
-        "deltamux_router_fit_abstention_ratio",
-        "Share of abstentions that the prompts of the fit lead to.",
-        value=fit_abstention(router.config),
-    )
-    mix = GaugeMetricFamily(
-        "deltamux_router_fit_domain_ratio",
-        "Share of a domain in the prompts of the fit.",
-        labels=["domain"],
-    )
-    for domain, share in router.config.training.mix.items():
-        mix.add_metric([domain], share)
-    yield mix
-
-
-def fit_abstention(config: Any) -> float:
-    """The share of prompts that the base answers, if they come as they came at the fit.
-
-    Σ over domains of mix(domain) · (1 where the base answers it, else 1 − kept), kept being the share
-    of the specialists' own prompts that the threshold let through.
-
-    Args:
-        config: A `RouterConfig`; `heldout.abstained` is taken where an artifact has measured it.
-    """
-    measured = getattr(config.heldout, "abstained", 0.0)
-    if measured:
-        return float(measured)
-    shares = (
-        share * (1.0 if config.experts[domain] is None else 1.0 - config.heldout.kept)
-        for domain, share in config.training.mix.items()
-    )
-    return float(sum(shares))

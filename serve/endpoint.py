@@ -23,6 +23,7 @@ from deltamux.serve.experts import ExpertRegistry
 from deltamux.serve.handlers import ARRIVAL, Gateway, RoutedHandler, error_response
 from deltamux.serve.journal import Journal
 from deltamux.serve.memory import Memory
+from deltamux.serve.routing_api import routing_router
 from deltamux.serve.settings import AUTO, BASE, RESERVED_NAMES, ExpertName, plugin_settings
 from deltamux.serve.status import read_status
 from deltamux.serve.store import public_name
@@ -41,6 +42,7 @@ class DeltamuxEndpoint:
         """Add routes and headers."""
         app.include_router(router)
         app.include_router(ready.router)
+        app.include_router(routing_router)
         app.add_middleware(DecisionHeaders)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -66,6 +68,7 @@ class DeltamuxEndpoint:
             resolve_directory(model_config.tokenizer, model_config.tokenizer_revision),
             _encoder(engine_client),
             registry.serves,
+            registry.residents,
         )
         journal = Journal(settings.log_requests)
         gateway = Gateway(registry, route, models, journal)
@@ -160,16 +163,6 @@ class RegisterBody(BaseModel):
     pin: bool = False
 
 
-class RouteBody(BaseModel):
-    """`POST /v1/route`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str | list[int] | None = None
-    messages: list[Any] | None = None
-    input: str | list[Any] | None = None
-
-
 def _registry(request: Request) -> ExpertRegistry:
     registry: ExpertRegistry = request.app.state.deltamux_registry
     return registry
@@ -254,16 +247,3 @@ async def pin_expert(name: str, request: Request) -> JSONResponse:
     except ExpertError as error:
         return _failure(str(error), HTTPStatus.BAD_REQUEST)
     return JSONResponse(_describe(expert, request))
-
-
-@router.post("/route")
-async def decide(body: RouteBody, request: Request) -> JSONResponse:
-    """The decision that `model="auto"` would take, without generating."""
-    route: AutoRoute = request.app.state.deltamux_route
-    decision, seconds = route.decide(body.model_dump(exclude_none=True))
-    content = decision.to_json() | {
-        "probabilities": decision.probabilities,
-        "seconds": seconds,
-        "error": route.error,
-    }
-    return JSONResponse(content)

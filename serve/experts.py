@@ -55,6 +55,12 @@ class ExpertRegistry:
         expert = self._experts.get(name)
         return expert is not None and expert.error is None
 
+    def residents(self) -> frozenset[str]:
+        """The names of the experts that are in a slot, as the worker last said."""
+        status = read_status()
+        seen = {e.name: e.request and status.experts.get(e.request.lora_int_id) for e in self}
+        return frozenset(name for name, found in seen.items() if found and found.tier == "slot")
+
     async def adopt(self) -> None:
         """Take over what `--lora-modules` loaded, under versioned names."""
         for name, request in list(self._models.lora_requests.items()):

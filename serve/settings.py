@@ -61,10 +61,22 @@ class ExpertSettings(_Model):
 
 
 class RouterSettings(_Model):
-    """The router behind `model="auto"`; `fallback` answers where it abstains."""
+    """The router behind `model="auto"`.
+
+    Attributes:
+        path: Its directory.
+        fallback: Who answers where it abstains.
+        features: "default" reads the tables alone, "encoder" wants a router with a sentence encoder;
+            None takes what the router was fitted with.
+        shadow: Directory of a second router, which decides too and is only counted.
+        resident_margin: How far behind the winner an expert in a slot may be, and still answer.
+    """
 
     path: Path
     fallback: str = BASE
+    features: Literal["default", "encoder"] | None = None
+    shadow: Path | None = None
+    resident_margin: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
 class SlotSettings(_Model):
@@ -152,9 +164,10 @@ def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
     experts = tuple(
         expert.model_copy(update={"path": root / expert.path}) for expert in settings.experts
     )
-    router = settings.router and settings.router.model_copy(
-        update={"path": root / settings.router.path}
-    )
+    router = settings.router
+    if router:
+        shadow = router.shadow and root / router.shadow
+        router = router.model_copy(update={"path": root / router.path, "shadow": shadow})
     base = settings.base
     if (root / base.model).is_dir():
         base = base.model_copy(update={"model": str(root / base.model)})

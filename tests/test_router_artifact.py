@@ -52,7 +52,7 @@ def edit_config(directory, **changes):
 
 
 def test_what_was_written_is_read_back(artifact):
-    config, tables = load_artifact(artifact)
+    config, tables, _ = load_artifact(artifact)
     assert config == make_config()
     for name, original in vars(make_tables()).items():
         # float16 keeps 11 significant bits.

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from deltamux.router.calibration import MAX_THRESHOLD, fit_temperature, fit_threshold
+from deltamux.router.calibration import (
+    MAX_THRESHOLD,
+    fit_temperature,
+    fit_threshold,
+    threshold_for,
+    wrong_expert,
+)
+from deltamux.router.curves import reliability, risk_coverage
 from deltamux.router.metrics import calibration_error, macro_f1, quality
 from deltamux.router.tables import softmax
 
@@ -37,16 +44,16 @@ def test_threshold_keeps_the_asked_share_of_own_prompts():
 
 
 def test_threshold_ignores_prompts_of_the_general_domain():
-    probabilities = np.array([[0.8, 0.2]] * 10 + [[0.3, 0.7]] * 90)
+    probabilities = np.array([[0.65, 0.35]] * 10 + [[0.3, 0.7]] * 90)
     truth = np.array([0] * 10 + [1] * 90)
-    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.8
+    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.65
 
 
 def test_own_prompts_lost_to_the_general_domain_count_as_lost():
-    probabilities = np.array([[0.4, 0.6]] * 10 + [[0.8, 0.2]] * 90)
+    probabilities = np.array([[0.4, 0.6]] * 10 + [[0.65, 0.35]] * 90)
     truth = np.zeros(100, dtype=np.int64)
     assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.0
-    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.9) == 0.8
+    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.9) == 0.65
 
 
 def test_threshold_is_capped_only_beside_a_general_domain():
@@ -72,3 +79,45 @@ def test_macro_f1_weighs_domains_alike():
 def test_quality_refuses_nothing():
     with pytest.raises(ValueError, match="nothing to judge"):
         quality(np.array([], dtype=np.int64), np.array([]), np.array([], dtype=np.int64))
+
+
+def test_threshold_keeps_wrong_experts_below_the_target():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(4000, 3)) * 2
+    probabilities, truth = softmax(scores), draw(scores)
+    specialists = np.array([True, True, False])
+    free = wrong_expert(probabilities, truth, specialists, 0.0).mean()
+    assert free > 0.1
+    for target in (0.05, 0.02, 0.005):
+        threshold = threshold_for(probabilities, truth, specialists, target)
+        got = wrong_expert(probabilities, truth, specialists, threshold).mean()
+        # The smallest such threshold: one more wrong prompt would be too many.
+        assert target - 1 / 4000 < got <= target
+    assert threshold_for(probabilities, truth, specialists, 1.0) == 0.0
+
+
+def test_a_prompt_of_the_base_that_an_expert_answers_is_wrong():
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8]])
+    wrong = wrong_expert(probabilities, np.array([1, 1]), np.array([True, False]), 0.5)
+    assert wrong.tolist() == [True, False]
+
+
+def test_reliability_bins_confidence():
+    points = reliability(np.array([0.95, 0.99, 0.5, 1.0]), np.array([True, False, True, True]))
+    assert points[14] == pytest.approx((0.98, 2 / 3, 3))
+    assert points[7] == (0.5, 1.0, 1)
+    assert sum(point is None for point in points) == 13
+
+
+def test_risk_is_of_the_prompts_that_an_expert_answers():
+    probabilities = np.array([[0.9, 0.1, 0.0], [0.3, 0.7, 0.0], [0.2, 0.0, 0.8], [0.6, 0.4, 0.0]])
+    points = {
+        point[0]: point[1:]
+        for point in risk_coverage(
+            probabilities, np.array([0, 0, 2, -1]), np.array([True, True, False])
+        )
+    }
+    assert points[0.0] == pytest.approx((0.75, 2 / 3))
+    assert points[0.65] == pytest.approx((0.5, 0.5))
+    assert points[0.8] == pytest.approx((0.25, 0.0))
+    assert max(points) < 0.91

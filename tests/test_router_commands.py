@@ -94,6 +94,59 @@ def test_evaluate_takes_unknown_domains_as_out_of_scope(place, tmp_path):
     assert row.split() == ["law", "(out", "of", "scope)", "2", "1", "0", "1"]
 
 
+def test_evaluate_writes_figures_and_json(place, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    out = tmp_path / "figures"
+    result = run("router", "evaluate", place / "router", place / "data", "-o", out)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((out / "evaluation.json").read_text())
+    curves = report["curves"]
+    assert curves["answers"] == ["gauss", "sql", "base"]
+    assert sum(map(sum, curves["confusion"])) == 30
+    assert sum(point[2] for point in curves["reliability"] if point) == 30
+    coverage = [point[1] for point in curves["risk_coverage"]]
+    assert coverage == sorted(coverage, reverse=True)
+    for name in ("confusion", "reliability", "risk_coverage"):
+        pixels = imread(out / f"{name}.png")
+        assert pixels.shape[0] > 200
+        assert pixels[..., :3].std() > 0.05  # not blank
+
+
+def test_evaluate_reports_prompts_that_were_trained_on(place):
+    result = run("router", "evaluate", place / "router", place / "data", "--json")
+    assert json.loads(result.stdout)["seen"] == 0
+    training = place / "data" / "math" / "train.jsonl"
+    alone = place / "leak.jsonl"
+    rows = [json.loads(line) | {"domain": "math"} for line in training.read_text().splitlines()]
+    alone.write_text("\n".join(json.dumps(row) for row in rows[:7]))
+    result = run("router", "evaluate", place / "router", alone, "--json")
+    assert json.loads(result.stdout)["seen"] == 7
+    assert "7 of these prompts were trained on" in result.stderr
+
+
+def test_fit_takes_descriptions_minimums_and_a_target(place, tmp_path):
+    result = fit(
+        place,
+        tmp_path / "router",
+        *("--describe", "sql=tables and joins", "--minimum", "sql=0.97", "--max-wrong", "0.01"),
+        "--json",
+    )
+    report = json.loads(result.stdout)
+    assert report["training"]["max_wrong"] == 0.01
+    assert report["heldout"]["wrong"] <= 0.01
+    config = json.loads((tmp_path / "router" / "router_config.json").read_text())
+    assert config["minimums"] == {"sql": 0.97}
+
+
+@pytest.mark.parametrize("flag", [("--minimum", "sql=often"), ("--describe", "sql=")])
+def test_a_flag_that_cannot_be_read_is_a_user_error(place, tmp_path, flag):
+    result = fit(place, tmp_path / "router", *flag)
+    assert result.exit_code == 2
+    assert f"{flag[0]} takes DOMAIN=" in result.stderr
+
+
 def test_route_prints_one_decision(place):
     result = run("route", "sum total apples twice half product", "--router", place / "router")
     decision = json.loads(result.stdout)
@@ -180,6 +233,9 @@ def test_the_flags_are_frozen():
     commands |= {command.name: command.callback for command in router_app.registered_commands}
     assert {name: list(inspect.signature(f).parameters) for name, f in commands.items()} == {
         "route": ["text", "directory", "jsonl"],
-        "fit": ["data", "output", "tokenizer", "keep", "expert", "seed", "as_json"],
-        "evaluate": ["directory", "data", "as_json"],
+        "fit": [
+            *("data", "output", "tokenizer", "keep", "expert", "max_wrong", "features"),
+            *("describe", "minimum", "seed", "as_json"),
+        ],
+        "evaluate": ["directory", "data", "output", "as_json"],
     }

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from deltamux.router.augment import ADDED_WEIGHT, NO_ORIGIN, augment
-from deltamux.router.data import Prompt, read_dataset
+from deltamux.router.data import Prompt, fingerprints, read_dataset
 from deltamux.router.followups import followups
 
 
@@ -84,28 +83,12 @@ def test_a_missing_path_is_named(tmp_path):
         read_dataset(tmp_path / "nowhere")
 
 
-def test_edge_lines_keep_the_origin_of_their_prompt():
+def test_fingerprints_tell_words_apart_but_not_case_and_space():
     prompts = [
-        Prompt(("write a function that sorts\nYour code must pass:\nassert f",), "code"),
-        Prompt(("Table t has: a, b.\nwhich a has b of 3?",), "sql"),
-        Prompt(("a single line of text",), "sql"),
-        Prompt(("Table:\nQuestion:",), "sql"),
+        Prompt((text,), "math") for text in ("One  and two", "one and\nTWO", "one and three")
     ]
-    added = augment(prompts, {"code": "code", "sql": "sql"})[len(prompts) :]
-    assert [(example.prompt.turns[0], example.origin) for example in added] == [
-        ("write a function that sorts", 0),
-        ("which a has b of 3?", 1),
-    ]
-    assert {example.weight for example in added} == {ADDED_WEIGHT}
-
-
-def test_follow_ups_go_to_the_domain_of_the_base_only():
-    prompts = [Prompt(("hi",), "general"), Prompt(("1+1",), "math")]
-    added = augment(prompts, {"general": None, "math": "math"})[2:]
-    assert {example.prompt.domain for example in added} == {"general"}
-    assert {example.origin for example in added} == {NO_ORIGIN}
-    assert [example.prompt.turns[0] for example in added] == followups()
-    assert augment(prompts, {"general": "chat", "math": "math"})[2:] == []
+    first, second, third = fingerprints(prompts)
+    assert first == second != third
 
 
 def test_follow_ups_are_a_few_dozen_phrases_without_repetition():

@@ -490,7 +490,7 @@ def test_the_router_tells_the_mix_that_it_was_fitted_on(live: Any) -> None:
     mix = {k[1]: v for k, v in samples.items() if k[0] == "deltamux_router_fit_domain_ratio"}
     assert mix == {f"domain={d}": 0.25 for d in (*EXPERTS, "general")}
     config = json.loads((live.folder / "router" / "router_config.json").read_text())
-    expected = 0.25 + 0.75 * (1 - config["heldout"]["kept"])
+    expected = config["heldout"]["abstained"]
     assert samples["deltamux_router_fit_abstention_ratio",] == pytest.approx(expected)
 
 

@@ -189,6 +189,29 @@ def test_route_decides_without_generating(site: Site) -> None:
     assert sum(decision["probabilities"].values()) == pytest.approx(1)
 
 
+def test_route_explains_when_asked(site: Site) -> None:
+    body = {"prompt": "select the column where rows join", "explain": True}
+    found = site.http("POST", "/v1/route", json=body).json()["explanation"]
+    assert found["domain"] == "sql"
+    assert found["tokens"][0]["lead"] != 0
+    assert set(found["thresholds"]) == set(NAMES)
+
+
+def test_the_router_is_reloaded_whole_or_not_at_all(site: Site) -> None:
+    def reload(path: Path) -> httpx.Response:
+        return site.http("POST", "/v1/router/reload", json={"path": str(path)})
+
+    bad = reload(site.folder / "sql")
+    assert bad.status_code == 400
+    assert "router_config.json" in bad.json()["error"]["message"]
+    assert site.ask("auto", "select the column of rows").model == "sql"
+    good = reload(site.folder / "router")
+    assert good.status_code == 200
+    assert site.ask("auto", "select the column of rows").model == "sql"
+    assert site.metrics()["deltamux_router_reloads_total", "result=refused"] >= 1
+    assert site.http("GET", "/v1/router").json()["drift"]["decisions"] >= 1
+
+
 @pytest.mark.parametrize("model", ["math", "tiny"])
 def test_streaming_gives_the_same_text(site: Site, model: str) -> None:
     parts = [
@@ -481,7 +504,12 @@ def test_an_unknown_expert_is_missing_everywhere(site: Site) -> None:
 
 
 def test_the_api_key_guards_our_routes(site: Site) -> None:
-    for method, path in (("GET", "/v1/experts"), ("POST", "/v1/route"), ("POST", "/v1/experts")):
+    for method, path in (
+        ("GET", "/v1/experts"),
+        ("POST", "/v1/route"),
+        ("POST", "/v1/experts"),
+        ("POST", "/v1/router/reload"),
+    ):
         assert httpx.request(method, f"{site.server.url}{path}", json={}).status_code == 401
 
 
@@ -515,6 +543,11 @@ def test_every_metric_of_the_contract_is_exported(site: Site) -> None:
         "deltamux_router_decisions_total",
         "deltamux_router_seconds_bucket",
         "deltamux_router_confidence_bucket",
+        "deltamux_router_domain_ratio",
+        "deltamux_router_fit_domain_ratio",
+        "deltamux_router_abstention_ratio",
+        "deltamux_router_mean_confidence",
+        "deltamux_router_token_source_total",
         "deltamux_swaps_total",
         "deltamux_swap_seconds_bucket",
         "deltamux_expert_resident",

@@ -59,6 +59,16 @@ def test_a_full_configuration_is_read_with_paths_relative_to_its_folder(tmp_path
     assert settings.engine == {"max_model_len": 4096}
 
 
+def test_the_router_of_a_configuration_may_have_a_shadow(tmp_path: Path) -> None:
+    router = {"path": "now", "shadow": "next", "features": "encoder", "resident_margin": 0.2}
+    found = load_settings(write(tmp_path, FULL | {"router": router}), {}).router
+    assert found is not None
+    assert (found.path, found.shadow) == (tmp_path / "now", tmp_path / "next")
+    assert (found.features, found.resident_margin) == ("encoder", 0.2)
+    with pytest.raises(ValueError, match="features"):
+        load_settings(write(tmp_path, FULL | {"router": router | {"features": "deep"}}), {})
+
+
 def test_a_base_that_is_a_folder_beside_the_file_is_found(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     settings = load_settings(write(tmp_path, {"base": {"model": "base"}}), {})

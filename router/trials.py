@@ -1,0 +1,106 @@
+"""Kinds of features, cross-validated: the tables alone, and with a sentence encoder's opinion."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+
+from deltamux.router.calibration import fit_temperature
+from deltamux.router.crossval import held_out_scores
+from deltamux.router.encoder import SentenceEncoder, join
+from deltamux.router.head import Design, build_design
+from deltamux.router.material import Material
+from deltamux.router.metrics import Labels
+from deltamux.router.options import Kind
+from deltamux.router.stack import ASK_BELOW, Stack, fit_stack
+from deltamux.router.tables import Probabilities, softmax
+
+#: Examples that the encoder reads of those that it will be asked about; half as many of the others.
+MAX_ENCODED: Final = 1500
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One kind of features, cross-validated.
+
+    Attributes:
+        kind: The features.
+        design: Of all N examples.
+        scores: Float64 [N, D], held out, of the tables, divided by `temperature`.
+        temperature: Of the tables.
+        probabilities: Float64 [N, D], held out and calibrated.
+        stack: The second classifier, with features "encoder".
+    """
+
+    kind: Kind
+    design: Design
+    scores: Probabilities
+    temperature: float
+    probabilities: Probabilities
+    stack: Stack | None = None
+
+    def losses(self, truth: Labels) -> Probabilities:
+        """Return -log of the true domain's probability, float64 [N]."""
+        own = self.probabilities[np.arange(len(truth)), truth]
+        return np.asarray(-np.log(np.maximum(own, 1e-12)))
+
+
+def try_default(material: Material, seed: int, bar: Any) -> Trial:
+    """Cross-validate the tables.
+
+    Args:
+        material: What to fit on.
+        seed: Of the folds.
+        bar: Its `update` is called after each fold.
+    """
+    design = build_design(material.ids, material.embedding)
+    scores = held_out_scores(design, material.numbers, seed, bar)
+    labelled = slice(material.num_labelled)
+    temperature = fit_temperature(scores[labelled], material.numbers.truth[labelled])
+    scores /= temperature
+    return Trial("default", design, scores, temperature, softmax(scores))
+
+
+def try_encoder(default: Trial, material: Material, encoder: SentenceEncoder, seed: int) -> Trial:
+    """Cross-validate the encoder's opinion on the prompts that are not plain to the tables.
+
+    Args:
+        default: The tables' trial.
+        material: What to fit on.
+        encoder: The sentence encoder.
+        seed: Of the folds and of the examples that are read.
+    """
+    rng = np.random.default_rng(seed)
+    best = default.probabilities.max(axis=1)
+    unsure, plain = np.flatnonzero(best < ASK_BELOW), np.flatnonzero(best >= ASK_BELOW)
+    rows = np.sort(
+        np.concatenate(
+            [rng.permutation(unsure)[:MAX_ENCODED], rng.permutation(plain)[: MAX_ENCODED // 2]]
+        )
+    )
+    prompts = [material.examples[row].prompt for row in rows]
+    vectors = np.stack([join([encoder.vector(turn) for turn in p.turns]) for p in prompts])
+    stack, scores = fit_stack(default.scores[rows], vectors, material.numbers, rows, seed)
+    asked = best[rows] < ASK_BELOW
+    temperature = fit_temperature(scores[asked], material.numbers.truth[rows][asked])
+    probabilities = default.probabilities.copy()
+    probabilities[rows[asked]] = softmax(scores[asked], temperature)
+    return replace(
+        default,
+        kind="encoder",
+        probabilities=probabilities,
+        stack=replace(stack, temperature=temperature),
+    )
+
+
+def better(trials: list[Trial], truth: Labels) -> Trial:
+    """Return the default features unless the encoder's loss is smaller by two standard errors.
+
+    The encoder costs a hundred times the time of a decision; chance alone must not choose it.
+    """
+    first, *others = trials
+    for other in others:
+        gains = first.losses(truth) - other.losses(truth)
+        if gains.mean() > 2 * gains.std() / np.sqrt(len(gains)):
+            first = other
+    return first
