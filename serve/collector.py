@@ -18,7 +18,6 @@ from prometheus_client.registry import REGISTRY, Collector
 
 from deltamux.compression.artifact import deltamux_version
 from deltamux.serve import compat, metrics, observe
-from deltamux.serve.autoroute import AutoRoute
 from deltamux.serve.experts import ExpertRegistry
 from deltamux.serve.journal import Journal
 from deltamux.serve.memory import Memory
@@ -35,7 +34,6 @@ class Sources:
     """Where the figures come from."""
 
     registry: ExpertRegistry
-    route: AutoRoute
     journal: Journal
     memory: Memory
 

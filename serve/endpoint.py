@@ -77,7 +77,7 @@ class DeltamuxEndpoint:
             if handler is not None:
                 setattr(state, attribute, RoutedHandler(handler, method, gateway))
         _list_everything(models, registry, has_router=settings.router is not None)
-        sources = collector.Sources(registry, route, journal, Memory(config))
+        sources = collector.Sources(registry, journal, Memory(config))
         collector.install(sources)
         spans.install(config.observability_config)
         state.deltamux_registry, state.deltamux_route = registry, route
