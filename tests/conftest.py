@@ -137,7 +137,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints() -> SimpleNamespace:
     """The makers above, for tests that need checkpoints of their own."""
     return SimpleNamespace(
-        save_base=save_base, save_expert=save_expert, save_tokenizer=save_tokenizer
+        save_base=save_base,
+        save_expert=save_expert,
+        save_tokenizer=save_tokenizer,
+        compress_tiny=compress_tiny,
+        write_parts=write_parts,
+        write_config=write_config,
+        scraped=scraped,
+        words=LIVE_WORDS,
     )
 
 
@@ -244,20 +251,16 @@ def _span_attributes(span: Any) -> dict[str, Any]:
     return {"name": span.name} | plain
 
 
-def write_live_site(folder: Path, make_samples: Callable[[Path], list[Any]]) -> Path:
-    """A tiny base, three experts, a damaged one and a router; returns the configuration."""
-    from deltamux.compression.checkpoint import open_checkpoint
-    from deltamux.compression.compress import compress
-    from deltamux.compression.recipe import Recipe
+def write_parts(folder: Path, text_file: Path, names: tuple[str, ...] = LIVE_NAMES) -> Path:
+    """A tiny base (returned), experts, a damaged one and a router, below a folder."""
     from deltamux.router.data import read_dataset
     from deltamux.router.fit import fit_router
 
     base = save_base(folder / "base")
-    for seed, name in enumerate(LIVE_NAMES, start=1):
-        tuned = save_expert(base, folder / f"tuned-{name}", seed)
-        pair = open_checkpoint(base), open_checkpoint(tuned)
-        samples = make_samples(tuned)
-        compress(*pair, folder / name, Recipe(), calibration=samples, held_out=[], progress=False)
+    for seed, name in enumerate(names, start=1):
+        compress_tiny(
+            base, save_expert(base, folder / f"tuned-{name}", seed), folder / name, text_file
+        )
     shutil.copytree(folder / "sql", folder / "broken")
     weights = folder / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -271,28 +274,52 @@ def write_live_site(folder: Path, make_samples: Callable[[Path], list[Any]]) -> 
         ]
         (prompts / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fit_router(read_dataset(prompts), folder / "router", base=str(base))
-    names = [{"name": name, "path": name} for name in (*LIVE_NAMES, "broken")]
+    return base
+
+
+def compress_tiny(base: Path, tuned: Path, output: Path, text_file: Path) -> None:
+    """Compress with the defaults, unverified."""
+    from deltamux.compression.checkpoint import open_checkpoint
+    from deltamux.compression.compress import compress
+    from deltamux.compression.recipe import Recipe
+    from deltamux.compression.text import encode_rows, read_rows
+
+    samples = encode_rows(read_rows(text_file), tuned, 128)
+    pair = open_checkpoint(base), open_checkpoint(tuned)
+    compress(*pair, output, Recipe(), calibration=samples, held_out=[], progress=False)
+
+
+def write_config(folder: Path, engine: dict[str, Any], **settings: Any) -> Path:
+    """A configuration for what `write_parts` left in the folder; changes to it come as arguments."""
     content = {
         "version": 1,
         "base": {"model": "base"},
-        "experts": [{**names[0], "pin": True}, *names[1:]],
+        "experts": [{"name": name, "path": name} for name in (*LIVE_NAMES, "broken")],
         "router": {"path": "router"},
         "slots": 2,
         "host_cache": "1GiB",
-        "log_requests": True,
         "engine": {
             "served_model_name": "tiny",
             "dtype": "float32",
             "max_model_len": 512,
             "max_num_seqs": 8,
-            "max_num_queued_reqs": LIVE_QUEUE,
             "enforce_eager": True,
             "kv_cache_memory_bytes": 2**26,
-        },
+        }
+        | engine,
     }
     config = folder / "deltamux.yaml"
-    config.write_text(yaml.safe_dump(content))
+    config.write_text(yaml.safe_dump(content | settings))
     return config
+
+
+def scraped(page: str) -> dict[tuple[str, ...], float]:
+    """A page of metrics as (name, label=value, …) → value."""
+    return {
+        (sample.name, *sorted(f"{k}={v}" for k, v in sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
 
 
 @dataclass(frozen=True)
@@ -310,22 +337,23 @@ class Live:
 
     def samples(self) -> dict[tuple[str, ...], float]:
         """`/metrics` as (name, label=value, …) → value."""
-        page = self.http("GET", "/metrics").text
-        return {
-            (sample.name, *sorted(f"{k}={v}" for k, v in sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(page)
-            for sample in family.samples
-        }
+        return scraped(self.http("GET", "/metrics").text)
 
 
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator[Live]:
     """A server for the tests of metrics, logs, traces, Prometheus and dashboards."""
-    from deltamux.compression.text import encode_rows, read_rows
     from deltamux.serve.demo_server import deltamux_serve, running_server
 
     folder = tmp_path_factory.mktemp("live")
-    config = write_live_site(folder, lambda tuned: encode_rows(read_rows(text_file), tuned, 128))
+    write_parts(folder, text_file)
+    names = [{"name": name, "path": name} for name in (*LIVE_NAMES, "broken")]
+    config = write_config(
+        folder,
+        {"max_num_queued_reqs": LIVE_QUEUE},
+        experts=[{**names[0], "pin": True}, *names[1:]],
+        log_requests=True,
+    )
     traces = SpanCollector()
     environment = {
         "OMP_NUM_THREADS": "1",

@@ -4,7 +4,7 @@ import asyncio
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
-from deltamux.compression.checkpoint import open_checkpoint
-from deltamux.compression.compress import compress
-from deltamux.compression.recipe import Recipe
-from deltamux.compression.text import encode_rows, read_rows
-from deltamux.router.data import read_dataset
-from deltamux.router.fit import fit_router
 from deltamux.serve.demo_server import Server, deltamux_serve, running_server
 
 pytestmark = pytest.mark.vllm
@@ -35,12 +27,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-WORDS = {
-    "math": "add subtract number sum total divide seven plus",
-    "sql": "select table column where join rows database query",
-    "shell": "list files directory grep folder permissions disk command",
-    "general": "hello weather story friend music holiday advice dinner",
-}
 TEMPLATE = "{% for m in messages %}<|system|>an expert speaks<|end|>{{ m['content'] }}{% endfor %}"
 
 
@@ -50,6 +36,7 @@ class Site:
 
     folder: Path
     server: Server
+    scraped: Callable[[str], dict[tuple[str, ...], float]]
 
     @property
     def client(self) -> openai.OpenAI:
@@ -72,67 +59,16 @@ class Site:
         return self.ask(model, text, **arguments).choices[0].message.content
 
     def metrics(self) -> dict[tuple[str, ...], float]:
-        page = self.http("GET", "/metrics").text
-        return {
-            (sample.name, *sorted(f"{k}={v}" for k, v in sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(page)
-            for sample in family.samples
-        }
-
-
-def write_prompts(folder: Path) -> Path:
-    folder.mkdir()
-    for domain, words in WORDS.items():
-        each = words.split()
-        rows = [
-            {"prompt": f"{each[i % 8]} the {each[(i * 3 + 1) % 8]} of {each[(i // 8) % 8]} {i}"}
-            for i in range(48)
-        ]
-        (folder / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+        return self.scraped(self.http("GET", "/metrics").text)
 
 
 def build_site(folder: Path, make: SimpleNamespace, text: Path) -> Path:
-    base = make.save_base(folder / "base")
-    for seed, name in enumerate((*NAMES, "other"), start=1):
-        tuned = make.save_expert(base, folder / f"tuned-{name}", seed)
-        samples = encode_rows(read_rows(text), tuned, 128)
-        pair = open_checkpoint(base), open_checkpoint(tuned)
-        compress(*pair, folder / name, Recipe(), calibration=samples, held_out=[], progress=False)
-    shutil.copytree(folder / "sql", folder / "broken")
-    weights = folder / "broken" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    make.write_parts(folder, text, (*NAMES, "other"))
     foreign = make.save_base(folder / "foreign-base", seed=9)
     tuned = make.save_expert(foreign, folder / "tuned-foreign")
-    pair = open_checkpoint(foreign), open_checkpoint(tuned)
-    samples = encode_rows(read_rows(text), tuned, 128)
-    compress(*pair, folder / "foreign", Recipe(), calibration=samples, held_out=[], progress=False)
+    make.compress_tiny(foreign, tuned, folder / "foreign", text)
     (folder / "shell" / "chat_template.jinja").write_text(TEMPLATE)
-    dataset = read_dataset(write_prompts(folder / "prompts"))
-    fit_router(dataset, folder / "router", base=str(base))
-    config = folder / "deltamux.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "version": 1,
-                "base": {"model": "base"},
-                "experts": [{"name": name, "path": name} for name in (*NAMES, "broken")],
-                "router": {"path": "router"},
-                "slots": 2,
-                "host_cache": "1GiB",
-                "engine": {
-                    "served_model_name": "tiny",
-                    "dtype": "float32",
-                    "max_model_len": 512,
-                    "max_num_seqs": 8,
-                    "enforce_eager": True,
-                    "enable_prefix_caching": True,
-                    "kv_cache_memory_bytes": 2**26,
-                },
-            }
-        )
-    )
-    return config
+    return make.write_config(folder, {"enable_prefix_caching": True})
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +79,7 @@ def site(
     config = build_site(folder, checkpoints, text_file)
     command = [*deltamux_serve(config), "--api-key", KEY]
     with running_server(command, folder / "server.log", ENVIRONMENT) as server:
-        yield Site(folder, server)
+        yield Site(folder, server, checkpoints.scraped)
 
 
 def test_models_lists_base_auto_and_the_experts_that_loaded(site: Site) -> None:
@@ -167,9 +103,11 @@ def test_experts_and_base_answer_differently(site: Site) -> None:
     assert len({site.text(name) for name in (*NAMES, "tiny")}) == len(NAMES) + 1
 
 
-@pytest.mark.parametrize("domain", WORDS)
-def test_auto_goes_where_the_domain_points(site: Site, domain: str) -> None:
-    words = WORDS[domain].split()
+@pytest.mark.parametrize("domain", [*NAMES, "general"])
+def test_auto_goes_where_the_domain_points(
+    site: Site, checkpoints: SimpleNamespace, domain: str
+) -> None:
+    words = checkpoints.words[domain].split()
     raw = site.client.chat.completions.with_raw_response.create(
         model="auto",
         messages=[{"role": "user", "content": f"{words[0]} the {words[4]} of {words[2]}"}],
@@ -586,7 +524,7 @@ def test_vllms_own_command_serves_experts_too(site: Site) -> None:
     ]
     environment = ENVIRONMENT | {"VLLM_PLUGINS": "deltamux"}
     with running_server(command, site.folder / "plain.log", environment) as server:
-        plain = Site(site.folder, server)
+        plain = Site(site.folder, server, site.scraped)
         for name in ("math", "sql", "tiny"):
             assert plain.ask(name).model == name
             assert plain.text(name) == site.text(name)
