@@ -53,6 +53,8 @@ class Classes:
 
 def best_classes(codes_NK: npt.NDArray[np.uint8]) -> Classes:
     """The classes of rows or columns that are expected to code a matrix in the fewest bits."""
+    if codes_NK.size == 0:
+        return Classes(0, np.zeros(len(codes_NK), np.uint8))
     by_axis = [_histogram(codes_NK, axis) for axis in (0, 1)]
     found = [_classified(histogram_lL) for histogram_lL in by_axis]
     axis = 0 if found[0][1] < found[1][1] else 1
@@ -62,8 +64,8 @@ def best_classes(codes_NK: npt.NDArray[np.uint8]) -> Classes:
 def _histogram(codes_NK: npt.NDArray[np.uint8], axis: int) -> npt.NDArray[np.float64]:
     """How often each line has each of the codes that occur, [l, L]."""
     lines = codes_NK.shape[axis]
-    lowest, highest = int(codes_NK.min(initial=255)), int(codes_NK.max(initial=0))
-    levels = max(highest + 1 - lowest, 0)
+    lowest, highest = int(codes_NK.min()), int(codes_NK.max())
+    levels = highest + 1 - lowest
     if levels > FEW_LEVELS:
         place_l = np.arange(lines) * levels - lowest
         cells_NK = codes_NK + (place_l[:, None] if axis == 0 else place_l)
@@ -87,8 +89,6 @@ def _count(found_NK: npt.NDArray[np.uint8], axis: int) -> npt.NDArray[np.float64
 def _classified(histogram_lL: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], float]:
     """The class of each line, and the bits of all codes without those of the tables."""
     lines = len(histogram_lL)
-    if histogram_lL.size == 0:
-        return np.zeros(lines, np.int64), 0.0
     share_l = histogram_lL[:, histogram_lL.sum(axis=0).argmax()] / histogram_lL.sum(axis=1)
     members_l = np.empty(lines, np.int64)
     members_l[share_l.argsort()] = np.arange(lines) * MOST_CLASSES // lines
