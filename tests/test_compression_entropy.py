@@ -79,7 +79,7 @@ def test_lines_of_unlike_codes_come_back(scheme, transposed, kinds, seed):
     assert torch.equal(inflate(deflate(codes), scheme.levels, *codes.shape), codes)
 
 
-@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1), (3, 700_000), (700_000, 3)])
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1), (3, 100_000), (100_000, 3)])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9999])
 def test_long_and_single_lines_come_back(shape, share):
     codes, _ = skewed_codes(Scheme.INT4, shape, share)
