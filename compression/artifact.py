@@ -8,7 +8,7 @@ for, with N output rows and K input channels:
 | suffix | dtype, shape | meaning |
 |---|---|---|
 | `.codes` | int32 [R, words] or, ternary, uint8 [R, bytes] | codes at a fixed width (see `pack.py`) |
-| `.deflated` | uint8 [bytes] | instead of `.codes`: the same under an entropy code |
+| `.deflated` | uint8 [bytes] | instead of `.codes`: the same under an entropy code (see `entropy.py`) |
 | `.steps` | bfloat16 [R] or [1] | step of each row, or of all: Δ̂_ij = s_i (c_ij − z) |
 | `.channels` | int32 [K'] | input channels that have codes, ascending; absent: all K |
 | `.salient_channels` | int32 [C] | input channels with a 16-bit part, ascending |
@@ -34,11 +34,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from deltamux.compression.architecture import Role
+from deltamux.compression.entropy import deflate, inflate
 from deltamux.compression.factor import FactoredDelta
 from deltamux.compression.lossless import decode_exact
 from deltamux.compression.pack import (
-    deflate,
-    inflate,
     pack_bitmap,
     pack_bits,
     pack_trits,
@@ -156,7 +155,7 @@ def encode_matrix(name: str, quantized: QuantizedDelta | FactoredDelta) -> dict[
 
 def _encode_codes(codes: torch.Tensor, scheme: Scheme, deflated: bool) -> torch.Tensor:
     if deflated:
-        return deflate(codes, scheme.levels, int(scheme.zero_point))
+        return deflate(codes)
     if scheme is Scheme.TERNARY:
         return pack_trits(codes)
     return pack_bits(codes, SCHEME_BITS[scheme])

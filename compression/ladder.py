@@ -28,7 +28,7 @@ from deltamux.compression.prune import Pattern, Score, keep_mask
 from deltamux.compression.quantize import QuantizedDelta, Scheme, search_steps
 
 # Steps of the entropy-coded rungs in units of the delta's effective deviation. The coarser the step,
-# the fewer levels are in use, and the more codes share a byte of the entropy code.
+# the fewer levels are in use, and the longer runs of zeros one symbol of the entropy code holds.
 CODED_STEPS = (
     (Scheme.INT4, (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)),
     (Scheme.QUINARY, (2.8,)),

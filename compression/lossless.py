@@ -102,7 +102,7 @@ class _PlaneEncoder:
     def add(self, plane: torch.Tensor) -> None:
         """Code the next bytes of the plane, uint8 [elements]."""
         self._changed = self._changed or bool(plane.any())
-        self._encoder.add(plane)
+        self._encoder.add(plane.numpy().data)
 
     def finish(self) -> bytes | bytearray:
         """The stream; empty where the plane is zero throughout."""
@@ -124,7 +124,7 @@ def _inflate(stream: torch.Tensor, num_bytes: int) -> torch.Tensor:
         plane = inflate_bytes(stream, num_bytes)
     except zlib.error as error:
         raise _damaged(str(error)) from error
-    if plane is None:
+    if plane is None or len(plane) != num_bytes:
         raise _damaged(f"a plane does not hold {num_bytes} bytes")
     return torch.frombuffer(plane, dtype=torch.uint8)
 

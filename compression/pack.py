@@ -6,11 +6,8 @@
   above, so that every code is read by aligned loads.
 - ternary: codes 0, 1, 2 as base-3 digits, five a byte (3^5 = 243 ≤ 256), the first code the lowest
   digit, rows padded with zeros to a whole byte: 1.6 bits a code.
-- deflated: all codes of a matrix, row after row, as base-L digits of bytes (L levels, as many digits as
-  L^n ≤ 256 allows, the first the lowest, the last byte filled up with the level nearest to zero), the
-  bytes as one raw deflate stream (RFC 1951) of run lengths and Huffman codes. From half a bit a code
-  up this is within a few per cent of the entropy; below, where bytes of zeros only repeat, it takes
-  up to half more.
+
+Raw deflate streams (RFC 1951), of entropy-coded matrices and of exact differences, are written and read here too.
 
 Shapes: N rows, K codes a row, W words a row.
 """
@@ -21,9 +18,8 @@ import torch
 
 WORD_BITS = 32
 TRITS_PER_BYTE = 5
-# Runs pay where nearly all codes are zero, plain Huffman codes where fewer are. Strings of codes repeat
-# only by chance: deflate's default search for them made streams of real deltas up to a third larger,
-# at a tenth of the speed.
+# Repeated bytes pay where nearly all codes are zero, plain Huffman codes elsewhere. Strings of codes repeat
+# only by chance: deflate's default search for them made streams of real deltas 4 to 15 % larger.
 DEFLATE_STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)
 _POWERS_OF_3 = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32)
 
@@ -86,14 +82,6 @@ def unpack_trits(packed: torch.Tensor, columns: int) -> torch.Tensor:
     return digits.to(torch.uint8).view(packed.shape[0], -1)[:, :columns].contiguous()
 
 
-def digits_per_byte(levels: int) -> int:
-    """How many base-`levels` digits a byte holds."""
-    digits = 1
-    while levels ** (digits + 1) <= 256:
-        digits += 1
-    return digits
-
-
 class ShortestDeflate:
     """Deflates bytes with every strategy and gives the shortest raw stream."""
 
@@ -104,10 +92,15 @@ class ShortestDeflate:
             for strategy in DEFLATE_STRATEGIES
         ]
 
-    def add(self, content: torch.Tensor) -> None:
-        """Code the next bytes, uint8 [bytes]."""
+    def add(self, content: bytes | memoryview) -> None:
+        """Code the next bytes."""
         for stream, encoder in zip(self._streams, self._encoders, strict=True):
-            stream.extend(encoder.compress(content.numpy().data))
+            stream.extend(encoder.compress(content))
+
+    def start_block(self) -> None:
+        """Give the bytes that follow Huffman tables of their own."""
+        for stream, encoder in zip(self._streams, self._encoders, strict=True):
+            stream.extend(encoder.flush(zlib.Z_BLOCK))
 
     def finish(self) -> bytearray:
         """The stream."""
@@ -116,59 +109,17 @@ class ShortestDeflate:
         return min(self._streams, key=len)
 
 
-def inflate_bytes(stream: torch.Tensor, num_bytes: int) -> bytearray | None:
-    """The content of a raw deflate stream; None unless it ends with exactly `num_bytes`.
+def inflate_bytes(stream: torch.Tensor, most: int) -> bytearray | None:
+    """The content of a raw deflate stream; None unless it ends with `most` bytes or fewer.
 
     Raises:
         zlib.error: It is no such stream.
     """
     decoder = zlib.decompressobj(-zlib.MAX_WBITS)
     # One byte more than wanted, never all that a damaged stream might grow to.
-    content = decoder.decompress(stream.numpy().tobytes(), num_bytes + 1)
-    whole = len(content) == num_bytes and decoder.eof and not decoder.unused_data
+    content = decoder.decompress(stream.numpy().tobytes(), most + 1)
+    whole = len(content) <= most and decoder.eof and not decoder.unused_data
     return bytearray(content) if whole else None
-
-
-def deflate(codes_NK: torch.Tensor, levels: int, fill: int) -> torch.Tensor:
-    """Entropy-code a matrix of codes below `levels`: uint8 [bytes]."""
-    digits = digits_per_byte(levels)
-    flat = codes_NK.reshape(-1).to(torch.uint8)
-    short = -len(flat) % digits
-    padded = torch.cat([flat, flat.new_full((short,), fill)]).view(-1, digits)
-    packed = padded[:, -1].clone()
-    for digit in reversed(range(digits - 1)):
-        packed = packed.mul_(levels).add_(padded[:, digit])
-    encoder = ShortestDeflate()
-    encoder.add(packed)
-    return torch.frombuffer(bytearray(encoder.finish()), dtype=torch.uint8)
-
-
-def inflate(stream: torch.Tensor, levels: int, rows: int, columns: int) -> torch.Tensor:
-    """The inverse of `deflate`: uint8 codes, shape [rows, columns].
-
-    Raises:
-        ValueError: The stream is damaged, or holds another number of codes.
-    """
-    digits = digits_per_byte(levels)
-    count = -(-rows * columns // digits)
-    try:
-        content = inflate_bytes(stream, count)
-    except zlib.error as error:
-        raise ValueError(f"a stream of codes is damaged ({error}): copy the file again") from error
-    if content is None:
-        raise ValueError(
-            f"a stream of codes does not end with the {count} bytes that are wanted: copy the file "
-            "again"
-        )
-    # Not uint8, in which 256 levels would count as none.
-    packed = torch.frombuffer(content, dtype=torch.uint8).to(torch.int16)
-    flat = torch.empty(count, digits, dtype=torch.uint8)
-    for digit in range(digits):
-        flat[:, digit] = packed % levels
-        packed = packed // levels
-    if int(flat.max()) >= levels or bool(packed.any()):
-        raise ValueError(f"a stream of codes exceeds {levels} levels: copy the file again")
-    return flat.view(-1)[: rows * columns].view(rows, columns)
 
 
 def pack_bitmap(mask: torch.Tensor) -> torch.Tensor:

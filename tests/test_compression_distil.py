@@ -160,8 +160,9 @@ def test_what_is_written_is_what_was_learned(student, distilled):
     written, learned = reconstructed(artifact, student[2]), found.scaled(factors)
     for name in found.names:
         wanted = learned(name)
-        # Steps are rounded to 8 significant bits: 2^-8 of the coded delta.
-        coded = found.delta(name).abs() * factors[name] * 2**-8
+        # Steps are rounded to 8 significant bits, at 2^-8 of the coded delta, in what was read and again
+        # in what is written.
+        coded = found.delta(name).abs() * factors[name] * 2 * 2**-8
         assert ((written(name) - wanted).abs() <= coded + 1e-6).all()
 
 
