@@ -2,8 +2,8 @@
 
     python benchmarks/allocation.py --data DIR [--expert sql] [--bits 0.5] [--measured]
 
-Every allocation method chooses among the same entropy-coded rungs; every pruned ladder (a score, a pattern) is measured anew and
-shared out by the default method. --measured lets the searches that can minimise the measured
+Every allocation method chooses among the same entropy-coded rungs; every pruned ladder (a score, a
+pattern) is measured anew and shared out by the default method. --measured lets the searches that can minimise the measured
 divergence on calibration text instead of the predicted loss do so.
 """
 

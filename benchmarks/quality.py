@@ -35,7 +35,6 @@ from deltamux.compression.measure import measure, measure_key
 from deltamux.compression.recipe import (
     AllocationRecipe,
     DistillationRecipe,
-    EmbeddingRecipe,
     Recipe,
 )
 from deltamux.compression.reconstruct import reconstructed
@@ -160,10 +159,7 @@ def ours(bench: Bench) -> Iterator[Row]:
     seconds = time.perf_counter() - before
     for bits in BUDGETS:
         before = time.perf_counter()
-        recipe = Recipe(
-            allocation=AllocationRecipe(bits=bits),
-            embedding=EmbeddingRecipe(step=2.0 if bits < 1 else 1.0),
-        )
+        recipe = Recipe(allocation=AllocationRecipe(bits=bits))
         rungs = bench.rungs(recipe, work, measured)
         choice, stretch = rungs.select(bench.calibration)
         artifact = rungs.write(choice, rungs.stretched(stretch))
