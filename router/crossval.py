@@ -38,7 +38,7 @@ class Examples:
 
     def training(self, design: Design) -> TrainingSet:
         """All examples, to fit on."""
-        return TrainingSet(design.sparse, design.dense, self.truth, self.weights)
+        return TrainingSet(design.columns, self.truth, self.weights)
 
 
 def context_groups(prompts: Sequence[Prompt]) -> Labels:
@@ -79,7 +79,7 @@ def held_out_scores(design: Design, examples: Examples, seed: int, bar: Any) -> 
         inside = np.isin(groups, held_out)
         rows, out = np.flatnonzero(~inside), np.flatnonzero(inside)
         head = fit_head(training.take(rows))
-        scores[out] = head.scores(design.sparse[out], design.dense[out])
+        scores[out] = head.scores(design.columns[out])
         bar.update()
     return scores
 

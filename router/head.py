@@ -23,14 +23,14 @@ import numpy as np
 from deltamux.router.embedding import EmbeddingRows
 from deltamux.router.features import NUM_BUCKETS, Ids, distinct
 from deltamux.router.metrics import Labels
-from deltamux.router.regression import fit_regression
 from deltamux.router.tables import Floats, Probabilities, Tables
 from deltamux.router.vectors import TokenVectors, token_vectors
 
-#: Inverse strength of the L2 penalty, relative to a prompt's weight.
+#: Inverse strength of the L2 penalty, relative to a prompt's weight: scikit-learn's `C`.
 INVERSE_PENALTY: Final = 5.0
 #: A pair seen in a single prompt says nothing about other prompts.
 MIN_PAIR_PROMPTS: Final = 2
+_MAX_ITERATIONS: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,14 @@ class Design:
     """Training features, and what is needed to fold weights on them.
 
     Attributes:
-        sparse: CSR float32 [N, T + Q].
-        dense: Float32 [N, K].
+        columns: CSR float32 [N, T + Q + K].
         tokens: Int64 [T], token id of each column.
         pairs: Int64 [Q], bucket of each column.
         vectors: The tokens' vectors, scale included; None without an embedding.
         offset: Float32 [K], what was subtracted from the embedding block; K = 0 likewise.
     """
 
-    sparse: Any
-    dense: Floats
+    columns: Any
     tokens: Ids
     pairs: Ids
     vectors: TokenVectors | None
@@ -59,22 +57,18 @@ class TrainingSet:
     """What is fitted on.
 
     Attributes:
-        sparse: CSR float32 [N, T + Q].
-        dense: Float32 [N, K].
+        columns: CSR float32 [N, T + Q + K].
         truth: Int64 [N], the domains.
         weights: Float64 [N], how much each prompt counts within its domain.
     """
 
-    sparse: Any
-    dense: Floats
+    columns: Any
     truth: Labels
     weights: Probabilities
 
     def take(self, rows: Labels) -> "TrainingSet":
         """Return the given rows."""
-        return TrainingSet(
-            self.sparse[rows], self.dense[rows], self.truth[rows], self.weights[rows]
-        )
+        return TrainingSet(self.columns[rows], self.truth[rows], self.weights[rows])
 
 
 @dataclass(frozen=True)
@@ -84,10 +78,9 @@ class Head:
     weights: Probabilities
     bias: Probabilities
 
-    def scores(self, sparse: Any, dense: Floats) -> Probabilities:
+    def scores(self, columns: Any) -> Probabilities:
         """Return the scores of rows of a design, float64 [N, D]."""
-        upper, lower = np.split(self.weights, [sparse.shape[1]])
-        return np.asarray(sparse @ upper + dense @ lower + self.bias, dtype=np.float64)
+        return np.asarray(columns @ self.weights + self.bias, dtype=np.float64)
 
 
 def build_design(prompts: Sequence[Ids], embedding: EmbeddingRows | None) -> Design:
@@ -114,8 +107,9 @@ def build_design(prompts: Sequence[Ids], embedding: EmbeddingRows | None) -> Des
         offset *= scale
         dense = summed * scale - offset
         vectors = TokenVectors(embedding, vectors.projection * scale, vectors.shift * scale)
-    block = sparse.hstack([token_block, pair_block], format="csr", dtype=np.float32)
-    return Design(block, np.ascontiguousarray(dense), tokens, pairs, vectors, offset)
+    blocks = [token_block, pair_block, sparse.csr_array(dense)]
+    columns = sparse.hstack(blocks, format="csr", dtype=np.float32)
+    return Design(columns, tokens, pairs, vectors, offset)
 
 
 def fit_head(training: TrainingSet) -> Head:
@@ -124,11 +118,32 @@ def fit_head(training: TrainingSet) -> Head:
     Args:
         training: Holds every domain 0..D-1 at least once.
     """
-    balanced = balance(training.truth, training.weights)
-    weights, bias = fit_regression(
-        training.sparse, training.dense, training.truth, balanced, penalty=1 / INVERSE_PENALTY
+    return regress(
+        training.columns, training.truth, balance(training.truth, training.weights), INVERSE_PENALTY
     )
-    return Head(weights, bias)
+
+
+def regress(columns: Any, truth: Labels, weights: Probabilities, inverse_penalty: float) -> Head:
+    """Fit scikit-learn's logistic regression.
+
+    Args:
+        columns: CSR or array, float32 [N, F].
+        truth: Int64 [N], every domain 0..D-1 at least once.
+        weights: Float64 [N], of the examples.
+        inverse_penalty: scikit-learn's `C`.
+
+    Returns:
+        Weights [F, D]. Of two domains scikit-learn fits the difference of the scores; each gets
+        half of it.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=inverse_penalty, max_iter=_MAX_ITERATIONS)
+    model.fit(columns, truth, sample_weight=weights)
+    found, bias = model.coef_.T.astype(np.float64), model.intercept_.astype(np.float64)
+    if len(bias) == 1:
+        found, bias = np.hstack([-found, found]) / 2, np.hstack([-bias, bias]) / 2
+    return Head(found, bias)
 
 
 def balance(truth: Labels, weights: Probabilities) -> Probabilities:

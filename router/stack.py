@@ -7,28 +7,28 @@ asked only where the tables' largest probability stays below `ASK_BELOW`:
 
 A [D, D], S [E, D] and b are a logistic regression on cross-validated scores, as stacking needs
 (Wolpert 1992, "Stacked Generalization"): scores of prompts that the tables were fitted on would
-look better than they are. The penalty draws A to the identity: where nothing speaks against them,
-the tables' scores stand.
+look better than they are. Their columns are scaled up, so that the penalty is on the vector.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from deltamux.router.crossval import Examples, folds
-from deltamux.router.encoder import WIDTH
-from deltamux.router.head import balance
+from deltamux.router.head import Head, balance, regress
 from deltamux.router.metrics import Labels
-from deltamux.router.regression import fit_regression
+from deltamux.router.policy import Mask
 from deltamux.router.tables import Floats, Probabilities, softmax
 
 #: Largest probability of the tables below which the encoder is asked.
 ASK_BELOW: Final = 0.995
 #: Weight of a vector of length 1 beside the scores: the higher, the less its weights are penalised.
 VECTOR_SCALE: Final = 4.0
-#: Penalty of the squared weights, relative to a prompt's weight.
-PENALTY: Final = 2.0
+#: The same of the scores.
+SCORE_SCALE: Final = 4.0
+#: Inverse strength of the L2 penalty, relative to a prompt's weight.
+INVERSE_PENALTY: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,32 +75,18 @@ def fit_stack(
         The classifier, its temperature still 1, and float64 [n, D] held-out scores.
     """
     truth, weights = examples.truth[rows], examples.weights[rows]
-    columns = np.concatenate([scores, vectors * VECTOR_SCALE], axis=1).astype(np.float32)
+    scale = np.repeat([SCORE_SCALE, VECTOR_SCALE], [scores.shape[1], vectors.shape[1]])
+    columns = np.concatenate([scores, vectors], axis=1) * scale
     held_out = np.zeros(scores.shape)
     groups = examples.groups[examples.origins[rows]]
+
+    def fit(chosen: Mask) -> Head:
+        balanced = balance(truth[chosen], weights[chosen])
+        return regress(columns[chosen], truth[chosen], balanced, INVERSE_PENALTY)
+
     for fold in folds(examples, seed):
         inside = np.isin(groups, fold)
-        fitted, bias = _fit(columns[~inside], truth[~inside], weights[~inside])
-        held_out[inside] = columns[inside] @ fitted + bias
-    fitted, bias = _fit(columns, truth, weights)
-    fitted[scores.shape[1] :] *= VECTOR_SCALE
-    return Stack(fitted.astype(np.float32), bias.astype(np.float32), 1.0), held_out
-
-
-def _fit(columns: Floats, truth: Labels, weights: Probabilities) -> Any:
-    """Weights and bias, every domain weighing the same."""
-    from scipy import sparse
-
-    nothing = sparse.csr_array((len(truth), 0), dtype=np.float32)
-    num_domains = columns.shape[1] - WIDTH
-    weights, bias = fit_regression(
-        nothing,
-        columns,
-        truth,
-        balance(truth, weights),
-        penalty=PENALTY,
-        offset=columns[:, :num_domains],
-    )
-    # Without evidence against them the tables' own scores stand.
-    weights[:num_domains] += np.eye(num_domains)
-    return weights, bias
+        held_out[inside] = fit(~inside).scores(columns[inside])
+    head = fit(np.ones(len(rows), dtype=np.bool_))
+    fitted = (head.weights * scale[:, None]).astype(np.float32)
+    return Stack(fitted, head.bias.astype(np.float32), 1.0), held_out
