@@ -8,7 +8,7 @@ import numpy as np
 from deltamux.router.calibration import fit_temperature
 from deltamux.router.crossval import held_out_scores
 from deltamux.router.encoder import SentenceEncoder, join
-from deltamux.router.head import Design, build_design
+from deltamux.router.head import Design, build_design, dense_length
 from deltamux.router.material import Material
 from deltamux.router.metrics import Labels
 from deltamux.router.options import Kind
@@ -53,7 +53,8 @@ def try_default(material: Material, seed: int, bar: Any) -> Trial:
         seed: Of the folds.
         bar: Its `update` is called after each fold.
     """
-    design = build_design(material.ids, material.embedding)
+    typical = material.num_labelled / len(set(material.numbers.truth[: material.num_labelled]))
+    design = build_design(material.ids, material.embedding, dense_length(typical))
     scores = held_out_scores(design, material.numbers, seed, bar)
     labelled = slice(material.num_labelled)
     temperature = fit_temperature(scores[labelled], material.numbers.truth[labelled])
