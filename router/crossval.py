@@ -38,7 +38,7 @@ class Examples:
 
     def training(self, design: Design) -> TrainingSet:
         """All examples, to fit on."""
-        return TrainingSet(design.columns, self.truth, self.weights)
+        return TrainingSet(design.columns, self.truth, self.weights, int(self.truth.max()) + 1)
 
 
 def context_groups(prompts: Sequence[Prompt]) -> Labels:

@@ -37,6 +37,8 @@ MIN_PAIR_PROMPTS: Final = 2
 #: half a point of whole prompts with 64, and half a point of bare prompts with 400.
 FEW_PROMPTS: Final = 16
 _MAX_ITERATIONS: Final = 1000
+#: Score of a domain without prompts.
+_UNSEEN: Final = -20.0
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,19 @@ class TrainingSet:
         columns: CSR float32 [N, T + Q + K].
         truth: Int64 [N], the domains.
         weights: Float64 [N], how much each prompt counts within its domain.
+        num_domains: D; of some there may be no prompt.
     """
 
     columns: Any
     truth: Labels
     weights: Probabilities
+    num_domains: int
 
     def take(self, rows: Labels) -> "TrainingSet":
         """Return the given rows."""
-        return TrainingSet(self.columns[rows], self.truth[rows], self.weights[rows])
+        return TrainingSet(
+            self.columns[rows], self.truth[rows], self.weights[rows], self.num_domains
+        )
 
 
 @dataclass(frozen=True)
@@ -126,38 +132,31 @@ def build_design(
     return Design(columns, tokens, pairs, vectors, offset)
 
 
-def fit_head(training: TrainingSet) -> Head:
-    """Fit multinomial logistic regression, every domain weighing the same.
+def fit_head(training: TrainingSet, inverse_penalty: float = INVERSE_PENALTY) -> Head:
+    """Fit scikit-learn's logistic regression, every domain weighing the same.
 
     Args:
-        training: Holds every domain 0..D-1 at least once.
-    """
-    return regress(
-        training.columns, training.truth, balance(training.truth, training.weights), INVERSE_PENALTY
-    )
-
-
-def regress(columns: Any, truth: Labels, weights: Probabilities, inverse_penalty: float) -> Head:
-    """Fit scikit-learn's logistic regression.
-
-    Args:
-        columns: CSR or array, float32 [N, F].
-        truth: Int64 [N], every domain 0..D-1 at least once.
-        weights: Float64 [N], of the examples.
+        training: A domain of which it has no prompt gets the lowest score.
         inverse_penalty: scikit-learn's `C`.
 
     Returns:
-        Weights [F, D]. Of two domains scikit-learn fits the difference of the scores; each gets
+        A classifier of D domains. Of two, scikit-learn fits the difference of the scores; each gets
         half of it.
     """
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=inverse_penalty, max_iter=_MAX_ITERATIONS)
-    model.fit(columns, truth, sample_weight=weights)
-    found, bias = model.coef_.T.astype(np.float64), model.intercept_.astype(np.float64)
-    if len(bias) == 1:
-        found, bias = np.hstack([-found, found]) / 2, np.hstack([-bias, bias]) / 2
-    return Head(found, bias)
+    weights = np.zeros((training.columns.shape[1], training.num_domains))
+    bias = np.full(training.num_domains, _UNSEEN)
+    seen = np.unique(training.truth)
+    bias[seen] = 0.0
+    if len(seen) > 1:
+        model = LogisticRegression(C=inverse_penalty, max_iter=_MAX_ITERATIONS)
+        balanced = balance(training.truth, training.weights)
+        model.fit(training.columns, training.truth, sample_weight=balanced)
+        signs = np.array([[-0.5], [0.5]]) if len(seen) == 2 else 1.0
+        weights[:, seen] = (model.coef_ * signs).T
+        bias[seen] = (model.intercept_[:, None] * signs).ravel()
+    return Head(weights, bias)
 
 
 def balance(truth: Labels, weights: Probabilities) -> Probabilities:

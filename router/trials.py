@@ -17,6 +17,8 @@ from deltamux.router.tables import Probabilities, softmax
 
 #: Examples that the encoder reads of those that it will be asked about; half as many of the others.
 MAX_ENCODED: Final = 1500
+#: Examples of each domain that it reads at least.
+MIN_ENCODED: Final = 16
 
 
 @dataclass(frozen=True)
@@ -74,24 +76,20 @@ def try_encoder(default: Trial, material: Material, encoder: SentenceEncoder, se
     rng = np.random.default_rng(seed)
     best = default.probabilities.max(axis=1)
     unsure, plain = np.flatnonzero(best < ASK_BELOW), np.flatnonzero(best >= ASK_BELOW)
-    rows = np.sort(
-        np.concatenate(
-            [rng.permutation(unsure)[:MAX_ENCODED], rng.permutation(plain)[: MAX_ENCODED // 2]]
-        )
-    )
+    truth = material.numbers.truth
+    chosen = [rng.permutation(unsure)[:MAX_ENCODED], rng.permutation(plain)[: MAX_ENCODED // 2]]
+    for domain in range(len(material.labels)):
+        chosen.append(rng.permutation(np.flatnonzero(truth == domain))[:MIN_ENCODED])
+    rows = np.unique(np.concatenate(chosen))
     prompts = [material.examples[row].prompt for row in rows]
     vectors = np.stack([join([encoder.vector(turn) for turn in p.turns]) for p in prompts])
-    stack, scores = fit_stack(default.scores[rows], vectors, material.numbers, rows, seed)
     asked = best[rows] < ASK_BELOW
-    temperature = fit_temperature(scores[asked], material.numbers.truth[rows][asked])
-    probabilities = default.probabilities.copy()
-    probabilities[rows[asked]] = softmax(scores[asked], temperature)
-    return replace(
-        default,
-        kind="encoder",
-        probabilities=probabilities,
-        stack=replace(stack, temperature=temperature),
+    stack, scores = fit_stack(
+        default.scores[rows], vectors, material.numbers, rows, asked=asked, seed=seed
     )
+    probabilities = default.probabilities.copy()
+    probabilities[rows[asked]] = softmax(scores[asked])
+    return replace(default, kind="encoder", probabilities=probabilities, stack=stack)
 
 
 def better(trials: list[Trial], truth: Labels) -> Trial:

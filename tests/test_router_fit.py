@@ -102,7 +102,7 @@ def design_of(embedding, domains, vocab_size=60):
 def test_the_fit_is_the_minimum_of_the_penalised_loss(base, domains, with_embedding):
     design, truth, _ = design_of(find_embedding(base) if with_embedding else None, domains)
     weights = np.where(np.arange(len(truth)) % 3, 1.0, 0.25)
-    found = fit_head(TrainingSet(design.columns, truth, weights))
+    found = fit_head(TrainingSet(design.columns, truth, weights, domains))
     columns = design.columns.toarray()
 
     def objective(change, bias_change):
@@ -125,6 +125,16 @@ def test_the_fit_is_the_minimum_of_the_penalised_loss(base, domains, with_embedd
         assert objective(change, bias_change) > lowest
 
 
+@pytest.mark.parametrize("seen", [(0, 2), (1,), (0, 1, 3)])
+def test_a_domain_without_prompts_is_never_the_most_probable(seen):
+    design, truth, _ = design_of(None, 4)
+    rows = np.flatnonzero(np.isin(truth, seen))
+    training = TrainingSet(design.columns, truth, np.ones(len(truth)), 4).take(rows)
+    best = fit_head(training).scores(design.columns).argmax(axis=1)
+    assert set(best) == set(seen)
+    assert (best[rows] == truth[rows]).mean() > 0.9
+
+
 @pytest.mark.parametrize("with_embedding", [True, False])
 @pytest.mark.parametrize("max_width", [768, 4])
 def test_folded_tables_give_the_probabilities_of_the_classifier(
@@ -132,7 +142,7 @@ def test_folded_tables_give_the_probabilities_of_the_classifier(
 ):
     monkeypatch.setattr(vectors, "MAX_WIDTH", max_width)
     design, truth, ids = design_of(find_embedding(base) if with_embedding else None, 3)
-    fitted_head = fit_head(TrainingSet(design.columns, truth, np.ones(len(truth))))
+    fitted_head = fit_head(TrainingSet(design.columns, truth, np.ones(len(truth)), 3))
     tables = fold(design, fitted_head, vocab_size=60)
     expected = softmax(fitted_head.scores(design.columns))
 
