@@ -78,8 +78,10 @@ def try_encoder(default: Trial, material: Material, encoder: SentenceEncoder, se
     unsure, plain = np.flatnonzero(best < ASK_BELOW), np.flatnonzero(best >= ASK_BELOW)
     truth = material.numbers.truth
     chosen = [rng.permutation(unsure)[:MAX_ENCODED], rng.permutation(plain)[: MAX_ENCODED // 2]]
-    for domain in range(len(material.labels)):
-        chosen.append(rng.permutation(np.flatnonzero(truth == domain))[:MIN_ENCODED])
+    chosen += [
+        rng.permutation(np.flatnonzero(truth == domain))[:MIN_ENCODED]
+        for domain in range(len(material.labels))
+    ]
     rows = np.unique(np.concatenate(chosen))
     prompts = [material.examples[row].prompt for row in rows]
     vectors = np.stack([join([encoder.vector(turn) for turn in p.turns]) for p in prompts])
