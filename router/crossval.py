@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from deltamux.router.data import Prompt
-from deltamux.router.head import Design, TrainingSet, fit_head
+from deltamux.router.design import Design
+from deltamux.router.head import TrainingSet, fit_head
 from deltamux.router.metrics import Labels
 from deltamux.router.tables import Probabilities
 

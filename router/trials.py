@@ -7,8 +7,8 @@ import numpy as np
 
 from deltamux.router.calibration import fit_temperature
 from deltamux.router.crossval import held_out_scores
+from deltamux.router.design import Design, build_design, dense_length
 from deltamux.router.encoder import SentenceEncoder, join
-from deltamux.router.head import Design, build_design, dense_length
 from deltamux.router.material import Material
 from deltamux.router.metrics import Labels
 from deltamux.router.options import Kind

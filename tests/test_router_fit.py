@@ -11,10 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deltamux.router import head, vectors
 from deltamux.router.data import Dataset, Prompt
+from deltamux.router.design import build_design, dense_length
 from deltamux.router.embedding import EmbeddingRows, find_embedding
 from deltamux.router.features import bounded_ids, pair_buckets
 from deltamux.router.fit import fit_router
-from deltamux.router.head import TrainingSet, build_design, fit_head, fold
+from deltamux.router.head import TrainingSet, fit_head, fold
 from deltamux.router.router import Router
 from deltamux.router.tables import Tables, softmax
 from deltamux.router.tokenizer import build_encode, load_tokenizer, tokenizer_sha256
@@ -181,6 +182,15 @@ def test_pairs_of_a_single_prompt_get_no_column():
     design = build_design([np.array([1, 2, 3]), np.array([1, 2, 4])], None)
     assert design.tokens.tolist() == [1, 2, 3, 4]
     assert design.pairs.tolist() == pair_buckets(np.array([1, 2])).tolist()
+
+
+@pytest.mark.parametrize(("prompts_per_domain", "length"), [(16, 2.0), (1600, 1.01)])
+def test_the_fewer_prompts_the_longer_is_the_embedding_block(base, prompts_per_domain, length):
+    rows = [np.array([1, 2, 3]), np.array([4, 5]), np.array([9, 2, 7, 8])]
+    dense = dense_length(prompts_per_domain)
+    design = build_design(rows, find_embedding(base), dense)
+    block = design.columns.toarray()[:, len(design.tokens) + len(design.pairs) :]
+    assert np.linalg.norm(block, axis=1).mean() == pytest.approx(length, rel=1e-5)
 
 
 def test_fitted_router_separates_the_domains(fitted, base):
