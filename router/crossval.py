@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from deltamux.router.data import Prompt
-from deltamux.router.head import Design, TrainingSet, fit_head
+from deltamux.router.design import Design
+from deltamux.router.head import TrainingSet, fit_head
 from deltamux.router.metrics import Labels
 from deltamux.router.tables import Probabilities
 
@@ -38,7 +39,7 @@ class Examples:
 
     def training(self, design: Design) -> TrainingSet:
         """All examples, to fit on."""
-        return TrainingSet(design.sparse, design.dense, self.truth, self.weights)
+        return TrainingSet(design.columns, self.truth, self.weights, int(self.truth.max()) + 1)
 
 
 def context_groups(prompts: Sequence[Prompt]) -> Labels:
@@ -79,7 +80,7 @@ def held_out_scores(design: Design, examples: Examples, seed: int, bar: Any) -> 
         inside = np.isin(groups, held_out)
         rows, out = np.flatnonzero(~inside), np.flatnonzero(inside)
         head = fit_head(training.take(rows))
-        scores[out] = head.scores(design.sparse[out], design.dense[out])
+        scores[out] = head.scores(design.columns[out])
         bar.update()
     return scores
 

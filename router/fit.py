@@ -89,15 +89,15 @@ def fit_router(
 
     Raises:
         FileNotFoundError: The base has no tokenizer.
-        ValueError: An argument or the data cannot make a router, SciPy or the encoder is
-            missing, or the output holds something else.
+        ValueError: An argument or the data cannot make a router, scikit-learn or the
+            encoder is missing, or the output holds something else.
     """
     options = Options(
         keep, max_wrong, features, experts or {}, descriptions or {}, minimums or {}, seed
     )
     options.check()
     check_target(output)
-    _require_scipy()
+    _require_scikit_learn()
     encoder = load_encoder() if options.features != "default" else None
     material = prepare(dataset, base, options)
     with tqdm(total=NUM_FOLDS + 1, desc="fit", disable=not progress, leave=False) as bar:
@@ -212,12 +212,11 @@ def _training(dataset: Dataset, material: Material, options: Options) -> Trainin
     )
 
 
-def _require_scipy() -> None:
-    """Say how to get SciPy, before any work."""
+def _require_scikit_learn() -> None:
+    """Say how to get scikit-learn, before any work."""
     try:
-        import scipy  # noqa: F401
-        import threadpoolctl  # noqa: F401
+        import sklearn  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "fitting a router needs scipy and threadpoolctl; run: pip install 'deltamux[router]'"
+            "fitting a router needs scikit-learn; run: pip install 'deltamux[router]'"
         ) from error

@@ -1,57 +1,27 @@
-"""The linear classifier: its design, its fit, and folding it into tables.
+"""The linear classifier: its fit, and folding it into tables.
 
-Three blocks of columns, each row of length about 1 in each block:
+scikit-learn's multinomial logistic regression on the columns of `design.py`. Their embedding block
+is linear in their token block, so both fold into one weight a token.
 
-    tokens     1 / sqrt(U) for each of the U distinct tokens
-    pairs      1 / sqrt(P) for each of the P distinct pair buckets
-    embedding  scale * (sum of the distinct tokens' vectors / sqrt(U) - mean over prompts)
-
-Vectors of tokens are those of `vectors.py`. The third block is linear in the first, so both fold into
-one weight a token. The mean over prompts only moves the bias; subtracting it makes the optimisation
-well-conditioned.
-
-Shapes: N prompts, V vocabulary, B buckets, D domains, K width of a token's vector, T token columns
-and Q pair columns that occur.
+Shapes: N prompts, V vocabulary, D domains; K width of a token's vector, T token columns, Q pair
+columns.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-from deltamux.router.embedding import EmbeddingRows
-from deltamux.router.features import NUM_BUCKETS, Ids, distinct
+from deltamux.router.design import Design
+from deltamux.router.features import NUM_BUCKETS
 from deltamux.router.metrics import Labels
-from deltamux.router.regression import fit_regression
-from deltamux.router.tables import Floats, Probabilities, Tables
-from deltamux.router.vectors import TokenVectors, token_vectors
+from deltamux.router.tables import Probabilities, Tables
 
-#: Inverse strength of the L2 penalty, relative to a prompt's weight.
+#: Inverse strength of the L2 penalty, relative to a prompt's weight: scikit-learn's `C`.
 INVERSE_PENALTY: Final = 5.0
-#: A pair seen in a single prompt says nothing about other prompts.
-MIN_PAIR_PROMPTS: Final = 2
-
-
-@dataclass(frozen=True)
-class Design:
-    """Training features, and what is needed to fold weights on them.
-
-    Attributes:
-        sparse: CSR float32 [N, T + Q].
-        dense: Float32 [N, K].
-        tokens: Int64 [T], token id of each column.
-        pairs: Int64 [Q], bucket of each column.
-        vectors: The tokens' vectors, scale included; None without an embedding.
-        offset: Float32 [K], what was subtracted from the embedding block; K = 0 likewise.
-    """
-
-    sparse: Any
-    dense: Floats
-    tokens: Ids
-    pairs: Ids
-    vectors: TokenVectors | None
-    offset: Floats
+_MAX_ITERATIONS: Final = 1000
+#: Score of a domain without prompts.
+_UNSEEN: Final = -20.0
 
 
 @dataclass(frozen=True)
@@ -59,21 +29,21 @@ class TrainingSet:
     """What is fitted on.
 
     Attributes:
-        sparse: CSR float32 [N, T + Q].
-        dense: Float32 [N, K].
+        columns: CSR float32 [N, T + Q + K].
         truth: Int64 [N], the domains.
         weights: Float64 [N], how much each prompt counts within its domain.
+        num_domains: D; of some there may be no prompt.
     """
 
-    sparse: Any
-    dense: Floats
+    columns: Any
     truth: Labels
     weights: Probabilities
+    num_domains: int
 
     def take(self, rows: Labels) -> "TrainingSet":
         """Return the given rows."""
         return TrainingSet(
-            self.sparse[rows], self.dense[rows], self.truth[rows], self.weights[rows]
+            self.columns[rows], self.truth[rows], self.weights[rows], self.num_domains
         )
 
 
@@ -84,50 +54,35 @@ class Head:
     weights: Probabilities
     bias: Probabilities
 
-    def scores(self, sparse: Any, dense: Floats) -> Probabilities:
+    def scores(self, columns: Any) -> Probabilities:
         """Return the scores of rows of a design, float64 [N, D]."""
-        upper, lower = np.split(self.weights, [sparse.shape[1]])
-        return np.asarray(sparse @ upper + dense @ lower + self.bias, dtype=np.float64)
+        return np.asarray(columns @ self.weights + self.bias, dtype=np.float64)
 
 
-def build_design(prompts: Sequence[Ids], embedding: EmbeddingRows | None) -> Design:
-    """Build the training features.
-
-    Args:
-        prompts: Bounded token ids of each prompt.
-        embedding: The base's input embedding; None leaves its block out.
-    """
-    from scipy import sparse
-
-    rows = [distinct(ids) for ids in prompts]
-    tokens, token_block = _presence([row[0] for row in rows], min_prompts=1)
-    pairs, pair_block = _presence([row[1] for row in rows], min_prompts=MIN_PAIR_PROMPTS)
-    dense = np.zeros((len(rows), 0), dtype=np.float32)
-    vectors: TokenVectors | None = None
-    offset = np.zeros(0, dtype=np.float32)
-    if embedding is not None:
-        vectors = token_vectors(embedding)
-        summed = token_block @ vectors.gather(tokens)
-        offset = summed.mean(axis=0)
-        length = float(np.linalg.norm(summed - offset, axis=1).mean())
-        scale = np.float32(1.0 / length if length > 0 else 1.0)
-        offset *= scale
-        dense = summed * scale - offset
-        vectors = TokenVectors(embedding, vectors.projection * scale, vectors.shift * scale)
-    block = sparse.hstack([token_block, pair_block], format="csr", dtype=np.float32)
-    return Design(block, np.ascontiguousarray(dense), tokens, pairs, vectors, offset)
-
-
-def fit_head(training: TrainingSet) -> Head:
-    """Fit multinomial logistic regression, every domain weighing the same.
+def fit_head(training: TrainingSet, inverse_penalty: float = INVERSE_PENALTY) -> Head:
+    """Fit scikit-learn's logistic regression, every domain weighing the same.
 
     Args:
-        training: Holds every domain 0..D-1 at least once.
+        training: A domain of which it has no prompt gets the lowest score.
+        inverse_penalty: scikit-learn's `C`.
+
+    Returns:
+        A classifier of D domains. Of two, scikit-learn fits the difference of the scores; each gets
+        half of it.
     """
-    balanced = balance(training.truth, training.weights)
-    weights, bias = fit_regression(
-        training.sparse, training.dense, training.truth, balanced, penalty=1 / INVERSE_PENALTY
-    )
+    from sklearn.linear_model import LogisticRegression
+
+    weights = np.zeros((training.columns.shape[1], training.num_domains))
+    bias = np.full(training.num_domains, _UNSEEN)
+    seen = np.unique(training.truth)
+    bias[seen] = 0.0
+    if len(seen) > 1:
+        model = LogisticRegression(C=inverse_penalty, max_iter=_MAX_ITERATIONS)
+        balanced = balance(training.truth, training.weights)
+        model.fit(training.columns, training.truth, sample_weight=balanced)
+        signs = np.array([[-0.5], [0.5]]) if len(seen) == 2 else 1.0
+        weights[:, seen] = (model.coef_ * signs).T
+        bias[seen] = (model.intercept_[:, None] * signs).ravel()
     return Head(weights, bias)
 
 
@@ -164,17 +119,3 @@ def fold(design: Design, head: Head, vocab_size: int) -> Tables:
         tokens[: design.vectors.embedding.num_rows] += design.vectors.project(embedding_weights)
         bias = bias - design.offset @ embedding_weights
     return Tables(tokens, pairs, bias)
-
-
-def _presence(rows: Sequence[Ids], min_prompts: int) -> tuple[Ids, Any]:
-    """Columns that occur in enough prompts, and the block with 1 / sqrt(row length) in them."""
-    from scipy import sparse
-
-    lengths = np.array([len(row) for row in rows])
-    items = np.concatenate(rows)
-    columns, inverse, counts = np.unique(items, return_inverse=True, return_counts=True)
-    values = np.repeat(1 / np.sqrt(np.maximum(lengths, 1)), lengths).astype(np.float32)
-    where = (np.repeat(np.arange(len(rows)), lengths), inverse)
-    block = sparse.csr_array((values, where), shape=(len(rows), len(columns)))
-    kept = np.flatnonzero(counts >= min_prompts)
-    return columns[kept], block[:, kept]

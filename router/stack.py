@@ -3,32 +3,34 @@
 Most prompts are plain to the tables, and the encoder costs a hundred times their time. So it is
 asked only where the tables' largest probability stays below `ASK_BELOW`:
 
-    opinion = softmax((scores / temperature) A + vector S + b) / temperature of the stack
+    opinion = softmax((scores / temperature + share * (vector S + b)) / temperature of the stack)
 
-A [D, D], S [E, D] and b are a logistic regression on cross-validated scores, as stacking needs
-(Wolpert 1992, "Stacked Generalization"): scores of prompts that the tables were fitted on would
-look better than they are. The penalty draws A to the identity: where nothing speaks against them,
-the tables' scores stand.
+S [E, D] and b are a logistic regression on vectors alone, so this is a weighted product of two
+opinions (Hinton 2002, "Training Products of Experts by Minimizing Contrastive Divergence"). The
+share is the one with the least log loss on cross-validated scores of both, 0 among them: where the
+vector does not help, the tables' scores stand.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
+from deltamux.router.calibration import fit_temperature
 from deltamux.router.crossval import Examples, folds
-from deltamux.router.encoder import WIDTH
-from deltamux.router.head import balance
+from deltamux.router.head import TrainingSet, fit_head
 from deltamux.router.metrics import Labels
-from deltamux.router.regression import fit_regression
+from deltamux.router.policy import Mask
 from deltamux.router.tables import Floats, Probabilities, softmax
 
 #: Largest probability of the tables below which the encoder is asked.
 ASK_BELOW: Final = 0.995
-#: Weight of a vector of length 1 beside the scores: the higher, the less its weights are penalised.
+#: Scale of a vector of length 1: the higher, the less its weights are penalised.
 VECTOR_SCALE: Final = 4.0
-#: Penalty of the squared weights, relative to a prompt's weight.
-PENALTY: Final = 2.0
+#: Inverse strength of the L2 penalty, relative to a prompt's weight.
+INVERSE_PENALTY: Final = 5.0
+#: Shares of the vector's opinion that are tried.
+SHARES: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,13 @@ class Stack:
 
 
 def fit_stack(
-    scores: Probabilities, vectors: Floats, examples: Examples, rows: Labels, seed: int
+    scores: Probabilities,
+    vectors: Floats,
+    examples: Examples,
+    rows: Labels,
+    *,
+    asked: Mask,
+    seed: int,
 ) -> tuple[Stack, Probabilities]:
     """Fit the second classifier on some examples.
 
@@ -69,38 +77,40 @@ def fit_stack(
         vectors: Float32 [n, E], likewise.
         examples: All examples.
         rows: Int64 [n], which of them.
+        asked: Bool [n], those the encoder would be asked about: the share and the temperature are
+            fitted on them, the classifier on all.
         seed: Of the folds.
 
     Returns:
-        The classifier, its temperature still 1, and float64 [n, D] held-out scores.
+        The classifier, and float64 [n, D] held-out scores, its temperature applied.
     """
     truth, weights = examples.truth[rows], examples.weights[rows]
-    columns = np.concatenate([scores, vectors * VECTOR_SCALE], axis=1).astype(np.float32)
-    held_out = np.zeros(scores.shape)
+    training = TrainingSet(vectors * VECTOR_SCALE, truth, weights, scores.shape[1])
+    own = np.zeros(scores.shape)
     groups = examples.groups[examples.origins[rows]]
     for fold in folds(examples, seed):
         inside = np.isin(groups, fold)
-        fitted, bias = _fit(columns[~inside], truth[~inside], weights[~inside])
-        held_out[inside] = columns[inside] @ fitted + bias
-    fitted, bias = _fit(columns, truth, weights)
-    fitted[scores.shape[1] :] *= VECTOR_SCALE
-    return Stack(fitted.astype(np.float32), bias.astype(np.float32), 1.0), held_out
+        head = fit_head(training.take(np.flatnonzero(~inside)), INVERSE_PENALTY)
+        own[inside] = head.scores(training.columns[inside])
+    head = fit_head(training, INVERSE_PENALTY)
+    if not asked.any():
+        # Nothing is known of prompts like those it would be asked about.
+        asked = np.ones(len(rows), dtype=np.bool_)
+    share, temperature = _mix(scores[asked], own[asked], truth[asked], weights[asked])
+    second = head.weights * (VECTOR_SCALE * share)
+    stacked = np.concatenate([np.eye(scores.shape[1]), second]).astype(np.float32)
+    stack = Stack(stacked, (head.bias * share).astype(np.float32), temperature)
+    return stack, (scores + share * own) / temperature
 
 
-def _fit(columns: Floats, truth: Labels, weights: Probabilities) -> Any:
-    """Weights and bias, every domain weighing the same."""
-    from scipy import sparse
-
-    nothing = sparse.csr_array((len(truth), 0), dtype=np.float32)
-    num_domains = columns.shape[1] - WIDTH
-    weights, bias = fit_regression(
-        nothing,
-        columns,
-        truth,
-        balance(truth, weights),
-        penalty=PENALTY,
-        offset=columns[:, :num_domains],
-    )
-    # Without evidence against them the tables' own scores stand.
-    weights[:num_domains] += np.eye(num_domains)
-    return weights, bias
+def _mix(
+    first: Probabilities, second: Probabilities, truth: Labels, weights: Probabilities
+) -> tuple[float, float]:
+    """Share of the second scores and temperature of the sum with the least log loss."""
+    found = []
+    for share in SHARES:
+        mixed = first + share * second
+        temperature = fit_temperature(mixed, truth)
+        own = softmax(mixed, temperature)[np.arange(len(truth)), truth]
+        found.append((float(-weights @ np.log(np.maximum(own, 1e-12))), share, temperature))
+    return min(found)[1:]

@@ -7,8 +7,8 @@ import numpy as np
 
 from deltamux.router.calibration import fit_temperature
 from deltamux.router.crossval import held_out_scores
+from deltamux.router.design import Design, build_design, dense_length
 from deltamux.router.encoder import SentenceEncoder, join
-from deltamux.router.head import Design, build_design
 from deltamux.router.material import Material
 from deltamux.router.metrics import Labels
 from deltamux.router.options import Kind
@@ -17,6 +17,8 @@ from deltamux.router.tables import Probabilities, softmax
 
 #: Examples that the encoder reads of those that it will be asked about; half as many of the others.
 MAX_ENCODED: Final = 1500
+#: Examples of each domain that it reads at least.
+MIN_ENCODED: Final = 16
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def try_default(material: Material, seed: int, bar: Any) -> Trial:
         seed: Of the folds.
         bar: Its `update` is called after each fold.
     """
-    design = build_design(material.ids, material.embedding)
+    typical = material.num_labelled / len(set(material.numbers.truth[: material.num_labelled]))
+    design = build_design(material.ids, material.embedding, dense_length(typical))
     scores = held_out_scores(design, material.numbers, seed, bar)
     labelled = slice(material.num_labelled)
     temperature = fit_temperature(scores[labelled], material.numbers.truth[labelled])
@@ -73,24 +76,22 @@ def try_encoder(default: Trial, material: Material, encoder: SentenceEncoder, se
     rng = np.random.default_rng(seed)
     best = default.probabilities.max(axis=1)
     unsure, plain = np.flatnonzero(best < ASK_BELOW), np.flatnonzero(best >= ASK_BELOW)
-    rows = np.sort(
-        np.concatenate(
-            [rng.permutation(unsure)[:MAX_ENCODED], rng.permutation(plain)[: MAX_ENCODED // 2]]
-        )
-    )
+    truth = material.numbers.truth
+    chosen = [rng.permutation(unsure)[:MAX_ENCODED], rng.permutation(plain)[: MAX_ENCODED // 2]]
+    chosen += [
+        rng.permutation(np.flatnonzero(truth == domain))[:MIN_ENCODED]
+        for domain in range(len(material.labels))
+    ]
+    rows = np.unique(np.concatenate(chosen))
     prompts = [material.examples[row].prompt for row in rows]
     vectors = np.stack([join([encoder.vector(turn) for turn in p.turns]) for p in prompts])
-    stack, scores = fit_stack(default.scores[rows], vectors, material.numbers, rows, seed)
     asked = best[rows] < ASK_BELOW
-    temperature = fit_temperature(scores[asked], material.numbers.truth[rows][asked])
-    probabilities = default.probabilities.copy()
-    probabilities[rows[asked]] = softmax(scores[asked], temperature)
-    return replace(
-        default,
-        kind="encoder",
-        probabilities=probabilities,
-        stack=replace(stack, temperature=temperature),
+    stack, scores = fit_stack(
+        default.scores[rows], vectors, material.numbers, rows, asked=asked, seed=seed
     )
+    probabilities = default.probabilities.copy()
+    probabilities[rows[asked]] = softmax(scores[asked])
+    return replace(default, kind="encoder", probabilities=probabilities, stack=stack)
 
 
 def better(trials: list[Trial], truth: Labels) -> Trial:

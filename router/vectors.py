@@ -1,9 +1,9 @@
 """Vectors of tokens, made from the base's input embedding.
 
-A token's vector is its embedding row, scaled to length 1, centred, and half whitened: divided by
-the fourth root of the variance along each principal direction, because a few directions that only
+A token's vector is its embedding row, scaled to length 1, centred, and partly whitened: divided by
+a power of the variance along each principal direction, because a few directions that only
 tell frequent tokens from rare ones would otherwise outweigh the rest (Mu and Viswanath 2018,
-"All-but-the-Top", arXiv:1702.01417). It is weighted by log(1 + id): the ids of a byte-pair
+"All-but-the-Top", arXiv:1702.01417). It is weighted by log(1 + id)^2: the ids of a byte-pair
 vocabulary are in the order of its merges, so frequent tokens, which say little, come first (as in
 Model2Vec, which assumes the same order).
 
@@ -22,7 +22,7 @@ from deltamux.router.tables import Floats
 #: Wider embeddings keep this many principal directions; it bounds the time of a fit.
 MAX_WIDTH: Final = 768
 #: Power of the variance that a principal direction is divided by; 1/2 would whiten it.
-WHITENING: Final = 0.25
+WHITENING: Final = 0.35
 #: Directions with less than this part of the largest variance are rounding.
 _LEAST_VARIANCE: Final = 1e-6
 
@@ -67,5 +67,5 @@ def token_vectors(embedding: EmbeddingRows) -> TokenVectors:
 
 def _ranks(tokens: Ids) -> Floats:
     """Float32 [len(tokens), 1], the weight of each token."""
-    weights: Floats = np.log1p(tokens.astype(np.float32))[:, None]
+    weights: Floats = np.log1p(tokens.astype(np.float32))[:, None] ** 2
     return weights

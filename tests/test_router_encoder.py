@@ -10,10 +10,12 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deltamux.router.artifact import load_artifact
+from deltamux.router.crossval import Examples
 from deltamux.router.data import Dataset, Prompt
 from deltamux.router.encoder import MAX_PIECES, WIDTH, join, load_encoder
 from deltamux.router.fit import fit_router
 from deltamux.router.router import Router
+from deltamux.router.stack import fit_stack
 from deltamux.router.tokenizer import load_tokenizer
 
 pytest.importorskip("onnxruntime", reason="pip install 'deltamux[encoder]'")
@@ -181,3 +183,33 @@ def test_without_the_package_the_error_names_the_extra(fitted, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ValueError, match=r"pip install 'deltamux\[encoder\]'"):
         Router.load(fitted[0])
+
+
+def stack_of(scores, vectors, truth):
+    count = len(truth)
+    numbers = Examples(truth, np.ones(count), np.arange(count), np.arange(count))
+    everything = np.ones(count, dtype=np.bool_)
+    return fit_stack(scores, vectors, numbers, np.arange(count), asked=everything, seed=0)
+
+
+def test_a_vector_that_tells_nothing_has_no_share():
+    rng = np.random.default_rng(0)
+    truth = np.arange(300) % 3
+    scores = 4 * np.eye(3)[truth] + rng.normal(size=(300, 3))
+    noise = rng.normal(size=(300, WIDTH)).astype(np.float32) / WIDTH**0.5
+    stack, held_out = stack_of(scores, noise, truth)
+    np.testing.assert_array_equal(stack.weights, np.eye(3 + WIDTH, 3))
+    assert not stack.bias.any()
+    np.testing.assert_allclose(held_out, scores / stack.temperature)
+
+
+def test_a_vector_that_tells_the_domain_corrects_the_tables():
+    rng = np.random.default_rng(0)
+    truth = np.arange(300) % 3
+    scores = np.eye(3)[truth] + rng.normal(size=(300, 3))
+    vectors = rng.normal(size=(300, WIDTH)).astype(np.float32) / WIDTH**0.5
+    vectors[np.arange(300), truth] += 1
+    stack, held_out = stack_of(scores, vectors, truth)
+    assert (scores.argmax(axis=1) == truth).mean() < 0.8
+    assert (held_out.argmax(axis=1) == truth).mean() > 0.95
+    assert stack.weights[3 + truth[0], truth[0]] > 0

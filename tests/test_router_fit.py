@@ -11,10 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deltamux.router import head, vectors
 from deltamux.router.data import Dataset, Prompt
+from deltamux.router.design import build_design, dense_length
 from deltamux.router.embedding import EmbeddingRows, find_embedding
 from deltamux.router.features import bounded_ids, pair_buckets
 from deltamux.router.fit import fit_router
-from deltamux.router.head import TrainingSet, build_design, fit_head, fold
+from deltamux.router.head import TrainingSet, fit_head, fold
 from deltamux.router.router import Router
 from deltamux.router.tables import Tables, softmax
 from deltamux.router.tokenizer import build_encode, load_tokenizer, tokenizer_sha256
@@ -99,21 +100,40 @@ def design_of(embedding, domains, vocab_size=60):
 
 @pytest.mark.parametrize("domains", [2, 3])
 @pytest.mark.parametrize("with_embedding", [True, False])
-def test_the_fit_is_the_optimum_that_scikit_learn_finds(base, domains, with_embedding):
-    from sklearn.linear_model import LogisticRegression
-
+def test_the_fit_is_the_minimum_of_the_penalised_loss(base, domains, with_embedding):
     design, truth, _ = design_of(find_embedding(base) if with_embedding else None, domains)
     weights = np.where(np.arange(len(truth)) % 3, 1.0, 0.25)
-    found = fit_head(TrainingSet(design.sparse, design.dense, truth, weights))
-    columns = np.concatenate([design.sparse.toarray(), design.dense], axis=1)
-    # Every domain has the same share of the weights here, so balancing changes nothing.
-    # With two domains scikit-learn penalises the difference of two scores, ours each of them.
-    strength = head.INVERSE_PENALTY * (2 if domains == 2 else 1)
-    theirs = LogisticRegression(C=strength, tol=1e-8, max_iter=5000)
-    theirs.fit(columns, truth, sample_weight=weights)
-    ours = softmax(found.scores(design.sparse, design.dense))
-    # Two solvers stop at slightly different points of a flat optimum.
-    np.testing.assert_allclose(ours, theirs.predict_proba(columns), atol=5e-3)
+    found = fit_head(TrainingSet(design.columns, truth, weights, domains))
+    columns = design.columns.toarray()
+
+    def objective(change, bias_change):
+        moved = found.weights + change
+        chances = softmax(columns @ moved + found.bias + bias_change)
+        # Every domain has the same share of the weights here, so balancing changes nothing.
+        misfit = weights @ -np.log(chances[np.arange(len(truth)), truth])
+        # Of two domains the difference of the scores is penalised, not each of them.
+        penalty = (moved**2).sum() * (2 if domains == 2 else 1)
+        return misfit + penalty / 2 / head.INVERSE_PENALTY
+
+    rng = np.random.default_rng(1)
+    lowest = objective(0.0, 0.0)
+    for _ in range(50):
+        change = rng.normal(size=found.weights.shape) * 0.03
+        bias_change = rng.normal(size=domains) * 0.03
+        # With two domains the halves are opposite.
+        if domains == 2:
+            change, bias_change = change - change[:, ::-1], bias_change - bias_change[::-1]
+        assert objective(change, bias_change) > lowest
+
+
+@pytest.mark.parametrize("seen", [(0, 2), (1,), (0, 1, 3)])
+def test_a_domain_without_prompts_is_never_the_most_probable(seen):
+    design, truth, _ = design_of(None, 4)
+    rows = np.flatnonzero(np.isin(truth, seen))
+    training = TrainingSet(design.columns, truth, np.ones(len(truth)), 4).take(rows)
+    best = fit_head(training).scores(design.columns).argmax(axis=1)
+    assert set(best) == set(seen)
+    assert (best[rows] == truth[rows]).mean() > 0.9
 
 
 @pytest.mark.parametrize("with_embedding", [True, False])
@@ -123,9 +143,9 @@ def test_folded_tables_give_the_probabilities_of_the_classifier(
 ):
     monkeypatch.setattr(vectors, "MAX_WIDTH", max_width)
     design, truth, ids = design_of(find_embedding(base) if with_embedding else None, 3)
-    fitted_head = fit_head(TrainingSet(design.sparse, design.dense, truth, np.ones(len(truth))))
+    fitted_head = fit_head(TrainingSet(design.columns, truth, np.ones(len(truth)), 3))
     tables = fold(design, fitted_head, vocab_size=60)
-    expected = softmax(fitted_head.scores(design.sparse, design.dense))
+    expected = softmax(fitted_head.scores(design.columns))
 
     exact = np.stack([softmax(tables.scores(row)) for row in ids])
     # float32 sums of about a hundred terms of order one.
@@ -140,18 +160,18 @@ def test_folded_tables_give_the_probabilities_of_the_classifier(
     np.testing.assert_allclose(stored, expected, atol=1e-3)
 
 
-def test_token_vectors_are_centred_and_half_whitened(base):
+def test_token_vectors_are_centred_and_partly_whitened(base):
     embedding = find_embedding(base)
     found = vectors.token_vectors(embedding)
     ids = np.arange(embedding.num_rows)
     rows = found.gather(ids)
     assert not rows[0].any()  # log(1 + 0)
-    plain = rows[1:] / np.log1p(ids[1:, None])
+    plain = rows[1:] / np.log1p(ids[1:, None]) ** 2
     spread = np.cov(np.concatenate([plain, -found.shift[None]]).T)
     unit = embedding.gather(ids)
     raw = np.linalg.eigvalsh(np.cov(unit.T))[::-1][: len(spread)]
     # Both covariances are of some fifty rows, one of them without the first.
-    np.testing.assert_allclose(np.diag(spread) / raw**0.5, 1.0, atol=0.25)
+    np.testing.assert_allclose(np.diag(spread) / raw ** (1 - 2 * vectors.WHITENING), 1.0, atol=0.25)
     np.testing.assert_allclose(
         found.project(np.eye(rows.shape[1], dtype=np.float32)), rows, atol=1e-4
     )
@@ -162,6 +182,15 @@ def test_pairs_of_a_single_prompt_get_no_column():
     design = build_design([np.array([1, 2, 3]), np.array([1, 2, 4])], None)
     assert design.tokens.tolist() == [1, 2, 3, 4]
     assert design.pairs.tolist() == pair_buckets(np.array([1, 2])).tolist()
+
+
+@pytest.mark.parametrize(("prompts_per_domain", "length"), [(16, 2.0), (1600, 1.01)])
+def test_the_fewer_prompts_the_longer_is_the_embedding_block(base, prompts_per_domain, length):
+    rows = [np.array([1, 2, 3]), np.array([4, 5]), np.array([9, 2, 7, 8])]
+    dense = dense_length(prompts_per_domain)
+    design = build_design(rows, find_embedding(base), dense)
+    block = design.columns.toarray()[:, len(design.tokens) + len(design.pairs) :]
+    assert np.linalg.norm(block, axis=1).mean() == pytest.approx(length, rel=1e-5)
 
 
 def test_fitted_router_separates_the_domains(fitted, base):
