@@ -145,6 +145,7 @@ def checkpoints() -> SimpleNamespace:
         write_config=write_config,
         scraped=scraped,
         words=LIVE_WORDS,
+        environment=SERVER_ENVIRONMENT,
     )
 
 
@@ -205,6 +206,13 @@ def make_artifact(
 
 LIVE_NAMES = ("math", "sql", "shell")
 LIVE_KEY = "secret"
+# Of every server that tests start.
+SERVER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
 LIVE_WORDS = {
     "math": "add subtract number sum total divide seven plus",
     "sql": "select table column where join rows database query",
@@ -355,11 +363,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator[
         log_requests=True,
     )
     traces = SpanCollector()
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+    environment = SERVER_ENVIRONMENT | {
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
     }

@@ -21,12 +21,6 @@ pytestmark = pytest.mark.vllm
 
 NAMES = ("math", "sql", "shell")
 KEY = "secret"
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
 TEMPLATE = "{% for m in messages %}<|system|>an expert speaks<|end|>{{ m['content'] }}{% endfor %}"
 
 
@@ -78,7 +72,7 @@ def site(
     folder = tmp_path_factory.mktemp("site")
     config = build_site(folder, checkpoints, text_file)
     command = [*deltamux_serve(config), "--api-key", KEY]
-    with running_server(command, folder / "server.log", ENVIRONMENT) as server:
+    with running_server(command, folder / "server.log", checkpoints.environment) as server:
         yield Site(folder, server, checkpoints.scraped)
 
 
@@ -510,7 +504,7 @@ def test_the_memory_of_the_base_is_that_of_its_weights(site: Site) -> None:
     assert site.metrics()["deltamux_memory_bytes", "kind=base"] == expected + padding
 
 
-def test_vllms_own_command_serves_experts_too(site: Site) -> None:
+def test_vllms_own_command_serves_experts_too(site: Site, checkpoints: SimpleNamespace) -> None:
     additional = {
         "deltamux": {"version": 1, "experts": [{"name": "sql", "path": f"{site.folder}/sql"}]}
     }
@@ -522,7 +516,7 @@ def test_vllms_own_command_serves_experts_too(site: Site) -> None:
         *("--enable-lora", "--max-loras", "2", "--lora-modules", f"math={site.folder}/math"),
         *("--additional-config", json.dumps(additional), "--api-key", KEY),
     ]
-    environment = ENVIRONMENT | {"VLLM_PLUGINS": "deltamux"}
+    environment = checkpoints.environment | {"VLLM_PLUGINS": "deltamux"}
     with running_server(command, site.folder / "plain.log", environment) as server:
         plain = Site(site.folder, server, site.scraped)
         for name in ("math", "sql", "tiny"):
