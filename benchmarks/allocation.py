@@ -60,7 +60,7 @@ class Trial:
     def divergence(self, choice: Choice) -> float:
         """On calibration text, before the stretch."""
         source = reconstructed(self.rungs.write(choice), self.bench.difference.base)
-        return self.own.compare(source).kl
+        return self.own.divergence(source)
 
     def held_out(self, choice: Choice) -> tuple[Evaluation, float]:
         """The comparison on held-out text, and the bits per linear weight."""

@@ -31,6 +31,7 @@ from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
 from deltamux.compression.diff import Difference, compare
 from deltamux.compression.distil import Student, distil
 from deltamux.compression.evaluate import Evaluation, Reference
+from deltamux.compression.forward import WeightSource
 from deltamux.compression.measure import measure, measure_key
 from deltamux.compression.recipe import (
     AllocationRecipe,
@@ -142,7 +143,7 @@ def peers(bench: Bench) -> Iterator[Row]:
     for name in methods:
         student = peer_student(bench, deltas[name])
         seconds = spent["calibrate"] + spent[name]
-        result = bench.reference.compare(student.load)
+        result = bench.reference.compare(student.scaled({}))
         yield bench.row(name, num_bytes[name], embedding, seconds, result)
         if name in DISTILLED_PEERS and bench.name in DISTILLED_EXPERTS:
             result, more = distilled(bench, student)
@@ -196,12 +197,15 @@ def peer_student(bench: Bench, deltas: dict[str, torch.Tensor]) -> Student:
     """Base plus a peer's deltas in the linears, the expert's own tensors elsewhere."""
     base, expert = bench.difference.base, bench.expert
 
-    def load(name: str) -> torch.Tensor:
-        if name in deltas:
-            return base.load(name).float() + deltas[name].float()
-        return expert.load(name)
+    def scaled(factors: dict[str, float]) -> WeightSource:
+        def load(name: str) -> torch.Tensor:
+            if name in deltas:
+                return base.load(name).float() + deltas[name].float() * factors.get(name, 1.0)
+            return expert.load(name)
 
-    return Student(load, lambda name: deltas[name].float(), list(deltas))
+        return load
+
+    return Student(scaled, lambda name: deltas[name].float(), list(deltas))
 
 
 def open_bench(arguments: argparse.Namespace, name: str, seed: int) -> Bench:

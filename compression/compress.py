@@ -69,9 +69,8 @@ def compress(
         difference.check_finite()
     output.parent.mkdir(parents=True, exist_ok=True)
     fitted, learned = _split(calibration, recipe)
-    work = Workspace(
-        output.parent / f".{output.name}.partial", measure_key(difference, recipe, fitted)
-    )
+    key = {} if recipe.lossless else measure_key(difference, recipe, fitted)
+    work = Workspace(output.parent / f".{output.name}.partial", key)
     # Inside the workspace, so that what a killed run leaves is deleted with it.
     with tempfile.TemporaryDirectory(dir=work.root) as scratch:
         target = Path(scratch) / "artifact"

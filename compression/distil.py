@@ -13,6 +13,7 @@ one layer and the activations between layers.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +40,12 @@ class Student:
     """A compressed expert whose steps are to be learned.
 
     Attributes:
-        load: Its weights as they are, by name.
+        scaled: Factors on the linears' steps, by weight name, to the weights with them.
         delta: The part of a linear's delta that its steps scale, float32 [N, K].
         names: Those linears.
     """
 
-    load: WeightSource
+    scaled: Callable[[dict[str, float]], WeightSource]
     delta: WeightSource
     names: list[str]
 
@@ -52,21 +53,10 @@ class Student:
     def of(cls, artifact: Artifact, base: Checkpoint) -> "Student":
         """An artifact over its base."""
         return cls(
-            load=reconstructed(artifact, base),
+            scaled=lambda factors: reconstructed(artifact, base, factors),
             delta=lambda name: _coded_part(artifact.quantized(name)),
             names=[entry.name for entry in linear_entries(artifact.manifest)],
         )
-
-    def scaled(self, factors: dict[str, float]) -> WeightSource:
-        """The weights with every learned delta times its factor."""
-
-        def load(name: str) -> torch.Tensor:
-            weight = self.load(name)
-            if name not in factors or factors[name] == 1.0:
-                return weight
-            return weight + self.delta(name) * (factors[name] - 1)
-
-        return load
 
 
 def distil(

@@ -13,6 +13,7 @@ All three models run in float32, so that rounding of activations does not blur s
 """
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Evaluation:
 
 
 class Reference:
-    """Base and expert on fixed text, run once and compared with any number of other models.
+    """Base and expert on fixed text, each run at most once, to compare other models with.
 
     Args:
         base: The shared model.
@@ -58,9 +59,8 @@ class Reference:
     def __init__(
         self, base: Checkpoint, expert: Checkpoint, samples: list[Sample], progress: bool = True
     ) -> None:
-        self._base, self._expert, self._progress = base, expert, progress
+        self._models, self._progress = (base, expert), progress
         self._plan = list(batches(samples, BATCH_TOKENS))
-        self._states = [self._run(base, base.load), self._run(expert, expert.load)]
         responses = [sample.predicted for batch in self._plan for sample in batch]
         self._targets = torch.cat(responses)
         self._sample = torch.repeat_interleave(
@@ -69,12 +69,28 @@ class Reference:
 
     def compare(self, source: WeightSource) -> Evaluation:
         """Measure a model that is given by its weights."""
-        states = [*self._states, self._run(self._base, source)]
+        states = [self._base, self._expert, self._run(source)]
         return _compare(states, self._targets, self._sample)
 
-    def _run(self, like: Checkpoint, source: WeightSource) -> "_Predictions":
+    def divergence(self, source: WeightSource) -> float:
+        """The KL of such a model alone, for which the base need not run."""
+        return _divergence(self._expert, self._run(source))
+
+    @cached_property
+    def _base(self) -> "_Predictions":
+        base = self._models[0]
+        return self._run(base.load, tied=base.tied)
+
+    @cached_property
+    def _expert(self) -> "_Predictions":
+        expert = self._models[1]
+        return self._run(expert.load, tied=expert.tied)
+
+    def _run(self, source: WeightSource, tied: bool | None = None) -> "_Predictions":
         """Final hidden states and head. Layout and configuration are the expert's."""
-        model = StreamedModel(self._expert.root, source, torch.float32, like.tied)
+        base, expert = self._models
+        tied = base.tied if tied is None else tied
+        model = StreamedModel(expert.root, source, torch.float32, tied)
         with tqdm(
             total=model.num_layers, desc="evaluate", unit="layer", disable=not self._progress
         ) as bar:
@@ -103,6 +119,20 @@ def evaluate(
 
 
 @torch.no_grad()
+def _divergence(expert: _Predictions, other: _Predictions) -> float:
+    """Mean KL(expert ‖ other), nats per position."""
+    total, positions = 0.0, len(expert.hidden_PH)
+    for start in range(0, positions, HEAD_CHUNK):
+        span = slice(start, start + HEAD_CHUNK)
+        total += _summed_divergence(expert.log_probabilities(span), other.log_probabilities(span))
+    return total / positions
+
+
+def _summed_divergence(expert_PV: torch.Tensor, other_PV: torch.Tensor) -> float:
+    return float(functional.kl_div(other_PV, expert_PV, log_target=True, reduction="sum"))
+
+
+@torch.no_grad()
 def _compare(models: list[_Predictions], targets: torch.Tensor, sample: torch.Tensor) -> Evaluation:
     """Sums over positions, in chunks: the logits of all of them would not fit in memory."""
     nll = torch.zeros(3, dtype=torch.float64)
@@ -116,8 +146,7 @@ def _compare(models: list[_Predictions], targets: torch.Tensor, sample: torch.Te
         likeliest = [log.argmax(dim=-1) for log in logs]
         for index, log in enumerate(logs):
             nll[index] += functional.nll_loss(log, wanted, reduction="sum").double().cpu()
-            divergence = functional.kl_div(log, expert, log_target=True, reduction="sum")
-            kl[index] += divergence.double().cpu()
+            kl[index] += _summed_divergence(expert, log)
             missed[index, sample[span][(likeliest[index] != wanted).cpu()]] = True
         agreed += int((likeliest[2] == likeliest[1]).sum())
     nll, kl = nll / len(targets), kl / len(targets)

@@ -58,9 +58,9 @@ class FactoredDelta:
         """The product in 4-bit codes: the form that slots hold."""
         return requantize(self.left.dequantize() @ self.right.dequantize())
 
-    def dequantize(self) -> torch.Tensor:
-        """Δ̂, float32 [N, K], exactly as it is served."""
-        return self.codes().dequantize()
+    def dequantize(self, factor: float = 1.0) -> torch.Tensor:
+        """Δ̂, float32 [N, K], exactly as it is served, times a factor."""
+        return self.codes().dequantize(factor)
 
     def scaled(self, factor: float) -> "FactoredDelta":
         """The same times a factor."""

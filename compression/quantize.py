@@ -115,10 +115,10 @@ class QuantizedDelta:
         """The codes alone."""
         return replace(self, salient_channels_S=None, salient_values_NS=None)
 
-    def dequantize(self) -> torch.Tensor:
-        """Δ̂, float32 [N, K]."""
+    def dequantize(self, factor: float = 1.0) -> torch.Tensor:
+        """Δ̂, float32 [N, K], with a factor on the steps that is not rounded to bfloat16."""
         delta = (self.codes_RC.float() - self.scheme.zero_point).mul_(
-            self.steps_R.float().unsqueeze(1)
+            self.steps_R.float().unsqueeze(1) * factor
         )
         if self.channels_C is not None:
             wide = torch.zeros(len(delta), self.shape[1])

@@ -45,8 +45,17 @@ def check_base(
             )
 
 
-def reconstructed(artifact: Artifact, base: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """A weight source of the decompressed expert: float32 where it differs from the base."""
+def reconstructed(
+    artifact: Artifact, base: Checkpoint, factors: dict[str, float] | None = None
+) -> Callable[[str], torch.Tensor]:
+    """A weight source of the decompressed expert: float32 where it differs from the base.
+
+    Args:
+        artifact: The compressed expert.
+        base: Its base.
+        factors: On the steps of linears, by weight name; what is not named keeps its own.
+    """
+    factors = factors or {}
 
     def load(name: str) -> torch.Tensor:
         weight = base.load(name)
@@ -59,7 +68,7 @@ def reconstructed(artifact: Artifact, base: Checkpoint) -> Callable[[str], torch
             return artifact.vector(name)
         if entry.role is Role.BIAS:
             return weight.float() + artifact.vector(name)
-        return weight.float() + artifact.quantized(name).dequantize()
+        return weight.float() + artifact.quantized(name).dequantize(factors.get(name, 1.0))
 
     return load
 

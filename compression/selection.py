@@ -18,7 +18,6 @@ from deltamux.compression.allocate import Choice
 from deltamux.compression.artifact import Artifact
 from deltamux.compression.budget import choose_family, importances
 from deltamux.compression.diff import Difference
-from deltamux.compression.distil import Student
 from deltamux.compression.evaluate import Evaluation, Reference
 from deltamux.compression.recipe import Recipe
 from deltamux.compression.reconstruct import reconstructed
@@ -84,9 +83,9 @@ class Rungs:
 
     def best_stretch(self, choice: Choice, trial: Reference) -> tuple[float, float]:
         """The factor that serves a choice best on some text, and the divergence with it."""
-        student = Student.of(self.write(choice), self.job.difference.base)
+        artifact, base = self.write(choice), self.job.difference.base
         measured = [
-            trial.compare(student.scaled(dict.fromkeys(student.names, factor))).kl
+            trial.divergence(reconstructed(artifact, base, self.stretched(factor)))
             for factor in STRETCHES
         ]
         return least_of_parabola(measured)

@@ -7,9 +7,9 @@ from torch.nn import functional
 from deltamux.compression import evaluate as evaluate_module
 from deltamux.compression.artifact import Artifact
 from deltamux.compression.checkpoint import open_checkpoint
-from deltamux.compression.evaluate import evaluate, report, summary
+from deltamux.compression.evaluate import Reference, evaluate, report, summary
 from deltamux.compression.forward import StreamedModel, batches
-from deltamux.compression.reconstruct import merge
+from deltamux.compression.reconstruct import merge, reconstructed
 from deltamux.compression.text import Sample
 
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -90,6 +90,14 @@ def test_divergences_are_those_of_transformers_distributions(measured):
         wanted = (expert.exp() * (expert - other)).sum(dim=-1).mean()
         # Both run in float32; sums are taken in another order.
         assert found == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_the_divergence_alone_is_that_of_the_whole_comparison(measured, make_pair, make_artifact):
+    base, expert = (open_checkpoint(root) for root in make_pair("qwen3", True))
+    artifact = Artifact(make_artifact("qwen3", True))
+    reference = Reference(base, expert, SAMPLES, progress=False)
+    found = reference.divergence(reconstructed(artifact, base))
+    assert found == pytest.approx(measured[-1].kl, rel=1e-6)
 
 
 def test_agreement_is_the_share_of_equal_likeliest_tokens(measured):
