@@ -4,7 +4,7 @@
 
 One decoder layer with a random delta and correlated random inputs goes through the same steps as in
 `deltamux compress`: second moments, one factorization for every distinct input, all rungs of all
-seven linears, deflated. Prints seconds and peak memory of each step, on the GPU if there is one.
+seven linears, encoded. Prints seconds and peak memory of each step, on the GPU if there is one.
 """
 
 import argparse
@@ -15,12 +15,15 @@ from dataclasses import dataclass
 import torch
 from record import record
 
-from deltamux.compression.artifact import encode_matrix, tensor_bytes
+from deltamux.compression.architecture import Role, TensorSpec
 from deltamux.compression.feedback import curvature
 from deltamux.compression.forward import best_device, release_memory
-from deltamux.compression.ladder import Linear, coded_rungs
+from deltamux.compression.ladder import Linear
+from deltamux.compression.measure import measure_linear
+from deltamux.compression.recipe import Recipe
 
 LAYERS = 32
+SPEC = TensorSpec("model.layers.0.linear.weight", Role.LINEAR, layer=0)
 DELTA_SCALE = 1e-3
 
 
@@ -69,10 +72,9 @@ def run(group: Group, tokens: int, device: torch.device) -> dict[str, float]:
         delta_NK = torch.randn(rows, group.columns, device=device) * DELTA_SCALE
         before = time.perf_counter()
         linear = Linear(delta_NK, moment_KK, factored)
-        for quantized in coded_rungs(linear):
-            linear.lost(quantized.dequantize().to(device))
-            num_bytes += tensor_bytes(encode_matrix("weight", quantized))
-            num_rungs += 1
+        rungs = measure_linear(SPEC, linear, Recipe())
+        num_bytes += sum(entry.bytes for entry, _ in rungs)
+        num_rungs += len(rungs)
         spent["ladders"] += time.perf_counter() - before
         release_memory()
     total = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -154,13 +155,7 @@ def measure_layer(
             factors[id(moment_KK)] = served_KK, curvature(served_KK, spec.name)
         linear = Linear(delta_NK, *factors[id(moment_KK)])
         folded = spec.norm if spec.norm in difference.folded else None
-        rungs = []
-        for quantized in _rungs(linear, recipe):
-            tensors = encode_matrix(spec.name, quantized)
-            error = linear.lost(quantized.dequantize().to(delta_NK.device))
-            entry = matrix_entry(spec, quantized, tensors, error=error, folded_norm=folded)
-            rungs.append((entry, tensors))
-        rungs.sort(key=lambda rung: rung[0].bytes)
+        rungs = measure_linear(spec, linear, recipe, folded)
         for index, (_, tensors) in enumerate(rungs):
             kept |= {rung_name(key, index): value for key, value in tensors.items()}
         if rungs:
@@ -169,6 +164,27 @@ def measure_layer(
             measured.append(Measured(spec.name, spec.layer, linear.energy, entries))
     assert specs[0].layer is not None
     work.save(specs[0].layer, measured, kept)
+
+
+def measure_linear(
+    spec: TensorSpec, linear: Linear, recipe: Recipe, folded_norm: str | None = None
+) -> list[tuple[TensorEntry, dict[str, torch.Tensor]]]:
+    """Every rung of one linear as it would be written, by bytes.
+
+    Rungs are encoded beside the rounding of the next ones, on as many threads as torch has.
+    """
+    rungs = []
+    with ThreadPoolExecutor(torch.get_num_threads()) as encoders:
+        for quantized in _rungs(linear, recipe):
+            encoded = encoders.submit(encode_matrix, spec.name, quantized)
+            error = linear.lost(quantized.dequantize().to(linear.delta_NK.device))
+            rungs.append((quantized, encoded, error))
+    entries = []
+    for quantized, encoded, error in rungs:
+        tensors = encoded.result()
+        entry = matrix_entry(spec, quantized, tensors, error=error, folded_norm=folded_norm)
+        entries.append((entry, tensors))
+    return sorted(entries, key=lambda rung: rung[0].bytes)
 
 
 def _rungs(linear: Linear, whole: Recipe) -> Iterator[QuantizedDelta | FactoredDelta]:

@@ -206,13 +206,20 @@ def make_artifact(
 
 LIVE_NAMES = ("math", "sql", "shell")
 LIVE_KEY = "secret"
-# Of every server that tests start.
 SERVER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+
+
+@pytest.fixture(scope="session")
+def server_environment() -> dict[str, str]:
+    """What every server that tests start has in its environment."""
+    return SERVER_ENVIRONMENT
+
+
 LIVE_WORDS = {
     "math": "add subtract number sum total divide seven plus",
     "sql": "select table column where join rows database query",

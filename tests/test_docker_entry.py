@@ -170,18 +170,14 @@ class Started:
 
 
 @pytest.fixture
-def started(deployed: Path) -> Iterator[Started]:
+def started(deployed: Path, server_environment: dict[str, str]) -> Iterator[Started]:
     port = free_port()
     (deployed / "key").write_text(KEY)
-    environment = {
+    environment = server_environment | {
         "PYTHONSAFEPATH": "1",
         "DELTAMUX_API_KEY_FILE": str(deployed / "key"),
         "HF_HOME": str(deployed / "cache" / "models"),
         "VLLM_CACHE_ROOT": str(deployed / "cache" / "vllm"),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
     }
     command = [*ENTRY, deployed / "deltamux.yaml", "--host", "127.0.0.1", "--port", str(port)]
     with (deployed / "log").open("wb") as log:
