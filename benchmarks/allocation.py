@@ -74,9 +74,9 @@ def allocations(bench: Bench, bits: float, searched: bool) -> Iterator[dict]:
     """Every method and importance on the same rungs."""
     trial = Trial(bench, Recipe(embedding=EmbeddingRecipe(step=2.0)))
     plans: list[tuple[str, str | Allocator, Importance]] = [
-        (method, method, Importance.ENERGY) for method in ALLOCATORS
+        (method, method, Importance.WEIGHTS) for method in ALLOCATORS
     ]
-    plans += [(f"knapsack, {kind}", "knapsack", kind) for kind in Importance if kind != "energy"]
+    plans += [(f"knapsack, {kind}", "knapsack", kind) for kind in Importance if kind != "weights"]
     for label, method, kind in plans:
         before = time.perf_counter()
         costs = importances(kind, trial.rungs.measured, bench.expert, bench.calibration)
@@ -98,7 +98,7 @@ def prunings(bench: Bench, bits: float) -> Iterator[dict]:
         linear = LinearRecipe(pruning=pruning)
         trial = Trial(bench, Recipe(linear=linear, embedding=EmbeddingRecipe(step=2.0)))
         costs = importances(
-            Importance.ENERGY, trial.rungs.measured, bench.expert, bench.calibration
+            Importance.WEIGHTS, trial.rungs.measured, bench.expert, bench.calibration
         )
         budget = int(bits * linear_weights(bench.difference) / 8)
         choice = allocate("knapsack", rate_curves(trial.rungs.measured, costs), budget)

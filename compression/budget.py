@@ -15,7 +15,7 @@ from deltamux.compression.allocate import (
 )
 from deltamux.compression.allocate_evolution import evolve
 from deltamux.compression.allocate_llm import LlmOperator
-from deltamux.compression.artifact import tensor_bytes
+from deltamux.compression.artifact import TensorEntry, tensor_bytes
 from deltamux.compression.checkpoint import Checkpoint
 from deltamux.compression.diff import Difference
 from deltamux.compression.evaluate import Evaluation
@@ -23,6 +23,7 @@ from deltamux.compression.recipe import (
     AllocationRecipe,
     Importance,
     ObjectiveKind,
+    Recipe,
 )
 from deltamux.compression.sensitivity import output_sensitivity
 from deltamux.compression.text import Sample
@@ -37,6 +38,8 @@ FILE_BYTES = 100
 SEARCH_BITS = (0.1, 6.0)
 SEARCH_STEPS = 7
 SENSITIVITY_SAMPLES = 24
+# What an error of a low-rank rung costs to that of the same error of a full-rank one.
+LOW_RANK_COST = 2.0
 
 Attempt = Callable[[Choice], Evaluation | None]
 
@@ -103,7 +106,7 @@ def choose(
 
 
 def choose_family(
-    recipe: AllocationRecipe,
+    recipe: Recipe,
     difference: Difference,
     measured: list[Measured],
     importance: list[float],
@@ -112,14 +115,15 @@ def choose_family(
     attempt: Attempt,
     divergence: Callable[[Choice], float],
 ) -> Choice:
-    """The better of two choices: with low-rank rungs, and without.
+    """The better of two choices: with low-rank rungs, where the recipe wants them, and without.
 
     Errors of the two kinds of rungs do not compare. A low-rank rung leaves whole directions out, which
     adds up over matrices, while what a full-rank rung leaves is close to noise: of equal errors the
-    low-rank one costs more, how much more depends on rate and expert. So both are tried.
+    low-rank one costs more (`LOW_RANK_COST`), how much more depends on rate and expert. So both are
+    tried.
 
     Args:
-        recipe: As for `choose`.
+        recipe: Its allocation is that of `choose`.
         difference: Base and expert.
         measured: The matrices and their ladders.
         importance: Of `importances`.
@@ -132,18 +136,19 @@ def choose_family(
         [0, *(i for i, entry in enumerate(matrix.entries, start=1) if entry.rank is None)]
         for matrix in measured
     ]
-    if all(len(kept) == len(curve.rungs) for kept, curve in zip(full_rank, curves, strict=True)):
-        return choose(recipe, difference, curves, fixed, attempt)
 
     def original(choice: Choice) -> Choice:
         return [kept[rung] for kept, rung in zip(full_rank, choice, strict=True)]
 
+    allocation = recipe.allocation
     reduced = [keep_rungs(curve, kept) for curve, kept in zip(curves, full_rank, strict=True)]
-    mixed = choose(recipe, difference, curves, fixed, attempt)
     plain = original(
-        choose(recipe, difference, reduced, fixed, lambda choice: attempt(original(choice)))
+        choose(allocation, difference, reduced, fixed, lambda choice: attempt(original(choice)))
     )
-    if recipe.target_kl is not None:
+    if reduced == curves or not recipe.measures_low_rank:
+        return plain
+    mixed = choose(allocation, difference, curves, fixed, attempt)
+    if allocation.target_kl is not None:
         return min(mixed, plain, key=lambda choice: total_bytes(curves, choice))
     return min(mixed, plain, key=divergence)
 
@@ -153,8 +158,10 @@ def importances(
 ) -> list[float]:
     """What the loss of all of a matrix's delta is taken to cost.
 
-    The root of energies, not energies: what rounding takes off the deltas points the same way in
-    every matrix, so that amplitudes add up, not squares.
+    Weights: every matrix may lose the same share of its delta's output energy at the same price a
+    weight, since a fine-tune moves each by what it needs of it. The root of energies, not energies:
+    what rounding takes off the deltas points the same way in every matrix, so that amplitudes add
+    up, not squares.
     """
     if kind is Importance.WEIGHTS:
         return [float(_num_weights(matrix)) for matrix in measured]
@@ -174,11 +181,15 @@ def rate_curves(measured: list[Measured], importance: list[float]) -> list[Curve
             importance=cost,
             rungs=(
                 Rung(0, 1.0),
-                *(Rung(entry.bytes, entry.error) for entry in matrix.entries),
+                *(Rung(entry.bytes, _counted(entry)) for entry in matrix.entries),
             ),
         )
         for matrix, cost in zip(measured, importance, strict=True)
     ]
+
+
+def _counted(entry: TensorEntry) -> float:
+    return entry.error * (1.0 if entry.rank is None else LOW_RANK_COST)
 
 
 def _method(recipe: AllocationRecipe) -> str | Allocator:

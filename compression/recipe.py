@@ -96,7 +96,7 @@ class AllocationRecipe(_Model):
     """
 
     method: Method = Method.KNAPSACK
-    importance: Importance = Importance.ENERGY
+    importance: Importance = Importance.WEIGHTS
     objective: ObjectiveKind = ObjectiveKind.PREDICTED
     proposer: ProposerRecipe | None = None
     bits: float | None = Field(default=None, gt=0)

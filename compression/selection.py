@@ -99,7 +99,7 @@ class Rungs:
         Raises:
             ValueError: The limit cannot be kept.
         """
-        allocation, difference = self.job.recipe.allocation, self.job.difference
+        recipe, difference = self.job.recipe, self.job.difference
         telling = [sample for sample in calibration if len(sample.predicted)][-TRIAL_SAMPLES:]
         trial = self.job.reference_on(telling) if telling else None
         factors: dict[tuple[int, ...], float] = {}
@@ -111,10 +111,12 @@ class Rungs:
             return least
 
         choice = choose_family(
-            allocation,
+            recipe,
             difference,
             self.measured,
-            importances(allocation.importance, self.measured, difference.expert, calibration),
+            importances(
+                recipe.allocation.importance, self.measured, difference.expert, calibration
+            ),
             self.fixed,
             attempt=lambda choice: self.job.compared(self.write(choice)),
             divergence=divergence,
