@@ -17,6 +17,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -215,20 +216,26 @@ def peer_student(bench: Bench, deltas: dict[str, torch.Tensor]) -> Student:
 
 def open_bench(arguments: argparse.Namespace, name: str, seed: int) -> Bench:
     """An expert with its calibration text (a draw of the training rows) and held-out text."""
-    cache, rows = arguments.cache, arguments.rows
-    base, expert = open_checkpoint(cache / "base"), open_checkpoint(cache / name)
-    domain = arguments.data / RUNS[name].domain
+    cache, domain = arguments.cache, arguments.data / RUNS[name].domain
+    difference, reference = opened(cache, name, domain / "test.jsonl", arguments.rows)
     train = read_rows(domain / "train.jsonl")
     drawn = random.Random(seed).sample(train, min(arguments.calibration, len(train)))
-    held_out = encode_rows(read_rows(domain / "test.jsonl")[:rows], expert.root, MAX_TOKENS)
     return Bench(
         name=name,
         seed=seed,
-        difference=compare(base, expert),
-        calibration=encode_rows(drawn, expert.root, MAX_TOKENS),
-        reference=Reference(base, expert, held_out, progress=False),
+        difference=difference,
+        calibration=encode_rows(drawn, difference.expert.root, MAX_TOKENS),
+        reference=reference,
         cache=cache,
     )
+
+
+@lru_cache(maxsize=1)
+def opened(cache: Path, name: str, test: Path, rows: int) -> tuple[Difference, Reference]:
+    """What an expert's draws share."""
+    base, expert = open_checkpoint(cache / "base"), open_checkpoint(cache / name)
+    held_out = encode_rows(read_rows(test)[:rows], expert.root, MAX_TOKENS)
+    return compare(base, expert), Reference(base, expert, held_out, progress=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,24 +257,23 @@ def main() -> None:
     lines = kept.read_text().splitlines() if kept.exists() else []
     rows = [json.loads(line) for line in lines]
     done = {(row["part"], row["expert"], row["seed"]) for row in rows}
-    for seed in range(arguments.seeds):
-        for name, part in product(arguments.only, arguments.parts):
-            # Peers are measured once: three draws are for the rows that are claimed.
-            if (part, name, seed) in done or (part == "peers" and seed):
-                continue
-            found = []
-            for row in PARTS[part](open_bench(arguments, name, seed)):
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                found.append({"part": part, **asdict(row), "peak_bytes": peak})
-                result = row.evaluation
-                print(
-                    f"{name} {seed} {row.method}: {row.bits_per_weight:.3f} bits, gain "
-                    f"{result.gain_kept:.2%}, KL {result.kl / result.kl_base:.4%}",
-                    flush=True,
-                )
-            with kept.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in found)
-            rows += found
+    for name, seed, part in product(arguments.only, range(arguments.seeds), arguments.parts):
+        # Peers are measured once: three draws are for the rows that are claimed.
+        if (part, name, seed) in done or (part == "peers" and seed):
+            continue
+        found = []
+        for row in PARTS[part](open_bench(arguments, name, seed)):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            found.append({"part": part, **asdict(row), "peak_bytes": peak})
+            result = row.evaluation
+            print(
+                f"{name} {seed} {row.method}: {row.bits_per_weight:.3f} bits, gain "
+                f"{result.gain_kept:.2%}, KL {result.kl / result.kl_base:.4%}",
+                flush=True,
+            )
+        with kept.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
+        rows += found
     print_table(rows)
     record("quality", {"settings": settings(arguments), "rows": rows})
 

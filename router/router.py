@@ -110,6 +110,11 @@ class Router:
         """Domains in the order of the probabilities."""
         return self.config.labels
 
+    @property
+    def asks_encoder(self) -> bool:
+        """Whether a decision may take the milliseconds of a sentence encoder."""
+        return self._encoder is not None
+
     def thresholds(self) -> dict[str, float]:
         """Return the probability that each domain's expert needs; domains of the base have none."""
         return {

@@ -35,6 +35,11 @@ class Generation:
     decode: Decode
     settings: RouterSettings
 
+    @property
+    def asks_encoder(self) -> bool:
+        """Whether a decision may take milliseconds, too long for an event loop."""
+        return any(router.asks_encoder for router in (self.router, self.shadow) if router)
+
 
 def load_generation(settings: RouterSettings, tokenizer_directory: Path) -> Generation:
     """Load routers, every part checked.

