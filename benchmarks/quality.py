@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from make_experts import CACHE, RUNS
 from peers import PEERS, Matrix, dare, delta_come, low_rank
+from quality_report import print_bars, print_means
 from record import record
 
 from deltamux.compression.architecture import Role, TensorSpec
@@ -274,7 +275,8 @@ def main() -> None:
         with kept.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
         rows += found
-    print_table(rows)
+    print_means(rows)
+    print_bars(rows)
     record("quality", {"settings": settings(arguments), "rows": rows})
 
 
@@ -287,27 +289,6 @@ def settings(arguments: argparse.Namespace) -> dict[str, object]:
         "distillation": DISTILLATION.model_dump(),
         "distillation_rows": DISTILLATION_SAMPLES,
     }
-
-
-def print_table(rows: list[dict]) -> None:
-    """Means over experts and seeds, most bits first."""
-    methods: dict[str, list[dict]] = {}
-    for row in rows:
-        methods.setdefault(row["method"], []).append(row)
-
-    def mean(group: list[dict], key: str) -> float:
-        values = [row.get(key, row["evaluation"].get(key)) for row in group]
-        return sum(values) / len(values)
-
-    print(f"{'method':<20}{'bits':>7}{'gain':>9}{'KL/base':>9}{'top-1':>8}{'exact':>7}{'s':>6}")
-    ordered = sorted(methods.items(), key=lambda item: -mean(item[1], "bits_per_weight"))
-    for method, group in ordered:
-        relative = [r["evaluation"]["kl"] / r["evaluation"]["kl_base"] for r in group]
-        print(
-            f"{method:<20}{mean(group, 'bits_per_weight'):>7.3f}{mean(group, 'gain_kept'):>9.2%}"
-            f"{sum(relative) / len(group):>9.3%}{mean(group, 'top1_agreement'):>8.2%}"
-            f"{mean(group, 'exact_match'):>7.1%}{mean(group, 'seconds'):>6.0f}  ({len(group)})"
-        )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ SEARCH_BITS = (0.1, 6.0)
 SEARCH_STEPS = 7
 SENSITIVITY_SAMPLES = 24
 # What an error of a low-rank rung costs to that of the same error of a full-rank one.
-LOW_RANK_COST = 2.0
+LOW_RANK_COST = 4.0
 
 Attempt = Callable[[Choice], Evaluation | None]
 

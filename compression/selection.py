@@ -81,11 +81,24 @@ class Rungs:
         """One factor for every linear."""
         return dict.fromkeys([matrix.name for matrix in self.measured], factor)
 
-    def best_stretch(self, choice: Choice, trial: Reference) -> tuple[float, float]:
-        """The factor that serves a choice best on some text, and the divergence with it."""
+    def divergence(self, choice: Choice, stretch: float, trial: Reference) -> float:
+        """The KL that a choice leaves on some text with one factor on all its deltas."""
         artifact, base = self.write(choice), self.job.difference.base
+        return trial.divergence(reconstructed(artifact, base, self.stretched(stretch)))
+
+    def best_stretch(
+        self, choice: Choice, trial: Reference, known: dict[float, float] | None = None
+    ) -> tuple[float, float]:
+        """The factor that serves a choice best on some text, and the divergence with it.
+
+        Args:
+            choice: Rungs.
+            trial: The text.
+            known: Divergences of this choice that were measured before, by factor.
+        """
+        known = known or {}
         measured = [
-            trial.divergence(reconstructed(artifact, base, self.stretched(factor)))
+            known[factor] if factor in known else self.divergence(choice, factor, trial)
             for factor in STRETCHES
         ]
         return least_of_parabola(measured)
@@ -102,13 +115,15 @@ class Rungs:
         recipe, difference = self.job.recipe, self.job.difference
         telling = [sample for sample in calibration if len(sample.predicted)][-TRIAL_SAMPLES:]
         trial = self.job.reference_on(telling) if telling else None
-        factors: dict[tuple[int, ...], float] = {}
+        typical = STRETCHES[1]
+        compared: dict[tuple[int, ...], dict[float, float]] = {}
 
         def divergence(choice: Choice) -> float:
             if trial is None:
                 return 0.0
-            factors[tuple(choice)], least = self.best_stretch(choice, trial)
-            return least
+            found = self.divergence(choice, typical, trial)
+            compared[tuple(choice)] = {typical: found}
+            return found
 
         choice = choose_family(
             recipe,
@@ -121,9 +136,9 @@ class Rungs:
             attempt=lambda choice: self.job.compared(self.write(choice)),
             divergence=divergence,
         )
-        if tuple(choice) not in factors:
-            divergence(choice)
-        return choice, factors.get(tuple(choice), 1.0)
+        if trial is None:
+            return choice, 1.0
+        return choice, self.best_stretch(choice, trial, compared.get(tuple(choice)))[0]
 
 
 def least_of_parabola(divergences: list[float]) -> tuple[float, float]:
