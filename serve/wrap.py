@@ -1,5 +1,7 @@
 """Put wrappers around a vLLM model's layers, and turn an artifact into payloads for them."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from deltamux.serve.slots import (
 )
 
 LOGITS = "logits_processor"
+PARAMETERS = ("weight", "bias")
+# Threads that decode an expert's matrices; each holds one of them unpacked.
+MOST_READERS = 8
 
 
 def wrap_model(
@@ -100,23 +105,30 @@ def expert_payloads(
         ValueError: The expert changes a weight that no wrapper covers, or needs more 16-bit
             channels than a slot has room for.
     """
-    payloads: dict[str, Payload] = {}
-    used: set[str] = set()
-    head = EMBEDDING if artifact.manifest.tied_embeddings else LM_HEAD
-    for name, layer in wrapped.items():
-        if isinstance(layer, ExpertLogits):
-            sources = [head.removesuffix(".weight")]
-        else:
-            parent, _, leaf = name.rpartition(".")
-            sources = [f"{parent}.{part}" for part in packed.get(leaf, [leaf])]
-        used |= {f"{source}.{kind}" for source in sources for kind in ("weight", "bias")}
-        payload = _payload(artifact, layer, sources, plan)
-        if payload is not None:
-            payloads[name] = payload
+    sources = {name: _sources(artifact, name, layer, packed) for name, layer in wrapped.items()}
+    used = {f"{each}.{kind}" for part in sources.values() for each in part for kind in PARAMETERS}
     left = sorted(set(artifact.entries) - used)
     if left:
         raise ValueError(f"the expert changes {left[0]!r}, which this model does not have")
-    return payloads
+
+    def read(name: str) -> Payload | None:
+        return _payload(artifact, wrapped[name], sources[name], plan)
+
+    # Most of the time goes into zlib and numpy, which let other threads run meanwhile.
+    with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as readers:
+        found = dict(zip(wrapped, readers.map(read, wrapped), strict=True))
+    return {name: payload for name, payload in found.items() if payload is not None}
+
+
+def _sources(
+    artifact: Artifact, name: str, layer: ExpertLayer, packed: dict[str, list[str]]
+) -> list[str]:
+    """The modules of the checkpoint that a module of vLLM is made of."""
+    if isinstance(layer, ExpertLogits):
+        head = EMBEDDING if artifact.manifest.tied_embeddings else LM_HEAD
+        return [head.removesuffix(".weight")]
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{part}" for part in packed.get(leaf, [leaf])]
 
 
 def _payload(
