@@ -42,6 +42,7 @@ class Curve:
         num_weights: Of the matrix, all of them.
         importance: What an error of 1 in this matrix costs.
         rungs: Ascending in bytes; the first is no delta at all (0 bytes, error 1), only it is free.
+        num_tensors: That a rung is stored in, at most.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Curve:
     num_weights: int
     importance: float
     rungs: tuple[Rung, ...]
+    num_tensors: int = 4
 
     def __post_init__(self) -> None:
         sizes = [rung.num_bytes for rung in self.rungs]

@@ -92,6 +92,7 @@ class TensorEntry(_Model):
     deflated: bool = False
     exact: bool = False
     rank: int | None = None
+    corrected: bool = False
     folded_norm: str | None = None
     bytes: int
     error: float
@@ -132,14 +133,17 @@ def deltamux_version() -> str:
 def encode_matrix(name: str, quantized: QuantizedDelta | FactoredDelta) -> dict[str, torch.Tensor]:
     """The tensors that a quantized matrix is stored in, under the weight's name."""
     if isinstance(quantized, FactoredDelta):
-        left = encode_matrix(f"{name}.left", quantized.left)
-        return left | encode_matrix(f"{name}.right", quantized.right)
+        tensors = encode_matrix(f"{name}.left", quantized.left)
+        tensors |= encode_matrix(f"{name}.right", quantized.right)
+        if quantized.corrections is not None:
+            tensors |= encode_matrix(f"{name}.corrections", quantized.corrections)
+        return tensors
     scheme, steps = quantized.scheme, quantized.steps_R
     suffix = "deflated" if quantized.deflated else "codes"
     same = len(steps) > 0 and bool((steps == steps[0]).all())
     tensors = {
         f"{name}.{suffix}": _encode_codes(quantized.codes_RC, scheme, quantized.deflated),
-        f"{name}.steps": steps[:1].clone() if same else steps,
+        f"{name}.steps": (steps[:1] if same else steps).clone(),
     }
     if quantized.rows_R is not None:
         changed = torch.zeros(quantized.shape[0], dtype=torch.bool)
@@ -183,9 +187,13 @@ class Artifact:
         assert entry.scheme is not None
         rows, columns = entry.shape
         if entry.rank is not None:
+            corrections = None
+            if entry.corrected:
+                corrections = self._factor(f"{name}.corrections", Scheme.TERNARY, entry.shape)
             return FactoredDelta(
                 left=self._factor(f"{name}.left", entry.scheme, (rows, entry.rank)),
                 right=self._factor(f"{name}.right", entry.scheme, (entry.rank, columns)),
+                corrections=corrections,
             )
         salient = self._find(f"{name}.salient_channels")
         channels = self._find(f"{name}.channels")
@@ -203,10 +211,11 @@ class Artifact:
             deflated=entry.deflated,
         )
 
-    def _factor(self, name: str, scheme: Scheme, shape: tuple[int, int]) -> QuantizedDelta:
-        codes = inflate(self._get(f"{name}.deflated"), scheme.levels, *shape)
-        steps_R = self._get(f"{name}.steps").expand(shape[0])
-        return QuantizedDelta(scheme, shape, codes, steps_R, deflated=True)
+    def _factor(self, name: str, scheme: Scheme, shape: tuple[int, ...]) -> QuantizedDelta:
+        rows, columns = shape
+        codes = inflate(self._get(f"{name}.deflated"), scheme.levels, rows, columns)
+        steps_R = self._get(f"{name}.steps").expand(rows)
+        return QuantizedDelta(scheme, (rows, columns), codes, steps_R, deflated=True)
 
     def _codes(self, entry: TensorEntry, rows: int, columns: int) -> torch.Tensor:
         assert entry.scheme is not None
@@ -278,6 +287,8 @@ def _stored(entry: TensorEntry) -> Iterator[str]:
         yield "exact"
     elif entry.rank is not None:
         yield from ("left.deflated", "left.steps", "right.deflated", "right.steps")
+        if entry.corrected:
+            yield from ("corrections.deflated", "corrections.steps")
     elif entry.role is Role.NORM:
         yield "replacement"
     elif entry.role is Role.BIAS:

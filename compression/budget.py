@@ -40,6 +40,8 @@ SEARCH_STEPS = 7
 SENSITIVITY_SAMPLES = 24
 # What an error of a low-rank rung costs to that of the same error of a full-rank one.
 LOW_RANK_COST = 4.0
+# Tensors of a matrix at most: codes and steps of two factors (or with salient channels), and of corrections.
+FACTORED_TENSORS = {False: 4, True: 6}
 
 Attempt = Callable[[Choice], Evaluation | None]
 
@@ -115,7 +117,7 @@ def choose_family(
     attempt: Attempt,
     divergence: Callable[[Choice], float],
 ) -> Choice:
-    """The better of two choices: with low-rank rungs, where the recipe wants them, and without.
+    """The better of two choices: with low-rank rungs, where there are any that may pay, and without.
 
     Errors of the two kinds of rungs do not compare. A low-rank rung leaves whole directions out, which
     adds up over matrices, while what a full-rank rung leaves is close to noise: of equal errors the
@@ -145,7 +147,8 @@ def choose_family(
     plain = original(
         choose(allocation, difference, reduced, fixed, lambda choice: attempt(original(choice)))
     )
-    if reduced == curves or not recipe.measures_low_rank:
+    few_directions = any(entry.corrected for matrix in measured for entry in matrix.entries)
+    if reduced == curves or not (recipe.measures_low_rank or few_directions):
         return plain
     mixed = choose(allocation, difference, curves, fixed, attempt)
     if allocation.target_kl is not None:
@@ -183,13 +186,14 @@ def rate_curves(measured: list[Measured], importance: list[float]) -> list[Curve
                 Rung(0, 1.0),
                 *(Rung(entry.bytes, _counted(entry)) for entry in matrix.entries),
             ),
+            num_tensors=max(FACTORED_TENSORS[entry.corrected] for entry in matrix.entries),
         )
         for matrix, cost in zip(measured, importance, strict=True)
     ]
 
 
 def _counted(entry: TensorEntry) -> float:
-    return entry.error * (1.0 if entry.rank is None else LOW_RANK_COST)
+    return entry.error * (1.0 if entry.rank is None or entry.corrected else LOW_RANK_COST)
 
 
 def _method(recipe: AllocationRecipe) -> str | Allocator:
@@ -209,7 +213,7 @@ def _overhead(curves: list[Curve], fixed: Draft) -> int:
     """Bytes of the weights file besides the linears' tensors, as an upper bound."""
     names = [*fixed.tensors]
     for curve in curves:
-        names += [f"{curve.name}.right.deflated"] * 4  # codes and steps of two factors at most
+        names += [f"{curve.name}.corrections.deflated"] * curve.num_tensors
     return (
         FILE_BYTES + tensor_bytes(fixed.tensors) + sum(len(name) + HEADER_BYTES for name in names)
     )

@@ -11,7 +11,11 @@ coefficients shares the distortion out evenly (reverse water-filling, Cover & Th
 directions get more levels by themselves, and those below the step are dropped. B is rounded with error feedback
 under H; Û is then solved for the rounded B, Û = Δ H Bᵀ G⁻¹ with G = B H Bᵀ, and rounded with
 feedback under G, so that it makes up for what B lost. The product is rounded once more, to 4 bits a weight with
-a step a row, because that is what a slot holds: a rounding far below what the factors leave out.
+a step a row, because that is what a slot holds: a rounding far below what the factors leave out of most deltas.
+
+Merged adapters are another matter: few directions hold all of their delta, and the slot's rounding is most of
+what is lost. So where few directions suffice, corrections of some of the slot's codes by a few steps up or
+down, rounded with error feedback, make up for that rounding as far as the inputs are correlated.
 
 Shapes: N output rows, K input channels, r directions.
 """
@@ -29,6 +33,12 @@ FACTOR_STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0)
 # A direction pays for its N + K coefficients if its energy is above this share of their squared steps:
 # their distortion, 1 / 12 each, and about a bit each at the slope 2 ln 2 / 12 of distortion over rate.
 PAYING_ENERGY = 0.2
+# A delta has few directions if those that an eighth of its coefficients pay for leave out no more than this.
+FEW_DIRECTIONS = 1 / 8
+FEW_DIRECTIONS_REST = 0.01
+# The factors' step that corrections go with, and by how many of the slot's steps they correct.
+CORRECTED_STEP = 0.7
+CORRECTION_STEPS = (1, 2, 3, 5, 7)
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,14 @@ class FactoredDelta:
     """A delta matrix [N, K] as a product of coded factors.
 
     Attributes:
-        left: [N, r], step 1.
-        right: [r, K]; its row steps carry the scale of both.
+        left: [N, r], one step for all rows: the scale of the product.
+        right: [r, K], a step a row.
+        corrections: [N, K], ternary; what is added to the codes of the product.
     """
 
     left: QuantizedDelta
     right: QuantizedDelta
+    corrections: QuantizedDelta | None = None
     deflated: bool = True
 
     @property
@@ -55,20 +67,51 @@ class FactoredDelta:
         return self.left.shape[1]
 
     def codes(self) -> QuantizedDelta:
-        """The product in 4-bit codes: the form that slots hold."""
-        return requantize(self.left.dequantize() @ self.right.dequantize())
+        """The product in 4-bit codes, corrected: the form that slots hold."""
+        product = requantize(self.left.dequantize() @ self.right.dequantize())
+        if self.corrections is None:
+            return product
+        codes_NK = product.codes_RC + self.corrections.dequantize()
+        return replace(product, codes_RC=codes_NK.clamp(0, Scheme.INT4.levels - 1).to(torch.uint8))
 
     def dequantize(self, factor: float = 1.0) -> torch.Tensor:
         """Δ̂, float32 [N, K], exactly as it is served, times a factor."""
         return self.codes().dequantize(factor)
 
     def scaled(self, factor: float) -> "FactoredDelta":
-        """The same times a factor."""
-        return replace(self, right=self.right.scaled(factor))
+        """The same times a factor.
+
+        In the one step of the left factor: rounding the many of the right one would move the product, and
+        with it codes that corrections were made for.
+        """
+        return replace(self, left=self.left.scaled(factor))
+
+
+def has_few_directions(delta_NK: torch.Tensor, inputs: Curvature) -> bool:
+    """Whether few directions hold a delta's output energy, as those of a merged adapter do.
+
+    Their energy is bounded from below by a random sketch with one power iteration (Halko et al. 2011,
+    arXiv 0909.4061).
+
+    Args:
+        delta_NK: The delta, float32, not all zero.
+        inputs: Curvature of its inputs.
+    """
+    rows, columns = delta_NK.shape
+    count = max(1, int(FEW_DIRECTIONS * rows * columns / (rows + columns)))
+    white_NK = delta_NK[:, inputs.order_K] @ inputs.root_KK
+    generator = torch.Generator(white_NK.device).manual_seed(0)
+    sketch_KC = torch.randn(columns, count, generator=generator, device=white_NK.device)
+    leading_NC = torch.linalg.qr(white_NK @ (white_NK.T @ (white_NK @ sketch_KC))).Q
+    held = (leading_NC.T @ white_NK).square().sum()
+    return bool(held >= (1 - FEW_DIRECTIONS_REST) * white_NK.square().sum())
 
 
 def factored_rungs(
-    delta_NK: torch.Tensor, moment_KK: torch.Tensor, inputs: Curvature
+    delta_NK: torch.Tensor,
+    moment_KK: torch.Tensor,
+    inputs: Curvature,
+    corrected: bool = False,
 ) -> Iterator[FactoredDelta]:
     """Low-rank rungs from fine to coarse; steps at which nothing pays, or everything does, are left out.
 
@@ -76,6 +119,7 @@ def factored_rungs(
         delta_NK: The delta, float32.
         moment_KK: E[x xᵀ] of its inputs, float32.
         inputs: Its curvature.
+        corrected: Give rungs with corrections too.
     """
     rows, columns = delta_NK.shape
     white_NK = delta_NK[:, inputs.order_K] @ inputs.root_KK
@@ -91,7 +135,28 @@ def factored_rungs(
             levels_RK = _rounded(right_RK, inputs, step / innovation)
             levels_RK = levels_RK[levels_RK.any(dim=1)]
             if len(levels_RK):
-                yield _with_left(delta_NK, moment_KK, levels_RK, step, step / innovation)
+                factored = _with_left(delta_NK, moment_KK, levels_RK, step, step / innovation)
+                yield factored
+                if corrected and multiple == CORRECTED_STEP:
+                    yield from _corrected(factored, delta_NK, inputs)
+
+
+def _corrected(
+    factored: FactoredDelta, delta_NK: torch.Tensor, inputs: Curvature
+) -> Iterator[FactoredDelta]:
+    """The same with corrections, from fine to coarse."""
+    product = factored.codes()
+    rest_NK = delta_NK - product.dequantize().to(delta_NK.device)
+    steps_N = product.steps_R.to(delta_NK.device, torch.float32)
+    grids = [Grid(Scheme.TERNARY, steps_N * multiple) for multiple in CORRECTION_STEPS]
+    rounded = round_with_feedback(rest_NK, inputs, grids)
+    for multiple, (levels_NK, _) in zip(CORRECTION_STEPS, rounded, strict=True):
+        if levels_NK.any():
+            in_codes_N = torch.full_like(steps_N, multiple)
+            corrections = QuantizedDelta.from_levels(
+                Scheme.TERNARY, levels_NK, in_codes_N, deflated=True
+            )
+            yield replace(factored, corrections=corrections)
 
 
 def _directions(white_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

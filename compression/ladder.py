@@ -110,9 +110,16 @@ def coded_rungs(linear: Linear) -> Iterator[QuantizedDelta]:
             yield from _coded(linear, grid, levels_NK)
 
 
-def low_rank_rungs(linear: Linear) -> Iterator[FactoredDelta]:
-    """Rungs of few directions, from fine to coarse, stretched like the others."""
-    for factored in factored_rungs(linear.delta_NK, linear.moment_KK, linear.curvature):
+def low_rank_rungs(linear: Linear, corrected: bool = False) -> Iterator[FactoredDelta]:
+    """Rungs of few directions, from fine to coarse, stretched like the others.
+
+    Args:
+        linear: The delta.
+        corrected: Give rungs with corrections of the slot's codes too.
+    """
+    for factored in factored_rungs(
+        linear.delta_NK, linear.moment_KK, linear.curvature, corrected=corrected
+    ):
         overlap = linear.overlap(factored.dequantize().to(linear.delta_NK.device))
         if overlap > 0:
             yield factored.scaled(_bounded(linear.energy / overlap))

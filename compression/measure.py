@@ -17,7 +17,7 @@ from deltamux.compression.artifact import (
 )
 from deltamux.compression.calibrate import second_moments
 from deltamux.compression.diff import Difference
-from deltamux.compression.factor import FactoredDelta
+from deltamux.compression.factor import FactoredDelta, has_few_directions
 from deltamux.compression.feedback import Curvature, curvature
 from deltamux.compression.ladder import (
     Linear,
@@ -99,6 +99,7 @@ def matrix_entry(
             scheme=quantized.left.scheme,
             shape=quantized.shape,
             rank=quantized.rank,
+            corrected=quantized.corrections is not None,
             deflated=True,
             folded_norm=folded_norm,
             bytes=tensor_bytes(tensors),
@@ -144,18 +145,29 @@ def measure_layer(
     measured: list[Measured] = []
     kept: dict[str, torch.Tensor] = {}
     factors: dict[int, tuple[torch.Tensor, Curvature]] = {}
-    for spec in specs:
+
+    def opened(spec: TensorSpec) -> Linear | None:
         moment_KK = moments[spec.name]
         delta_NK = difference.delta(spec).to(moment_KK.device)
         if not delta_NK.any():
-            continue
+            return None
         # Linears that read the same activations share one factorization.
         if id(moment_KK) not in factors:
             served_KK = difference.served_moment(spec, moment_KK)
             factors[id(moment_KK)] = served_KK, curvature(served_KK, spec.name)
-        linear = Linear(delta_NK, *factors[id(moment_KK)])
+        return Linear(delta_NK, *factors[id(moment_KK)])
+
+    few = recipe.linear.low_rank and all(
+        has_few_directions(linear.delta_NK, linear.curvature)
+        for linear in map(opened, specs)
+        if linear is not None
+    )
+    for spec in specs:
+        linear = opened(spec)
+        if linear is None:
+            continue
         folded = spec.norm if spec.norm in difference.folded else None
-        rungs = measure_linear(spec, linear, recipe, folded)
+        rungs = measure_linear(spec, linear, recipe, folded_norm=folded, few_directions=few)
         for index, (_, tensors) in enumerate(rungs):
             kept |= {rung_name(key, index): value for key, value in tensors.items()}
         if rungs:
@@ -167,15 +179,27 @@ def measure_layer(
 
 
 def measure_linear(
-    spec: TensorSpec, linear: Linear, recipe: Recipe, folded_norm: str | None = None
+    spec: TensorSpec,
+    linear: Linear,
+    recipe: Recipe,
+    *,
+    folded_norm: str | None = None,
+    few_directions: bool = False,
 ) -> list[tuple[TensorEntry, dict[str, torch.Tensor]]]:
     """Every rung of one linear as it would be written, by bytes.
 
     Rungs are encoded beside the rounding of the next ones, on as many threads as torch has.
+
+    Args:
+        spec: The linear.
+        linear: Its delta and inputs.
+        recipe: The rungs asked for.
+        folded_norm: Name of the norm whose change is folded into the delta.
+        few_directions: Whether the layer is that of a merged adapter: low-rank rungs pay at any rate.
     """
     rungs = []
     with ThreadPoolExecutor(torch.get_num_threads()) as encoders:
-        for quantized in _rungs(linear, recipe):
+        for quantized in _rungs(linear, recipe, few_directions):
             encoded = encoders.submit(encode_matrix, spec.name, quantized)
             error = linear.lost(quantized.dequantize().to(linear.delta_NK.device))
             rungs.append((quantized, encoded, error))
@@ -187,13 +211,15 @@ def measure_linear(
     return sorted(entries, key=lambda rung: rung[0].bytes)
 
 
-def _rungs(linear: Linear, whole: Recipe) -> Iterator[QuantizedDelta | FactoredDelta]:
+def _rungs(
+    linear: Linear, whole: Recipe, few_directions: bool
+) -> Iterator[QuantizedDelta | FactoredDelta]:
     recipe = whole.linear
     scheme = recipe.fixed_scheme
     if scheme is None and recipe.pruning is None:
         yield from coded_rungs(linear)
-        if whole.measures_low_rank:
-            yield from low_rank_rungs(linear)
+        if whole.measures_low_rank or few_directions:
+            yield from low_rank_rungs(linear, corrected=few_directions)
     elif scheme is None:
         assert recipe.pruning is not None
         yield from pruned_rungs(linear, recipe.pruning.score, recipe.pruning.pattern)

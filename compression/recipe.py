@@ -12,7 +12,8 @@ from deltamux.compression.quantize import Scheme
 
 CODED = "coded"
 DEFAULT_BITS = 1.0
-# Above this many bits a linear weight full-rank rungs are ahead, and low-rank ones only cost time.
+# Above this many bits a linear weight full-rank rungs are ahead, and low-rank ones only cost time, but
+# for merged adapters.
 LOW_RANK_BITS = 0.75
 
 

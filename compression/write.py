@@ -69,8 +69,8 @@ class Draft:
                 continue
             tensors = work.tensors(matrix, rung - 1)
             entry = matrix.entries[rung - 1]
-            # The steps of a product are its right factor's.
-            key = f"{matrix.name}.{'steps' if entry.rank is None else 'right.steps'}"
+            # A product is scaled in its left factor.
+            key = f"{matrix.name}.{'steps' if entry.rank is None else 'left.steps'}"
             steps = tensors[key].float() * factors.get(matrix.name, 1.0)
             tensors[key] = steps.to(torch.bfloat16)
             draft.add(entry, tensors)

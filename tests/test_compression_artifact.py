@@ -91,17 +91,29 @@ def random_factor(rows, columns, seed):
     return QuantizedDelta(Scheme.INT8, (rows, columns), codes, steps, deflated=True)
 
 
-def test_a_product_of_factors_is_read_back_as_it_was_written(copied):
-    product = FactoredDelta(random_factor(10, 3, 0), random_factor(3, 33, 1))
+def random_product(corrected=True):
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(3, (10, 33), generator=generator, dtype=torch.uint8)
+    steps = torch.full((10,), 5.0, dtype=torch.bfloat16)
+    corrections = QuantizedDelta(Scheme.TERNARY, (10, 33), codes, steps, deflated=True)
+    left, right = random_factor(10, 3, 0), random_factor(3, 33, 1)
+    return FactoredDelta(left, right, corrections if corrected else None)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_product_of_factors_is_read_back_as_it_was_written(copied, corrected):
+    product = random_product(corrected)
     write_matrix(copied, product)
     found = Artifact(copied).quantized(LINEAR)
     assert (found.shape, found.rank) == ((10, 33), 3)
     assert torch.equal(found.dequantize(), product.dequantize())
 
 
-@pytest.mark.parametrize("suffix", ["left.deflated", "left.steps", "right.deflated", "right.steps"])
-def test_a_missing_factor_is_named(copied, suffix):
-    write_matrix(copied, FactoredDelta(random_factor(10, 3, 0), random_factor(3, 33, 1)))
+@pytest.mark.parametrize("part", ["left", "right", "corrections"])
+@pytest.mark.parametrize("kind", ["deflated", "steps"])
+def test_a_missing_factor_is_named(copied, part, kind):
+    suffix = f"{part}.{kind}"
+    write_matrix(copied, random_product())
     edit_weights(copied, lambda weights: weights.pop(f"{LINEAR}.{suffix}"))
     with pytest.raises(ValueError, match=rf"{LINEAR!r} but holds no {suffix} for it"):
         Artifact(copied)

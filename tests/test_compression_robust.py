@@ -12,7 +12,13 @@ from deltamux.compression.architecture import Role
 from deltamux.compression.artifact import Artifact
 from deltamux.compression.checkpoint import open_checkpoint
 from deltamux.compression.compress import compress
-from deltamux.compression.recipe import PRESETS, LinearRecipe, Recipe, me_switch
+from deltamux.compression.recipe import (
+    PRESETS,
+    AllocationRecipe,
+    LinearRecipe,
+    Recipe,
+    me_switch,
+)
 from deltamux.compression.text import Sample, random_samples
 
 TEXT = random_samples(272, count=6, length=32)
@@ -303,3 +309,27 @@ def test_one_channel_a_thousand_times_the_rest_is_compressed(make_pair, tmp_path
     artifact = run(base, expert, tmp_path / "artifact", recipe)
     assert {entry.role for entry in artifact.manifest.tensors} == {Role.LINEAR}
     kept_most(artifact, 0.35)
+
+
+def test_a_merged_adapter_is_kept_as_corrected_factors_at_any_rate(make_pair, tmp_path):
+    base, _ = make_pair()
+    expert = shutil.copytree(base, tmp_path / "expert")
+    generator = torch.Generator().manual_seed(0)
+
+    def merge_adapter(weights):
+        for name, weight in weights.items():
+            if "_proj" in name:
+                rows, columns = weight.shape
+                left = torch.randn(rows, 1, generator=generator)
+                adapter = 0.05 * left @ torch.randn(1, columns, generator=generator)
+                weights[name] = (weight.float() + adapter).to(weight.dtype)
+
+    edit_weights(expert, merge_adapter)
+    for bits in (1.0, 4.0):
+        recipe = Recipe(allocation=AllocationRecipe(bits=bits))
+        artifact = run(base, expert, tmp_path / f"{bits}", recipe)
+        factored = [entry for entry in artifact.entries.values() if entry.rank is not None]
+        assert len(factored) > len(artifact.entries) / 2
+        checked = artifact.manifest.verification
+        assert checked["kl"] < 0.05 * checked["kl_base"]
+    assert any(entry.corrected for entry in factored)
