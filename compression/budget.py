@@ -38,8 +38,10 @@ FILE_BYTES = 100
 SEARCH_BITS = (0.1, 6.0)
 SEARCH_STEPS = 7
 SENSITIVITY_SAMPLES = 24
-# What an error of a low-rank rung costs to that of the same error of a full-rank one.
+# What an error of a low-rank rung costs to that of the same error of a full-rank one: in general, and where
+# few directions hold the whole delta, so that what is lost is the slot's rounding, which is mere noise.
 LOW_RANK_COST = 4.0
+FEW_DIRECTIONS_COST = 0.25
 # Tensors of a matrix at most: codes and steps of two factors (or with salient channels), and of corrections.
 FACTORED_TENSORS = {False: 4, True: 6}
 
@@ -121,8 +123,8 @@ def choose_family(
 
     Errors of the two kinds of rungs do not compare. A low-rank rung leaves whole directions out, which
     adds up over matrices, while what a full-rank rung leaves is close to noise: of equal errors the
-    low-rank one costs more (`LOW_RANK_COST`), how much more depends on rate and expert. So both are
-    tried.
+    low-rank one costs more (`LOW_RANK_COST`), but where few directions suffice. How much more depends
+    on rate and expert, so both are tried.
 
     Args:
         recipe: Its allocation is that of `choose`.
@@ -147,8 +149,8 @@ def choose_family(
     plain = original(
         choose(allocation, difference, reduced, fixed, lambda choice: attempt(original(choice)))
     )
-    few_directions = any(entry.corrected for matrix in measured for entry in matrix.entries)
-    if reduced == curves or not (recipe.measures_low_rank or few_directions):
+    pays = recipe.measures_low_rank or any(map(_has_few_directions, measured))
+    if reduced == curves or not pays:
         return plain
     mixed = choose(allocation, difference, curves, fixed, attempt)
     if allocation.target_kl is not None:
@@ -184,16 +186,25 @@ def rate_curves(measured: list[Measured], importance: list[float]) -> list[Curve
             importance=cost,
             rungs=(
                 Rung(0, 1.0),
-                *(Rung(entry.bytes, _counted(entry)) for entry in matrix.entries),
+                *(
+                    Rung(entry.bytes, entry.error * _price(entry, matrix))
+                    for entry in matrix.entries
+                ),
             ),
-            num_tensors=max(FACTORED_TENSORS[entry.corrected] for entry in matrix.entries),
+            num_tensors=FACTORED_TENSORS[_has_few_directions(matrix)],
         )
         for matrix, cost in zip(measured, importance, strict=True)
     ]
 
 
-def _counted(entry: TensorEntry) -> float:
-    return entry.error * (1.0 if entry.rank is None or entry.corrected else LOW_RANK_COST)
+def _price(entry: TensorEntry, matrix: Measured) -> float:
+    if entry.rank is None:
+        return 1.0
+    return FEW_DIRECTIONS_COST if _has_few_directions(matrix) else LOW_RANK_COST
+
+
+def _has_few_directions(matrix: Measured) -> bool:
+    return any(entry.corrected for entry in matrix.entries)
 
 
 def _method(recipe: AllocationRecipe) -> str | Allocator:
