@@ -55,7 +55,7 @@ def inputs(tokens: int, columns: int, device: torch.device) -> torch.Tensor:
 def run(group: Group, tokens: int, device: torch.device) -> dict[str, float]:
     """Seconds of every step for one group of linears."""
     spent = {"moments": 0.0, "factor": 0.0, "ladders": 0.0}
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     moment_KK = torch.zeros(group.columns, group.columns, device=device)
     for start in range(0, tokens, 8192):
         x_TK = inputs(min(8192, tokens - start), group.columns, device)
@@ -77,8 +77,8 @@ def run(group: Group, tokens: int, device: torch.device) -> dict[str, float]:
         num_rungs += len(rungs)
         spent["ladders"] += time.perf_counter() - before
         release_memory()
-    total = time.perf_counter() - started
-    return spent | {"total": total, "rung_bytes": num_bytes, "rungs": num_rungs, **_peaks(device)}
+    spent |= {"total": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+    return spent | {"rung_bytes": num_bytes, "rungs": num_rungs, **_peaks(device)}
 
 
 def _wait(device: torch.device) -> None:
@@ -102,18 +102,21 @@ def main() -> None:
     torch.manual_seed(0)
     device = best_device()
     result: dict[str, object] = {"tokens": arguments.tokens, "threads": torch.get_num_threads()}
-    total = 0.0
+    total = cpu = 0.0
     for group in groups(arguments.hidden, arguments.intermediate):
         found = run(group, arguments.tokens, device)
-        total += found["total"]
+        total, cpu = total + found["total"], cpu + found["cpu"]
         result[group.name] = found
         print(
             f"{group.name:<10} moments {found['moments']:>7.1f} s  factor {found['factor']:>6.1f} s  "
             f"ladders {found['ladders']:>7.1f} s  peak {found['peak_bytes'] / 1e9:.1f} GB",
             flush=True,
         )
-    result |= {"layer_seconds": total, "model_seconds": total * LAYERS}
-    print(f"one layer {total:.0f} s, {LAYERS} layers {total * LAYERS / 60:.0f} min")
+    result |= {"layer_seconds": total, "layer_cpu_seconds": cpu, "model_seconds": total * LAYERS}
+    print(
+        f"one layer {total:.0f} s ({cpu:.0f} s of all cores), "
+        f"{LAYERS} layers {total * LAYERS / 60:.0f} min"
+    )
     record("layer-cost", result)
 
 

@@ -38,10 +38,12 @@ FILE_BYTES = 100
 SEARCH_BITS = (0.1, 6.0)
 SEARCH_STEPS = 7
 SENSITIVITY_SAMPLES = 24
-# What an error of a low-rank rung costs to that of the same error of a full-rank one: in general, and where
-# few directions hold the whole delta, so that what is lost is the slot's rounding, which is mere noise.
+# What an error of a low-rank rung costs to that of the same error of a full-rank one: in general, and in a
+# merged adapter, where few directions hold the whole delta and what is lost is the slot's rounding, mere noise.
 LOW_RANK_COST = 4.0
-FEW_DIRECTIONS_COST = 0.25
+ADAPTER_COST = 0.25
+# An adapter has few directions in this share of its matrices.
+ADAPTER_SHARE = 0.5
 # Tensors of a matrix at most: codes and steps of two factors (or with salient channels), and of corrections.
 FACTORED_TENSORS = {False: 4, True: 6}
 
@@ -123,8 +125,8 @@ def choose_family(
 
     Errors of the two kinds of rungs do not compare. A low-rank rung leaves whole directions out, which
     adds up over matrices, while what a full-rank rung leaves is close to noise: of equal errors the
-    low-rank one costs more (`LOW_RANK_COST`), but where few directions suffice. How much more depends
-    on rate and expert, so both are tried.
+    low-rank one costs more (`LOW_RANK_COST`), but in merged adapters. How much more depends on rate and
+    expert, so both are tried.
 
     Args:
         recipe: Its allocation is that of `choose`.
@@ -149,8 +151,7 @@ def choose_family(
     plain = original(
         choose(allocation, difference, reduced, fixed, lambda choice: attempt(original(choice)))
     )
-    pays = recipe.measures_low_rank or any(map(_has_few_directions, measured))
-    if reduced == curves or not pays:
+    if reduced == curves or not (recipe.measures_low_rank or is_adapter(measured)):
         return plain
     mixed = choose(allocation, difference, curves, fixed, attempt)
     if allocation.target_kl is not None:
@@ -178,6 +179,11 @@ def importances(
 
 def rate_curves(measured: list[Measured], importance: list[float]) -> list[Curve]:
     """The measured ladders as the allocators read them."""
+    low_rank_cost = ADAPTER_COST if is_adapter(measured) else LOW_RANK_COST
+
+    def counted(entry: TensorEntry) -> float:
+        return entry.error * (1.0 if entry.rank is None else low_rank_cost)
+
     return [
         Curve(
             name=matrix.name,
@@ -186,10 +192,7 @@ def rate_curves(measured: list[Measured], importance: list[float]) -> list[Curve
             importance=cost,
             rungs=(
                 Rung(0, 1.0),
-                *(
-                    Rung(entry.bytes, entry.error * _price(entry, matrix))
-                    for entry in matrix.entries
-                ),
+                *(Rung(entry.bytes, counted(entry)) for entry in matrix.entries),
             ),
             num_tensors=FACTORED_TENSORS[_has_few_directions(matrix)],
         )
@@ -197,10 +200,9 @@ def rate_curves(measured: list[Measured], importance: list[float]) -> list[Curve
     ]
 
 
-def _price(entry: TensorEntry, matrix: Measured) -> float:
-    if entry.rank is None:
-        return 1.0
-    return FEW_DIRECTIONS_COST if _has_few_directions(matrix) else LOW_RANK_COST
+def is_adapter(measured: list[Measured]) -> bool:
+    """Whether few directions hold the delta of most matrices."""
+    return sum(map(_has_few_directions, measured)) > ADAPTER_SHARE * len(measured)
 
 
 def _has_few_directions(matrix: Measured) -> bool:

@@ -35,7 +35,7 @@ FACTOR_STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0)
 PAYING_ENERGY = 0.2
 # A delta has few directions if those that an eighth of its coefficients pay for leave out no more than this.
 FEW_DIRECTIONS = 1 / 8
-FEW_DIRECTIONS_REST = 0.01
+FEW_DIRECTIONS_REST = 0.02
 # The factors' step that corrections go with, and by how many of the slot's steps they correct.
 CORRECTED_STEP = 0.7
 CORRECTION_STEPS = (1, 2, 3, 5, 7)

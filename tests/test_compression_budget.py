@@ -170,7 +170,7 @@ def test_a_fixed_width_has_one_rung_and_no_choice(make_pair, tmp_path):
     assert case.choose() == [1] * 14
 
 
-def test_errors_of_low_rank_rungs_count_more_but_where_few_directions_suffice(case):
+def test_errors_of_low_rank_rungs_count_more_but_in_adapters(case):
     matrix = case.measured[0]
     full = matrix.entries[-1]
     reduced = full.model_copy(update={"rank": 2})
