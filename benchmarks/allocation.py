@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 
 from make_experts import RUNS
 from quality import Bench, add_arguments, open_bench
@@ -72,7 +73,7 @@ class Trial:
 
 def allocations(bench: Bench, bits: float, searched: bool) -> Iterator[dict]:
     """Every method and importance on the same rungs."""
-    trial = Trial(bench, Recipe(embedding=EmbeddingRecipe(step=2.0)))
+    trial = Trial(bench, Recipe(embedding=EmbeddingRecipe()))
     plans: list[tuple[str, str | Allocator, Importance]] = [
         (method, method, Importance.WEIGHTS) for method in ALLOCATORS
     ]
@@ -96,7 +97,7 @@ def prunings(bench: Bench, bits: float) -> Iterator[dict]:
         before = time.perf_counter()
         pruning = PruningRecipe(score=score, pattern=pattern)
         linear = LinearRecipe(pruning=pruning)
-        trial = Trial(bench, Recipe(linear=linear, embedding=EmbeddingRecipe(step=2.0)))
+        trial = Trial(bench, Recipe(linear=linear, embedding=EmbeddingRecipe()))
         costs = importances(
             Importance.WEIGHTS, trial.rungs.measured, bench.expert, bench.calibration
         )
@@ -125,9 +126,12 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = open_bench(arguments, arguments.expert, seed=0)
     print(f"{'method':<28}{'bits':>7}{'gain':>9}{'KL/base':>9}{'top-1':>8}{'s':>7}")
-    rows = [*allocations(bench, arguments.bits, arguments.measured)]
-    rows += prunings(bench, arguments.bits)
-    record("allocation", {"expert": arguments.expert, "bits": arguments.bits, "rows": rows})
+    rows: list[dict] = []
+    found = allocations(bench, arguments.bits, arguments.measured)
+    for each in chain(found, prunings(bench, arguments.bits)):
+        rows.append(each)
+        # Every pruned ladder takes minutes: what is done is kept.
+        record("allocation", {"expert": arguments.expert, "bits": arguments.bits, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -100,14 +100,18 @@ def draw(rows: list[Row], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     points = {
-        method: (mean(group, bits), mean(group, kl), 1 - mean(group, gain))
+        method: (mean(group, bits), mean(group, kl), mean(group, lambda row: abs(1 - gain(row))))
         for method, group in by_method(rows).items()
     }
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     ours = [v for k, v in points.items() if k.startswith(OURS) and DISTILLED not in k]
     peers = {k: v for k, v in sorted(points.items()) if not k.startswith(OURS)}
     for column, (axis, label) in enumerate(
-        zip(axes, ("KL to the expert, share of the base's", "share of the gain lost"), strict=True),
+        zip(
+            axes,
+            ("KL to the expert, share of the base's", "share of the gain lost, or added"),
+            strict=True,
+        ),
         1,
     ):
         axis.plot(

@@ -94,7 +94,9 @@ def test_a_named_model_answers_under_its_name(site: Site, name: str) -> None:
 
 
 def test_experts_and_base_answer_differently(site: Site) -> None:
-    assert len({site.text(name) for name in (*NAMES, "tiny")}) == len(NAMES) + 1
+    # Random weights may end a turn at once, and two empty answers are alike.
+    whole = {"extra_body": {"ignore_eos": True}, "max_tokens": 16}
+    assert len({site.text(name, **whole) for name in (*NAMES, "tiny")}) == len(NAMES) + 1
 
 
 @pytest.mark.parametrize("domain", [*NAMES, "general"])
