@@ -99,12 +99,17 @@ def has_few_directions(delta_NK: torch.Tensor, inputs: Curvature) -> bool:
     """
     rows, columns = delta_NK.shape
     count = max(1, int(FEW_DIRECTIONS * rows * columns / (rows + columns)))
-    white_NK = delta_NK[:, inputs.order_K] @ inputs.root_KK
+    white_NK = _whitened(delta_NK, inputs)
     generator = torch.Generator(white_NK.device).manual_seed(0)
     sketch_KC = torch.randn(columns, count, generator=generator, device=white_NK.device)
     leading_NC = torch.linalg.qr(white_NK @ (white_NK.T @ (white_NK @ sketch_KC))).Q
     held = (leading_NC.T @ white_NK).square().sum()
     return bool(held >= (1 - FEW_DIRECTIONS_REST) * white_NK.square().sum())
+
+
+def _whitened(delta_NK: torch.Tensor, inputs: Curvature) -> torch.Tensor:
+    """Δ R: the delta over inputs that are white."""
+    return delta_NK[:, inputs.order_K] @ inputs.root_KK
 
 
 def factored_rungs(
@@ -122,7 +127,7 @@ def factored_rungs(
         corrected: Give rungs with corrections too.
     """
     rows, columns = delta_NK.shape
-    white_NK = delta_NK[:, inputs.order_K] @ inputs.root_KK
+    white_NK = _whitened(delta_NK, inputs)
     energies_R, left_NR = _directions(white_NK)
     deviation = float((energies_R.sum() / (rows * columns)).sqrt())
     # A step of 1 in a white coordinate is this in a channel that others already explain in part.

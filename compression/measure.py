@@ -157,7 +157,7 @@ def measure_layer(
             factors[id(moment_KK)] = served_KK, curvature(served_KK, spec.name)
         return Linear(delta_NK, *factors[id(moment_KK)])
 
-    few = recipe.linear.low_rank and all(
+    few = recipe.linear.may_factor and all(
         has_few_directions(linear.delta_NK, linear.curvature)
         for linear in map(opened, specs)
         if linear is not None

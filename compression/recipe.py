@@ -79,6 +79,11 @@ class LinearRecipe(_SchemeRecipe):
     low_rank: bool = True
     pruning: PruningRecipe | None = None
 
+    @property
+    def may_factor(self) -> bool:
+        """Whether matrices may be kept as two factors."""
+        return self.low_rank and self.fixed_scheme is None and self.pruning is None
+
 
 class ProposerRecipe(_Model):
     """An OpenAI-compatible endpoint that proposes offspring to the evolutionary search."""

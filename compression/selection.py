@@ -10,6 +10,7 @@ all deltas makes up for it. Close to its least value the divergence is a parabol
 with F the Fisher information of the weights, so that three measurements give the factor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,27 +82,30 @@ class Rungs:
         """One factor for every linear."""
         return dict.fromkeys([matrix.name for matrix in self.measured], factor)
 
-    def divergence(self, choice: Choice, stretch: float, trial: Reference) -> float:
-        """The KL that a choice leaves on some text with one factor on all its deltas."""
+    def divergences(
+        self, choice: Choice, trial: Reference, stretches: Sequence[float]
+    ) -> list[float]:
+        """The KL that a choice leaves on some text, with each of some factors on all its deltas."""
         artifact, base = self.write(choice), self.job.difference.base
-        return trial.divergence(reconstructed(artifact, base, self.stretched(stretch)))
+        return [
+            trial.divergence(reconstructed(artifact, base, self.stretched(stretch)))
+            for stretch in stretches
+        ]
 
     def best_stretch(
-        self, choice: Choice, trial: Reference, known: dict[float, float] | None = None
+        self, choice: Choice, trial: Reference, typical: float | None = None
     ) -> tuple[float, float]:
         """The factor that serves a choice best on some text, and the divergence with it.
 
         Args:
             choice: Rungs.
             trial: The text.
-            known: Divergences of this choice that were measured before, by factor.
+            typical: The divergence at the middle one of `STRETCHES`, if it is known.
         """
-        known = known or {}
-        measured = [
-            known[factor] if factor in known else self.divergence(choice, factor, trial)
-            for factor in STRETCHES
-        ]
-        return least_of_parabola(measured)
+        if typical is None:
+            return least_of_parabola(self.divergences(choice, trial, STRETCHES))
+        first, last = self.divergences(choice, trial, (STRETCHES[0], STRETCHES[2]))
+        return least_of_parabola([first, typical, last])
 
     def select(self, calibration: list[Sample]) -> tuple[Choice, float]:
         """The best choice within the recipe's limit, and the factor on all its steps.
@@ -115,15 +119,13 @@ class Rungs:
         recipe, difference = self.job.recipe, self.job.difference
         telling = [sample for sample in calibration if len(sample.predicted)][-TRIAL_SAMPLES:]
         trial = self.job.reference_on(telling) if telling else None
-        typical = STRETCHES[1]
-        compared: dict[tuple[int, ...], dict[float, float]] = {}
+        compared: dict[tuple[int, ...], float] = {}
 
         def divergence(choice: Choice) -> float:
             if trial is None:
                 return 0.0
-            found = self.divergence(choice, typical, trial)
-            compared[tuple(choice)] = {typical: found}
-            return found
+            (compared[tuple(choice)],) = self.divergences(choice, trial, STRETCHES[1:2])
+            return compared[tuple(choice)]
 
         choice = choose_family(
             recipe,
