@@ -16,7 +16,7 @@ from itertools import chain
 
 from make_experts import RUNS
 from quality import Bench, add_arguments, open_bench
-from record import record
+from record import keep, record
 
 from deltamux.compression.allocate import ALLOCATORS, Allocator, Choice, allocate
 from deltamux.compression.allocate_evolution import evolve
@@ -127,11 +127,13 @@ def main() -> None:
     bench = open_bench(arguments, arguments.expert, seed=0)
     print(f"{'method':<28}{'bits':>7}{'gain':>9}{'KL/base':>9}{'top-1':>8}{'s':>7}")
     rows: list[dict] = []
+    result = {"expert": arguments.expert, "bits": arguments.bits, "rows": rows}
     found = allocations(bench, arguments.bits, arguments.measured)
     for each in chain(found, prunings(bench, arguments.bits)):
         rows.append(each)
         # Every pruned ladder takes minutes: what is done is kept.
-        record("allocation", {"expert": arguments.expert, "bits": arguments.bits, "rows": rows})
+        keep("allocation", result)
+    record("allocation", result)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def record(theme: str, result: Any) -> None:
-    """Write results/THEME_HARDWARE_DATE.json, and print it as the last line."""
+def keep(theme: str, result: Any) -> tuple[Path, dict[str, Any]]:
+    """Write results/THEME_HARDWARE_DATE.json: its path and content."""
     machine = hardware()
     today = dt.datetime.now(dt.UTC).date().isoformat()
     content = {
@@ -62,5 +62,11 @@ def record(theme: str, result: Any) -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{theme}_{label}_{today}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
+    return path, content
+
+
+def record(theme: str, result: Any) -> None:
+    """Keep a result, and print it as the last line."""
+    path, content = keep(theme, result)
     print(f"wrote {path}")
     print(json.dumps(content))

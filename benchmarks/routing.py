@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import record
+from record import keep, record
 from routing_data import (
     DESCRIPTIONS,
     DOMAINS,
@@ -175,8 +175,9 @@ def main() -> None:
             figures.append(one_seed(corpus, arguments.base, features, seed))
             # An hour of work on a slow machine: what is done is kept.
             result[features] = mean(figures) | {"seeds": list(figures)}
-            record("routing", result)
+            keep("routing", result)
         show(features, result[features])
+    record("routing", result)
 
 
 if __name__ == "__main__":

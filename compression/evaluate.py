@@ -69,28 +69,26 @@ class Reference:
 
     def compare(self, source: WeightSource) -> Evaluation:
         """Measure a model that is given by its weights."""
-        states = [self._base, self._expert, self._run(source)]
+        states = [self._base, self._expert, self._run(self._models[0], source)]
         return _compare(states, self._targets, self._sample)
 
     def divergence(self, source: WeightSource) -> float:
         """The KL of such a model alone, for which the base need not run."""
-        return _divergence(self._expert, self._run(source))
+        return _divergence(self._expert, self._run(self._models[0], source))
 
     @cached_property
     def _base(self) -> "_Predictions":
         base = self._models[0]
-        return self._run(base.load, tied=base.tied)
+        return self._run(base, base.load)
 
     @cached_property
     def _expert(self) -> "_Predictions":
         expert = self._models[1]
-        return self._run(expert.load, tied=expert.tied)
+        return self._run(expert, expert.load)
 
-    def _run(self, source: WeightSource, tied: bool | None = None) -> "_Predictions":
+    def _run(self, like: Checkpoint, source: WeightSource) -> "_Predictions":
         """Final hidden states and head. Layout and configuration are the expert's."""
-        base, expert = self._models
-        tied = base.tied if tied is None else tied
-        model = StreamedModel(expert.root, source, torch.float32, tied)
+        model = StreamedModel(self._models[1].root, source, torch.float32, like.tied)
         with tqdm(
             total=model.num_layers, desc="evaluate", unit="layer", disable=not self._progress
         ) as bar:
