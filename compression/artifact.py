@@ -15,6 +15,7 @@ for, with N output rows and K input channels:
 | `.salient_values` | bfloat16 [N, C] | added to Δ̂ in those channels |
 | `.rows` | uint8 [ceil(N / 8)] | bitmap of the R rows that have codes; absent: all N |
 | `.left.…`, `.right.…` | as for a weight [N, r], [r, K] | Δ̂ as the product of two coded factors |
+| `.inputs.…` | as for a weight [1 + k, K] | sketch of the inputs that the product is rounded under (see `shape.py`) |
 | `.exact` | uint8 [bytes] | lossless: the weight itself relative to the base's (see `lossless.py`) |
 | `.replacement` | as the expert's | a norm's own weight |
 | `.delta` | float32 [N] | a bias's difference |
@@ -46,6 +47,7 @@ from deltamux.compression.pack import (
     unpack_trits,
 )
 from deltamux.compression.quantize import QuantizedDelta, Scheme
+from deltamux.compression.shape import InputSketch
 
 FORMAT = "deltamux"
 FORMAT_VERSION = 1
@@ -92,7 +94,7 @@ class TensorEntry(_Model):
     deflated: bool = False
     exact: bool = False
     rank: int | None = None
-    corrected: bool = False
+    input_directions: int | None = None
     folded_norm: str | None = None
     bytes: int
     error: float
@@ -135,8 +137,8 @@ def encode_matrix(name: str, quantized: QuantizedDelta | FactoredDelta) -> dict[
     if isinstance(quantized, FactoredDelta):
         tensors = encode_matrix(f"{name}.left", quantized.left)
         tensors |= encode_matrix(f"{name}.right", quantized.right)
-        if quantized.corrections is not None:
-            tensors |= encode_matrix(f"{name}.corrections", quantized.corrections)
+        if quantized.inputs is not None:
+            tensors |= encode_matrix(f"{name}.inputs", quantized.inputs.coded)
         return tensors
     scheme, steps = quantized.scheme, quantized.steps_R
     suffix = "deflated" if quantized.deflated else "codes"
@@ -187,13 +189,14 @@ class Artifact:
         assert entry.scheme is not None
         rows, columns = entry.shape
         if entry.rank is not None:
-            corrections = None
-            if entry.corrected:
-                corrections = self._factor(f"{name}.corrections", Scheme.TERNARY, entry.shape)
+            sketch = None
+            if entry.input_directions is not None:
+                shape = 1 + entry.input_directions, columns
+                sketch = InputSketch(self._factor(f"{name}.inputs", entry.scheme, shape))
             return FactoredDelta(
                 left=self._factor(f"{name}.left", entry.scheme, (rows, entry.rank)),
                 right=self._factor(f"{name}.right", entry.scheme, (entry.rank, columns)),
-                corrections=corrections,
+                inputs=sketch,
             )
         salient = self._find(f"{name}.salient_channels")
         channels = self._find(f"{name}.channels")
@@ -287,8 +290,8 @@ def _stored(entry: TensorEntry) -> Iterator[str]:
         yield "exact"
     elif entry.rank is not None:
         yield from ("left.deflated", "left.steps", "right.deflated", "right.steps")
-        if entry.corrected:
-            yield from ("corrections.deflated", "corrections.steps")
+        if entry.input_directions is not None:
+            yield from ("inputs.deflated", "inputs.steps")
     elif entry.role is Role.NORM:
         yield "replacement"
     elif entry.role is Role.BIAS:

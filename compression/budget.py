@@ -44,7 +44,7 @@ LOW_RANK_COST = 4.0
 ADAPTER_COST = 0.25
 # An adapter has few directions in this share of its matrices.
 ADAPTER_SHARE = 0.5
-# Tensors of a matrix at most: codes and steps of two factors (or with salient channels), and of corrections.
+# Tensors of a matrix at most: codes and steps of two factors (or with salient channels), and of a sketch.
 FACTORED_TENSORS = {False: 4, True: 6}
 
 Attempt = Callable[[Choice], Evaluation | None]
@@ -206,7 +206,7 @@ def is_adapter(measured: list[Measured]) -> bool:
 
 
 def _has_few_directions(matrix: Measured) -> bool:
-    return any(entry.corrected for entry in matrix.entries)
+    return any(entry.input_directions for entry in matrix.entries)
 
 
 def _method(recipe: AllocationRecipe) -> str | Allocator:
@@ -226,7 +226,7 @@ def _overhead(curves: list[Curve], fixed: Draft) -> int:
     """Bytes of the weights file besides the linears' tensors, as an upper bound."""
     names = [*fixed.tensors]
     for curve in curves:
-        names += [f"{curve.name}.corrections.deflated"] * curve.num_tensors
+        names += [f"{curve.name}.inputs.deflated"] * curve.num_tensors
     return (
         FILE_BYTES + tensor_bytes(fixed.tensors) + sum(len(name) + HEADER_BYTES for name in names)
     )

@@ -14,8 +14,8 @@ feedback under G, so that it makes up for what B lost. The product is rounded on
 a step a row, because that is what a slot holds: a rounding far below what the factors leave out of most deltas.
 
 Merged adapters are another matter: few directions hold all of their delta, and the slot's rounding is most of
-what is lost. So where few directions suffice, corrections of some of the slot's codes by a few steps up or
-down, rounded with error feedback, make up for that rounding as far as the inputs are correlated.
+what is lost. So where few directions suffice, finer steps are tried, and a sketch of the inputs is kept,
+under which the reader rounds the product with error feedback (`shape.py`).
 
 Shapes: N output rows, K input channels, r directions.
 """
@@ -27,6 +27,7 @@ import torch
 
 from deltamux.compression.feedback import Curvature, Grid, curvature, round_with_feedback
 from deltamux.compression.quantize import QuantizedDelta, Scheme, requantize
+from deltamux.compression.shape import InputSketch, shaped, sketch_inputs
 
 # Steps in units of the delta's deviation over inputs that are white.
 FACTOR_STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0)
@@ -36,9 +37,13 @@ PAYING_ENERGY = 0.2
 # A delta has few directions if those that an eighth of its coefficients pay for leave out no more than this.
 FEW_DIRECTIONS = 1 / 8
 FEW_DIRECTIONS_REST = 0.02
-# The factors' step that corrections go with, and by how many of the slot's steps they correct.
-CORRECTED_STEP = 0.7
-CORRECTION_STEPS = (1, 2, 3, 5, 7)
+# A direction's width, as a share of the largest, below which its inputs are taken not to feel it.
+UNFELT = 1e-5
+# What is tried where a delta has few directions: finer steps beside the others, and sketches of the inputs at
+# all but the coarsest, where what the factors leave out outweighs what a slot's rounding does.
+FINE_STEPS = (0.18, 0.25)
+SKETCHED_STEP = 2.0
+SKETCHES = (4, 16)
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,12 @@ class FactoredDelta:
     Attributes:
         left: [N, r], one step for all rows: the scale of the product.
         right: [r, K], a step a row.
-        corrections: [N, K], ternary; what is added to the codes of the product.
+        inputs: What the product is rounded under for a slot; None: to the nearest codes.
     """
 
     left: QuantizedDelta
     right: QuantizedDelta
-    corrections: QuantizedDelta | None = None
+    inputs: InputSketch | None = None
     deflated: bool = True
 
     @property
@@ -66,13 +71,14 @@ class FactoredDelta:
         """Directions kept."""
         return self.left.shape[1]
 
+    def product(self) -> torch.Tensor:
+        """The product before it is rounded for a slot, float32 [N, K]."""
+        return self.left.dequantize() @ self.right.dequantize()
+
     def codes(self) -> QuantizedDelta:
-        """The product in 4-bit codes, corrected: the form that slots hold."""
-        product = requantize(self.left.dequantize() @ self.right.dequantize())
-        if self.corrections is None:
-            return product
-        codes_NK = product.codes_RC + self.corrections.dequantize()
-        return replace(product, codes_RC=codes_NK.clamp(0, Scheme.INT4.levels - 1).to(torch.uint8))
+        """The product in 4-bit codes: the form that slots hold."""
+        product_NK = self.product()
+        return requantize(product_NK) if self.inputs is None else shaped(product_NK, self.inputs)
 
     def dequantize(self, factor: float = 1.0) -> torch.Tensor:
         """Δ̂, float32 [N, K], exactly as it is served, times a factor."""
@@ -81,8 +87,7 @@ class FactoredDelta:
     def scaled(self, factor: float) -> "FactoredDelta":
         """The same times a factor.
 
-        In the one step of the left factor: rounding the many of the right one would move the product, and
-        with it codes that corrections were made for.
+        In the one step of the left factor: rounding the many of the right one would move the product.
         """
         return replace(self, left=self.left.scaled(factor))
 
@@ -116,7 +121,7 @@ def factored_rungs(
     delta_NK: torch.Tensor,
     moment_KK: torch.Tensor,
     inputs: Curvature,
-    corrected: bool = False,
+    few_directions: bool = False,
 ) -> Iterator[FactoredDelta]:
     """Low-rank rungs from fine to coarse; steps at which nothing pays, or everything does, are left out.
 
@@ -124,7 +129,7 @@ def factored_rungs(
         delta_NK: The delta, float32.
         moment_KK: E[x xᵀ] of its inputs, float32.
         inputs: Its curvature.
-        corrected: Give rungs with corrections too.
+        few_directions: Whether those hold all of it: give finer steps and sketches of the inputs too.
     """
     rows, columns = delta_NK.shape
     white_NK = _whitened(delta_NK, inputs)
@@ -132,7 +137,9 @@ def factored_rungs(
     deviation = float((energies_R.sum() / (rows * columns)).sqrt())
     # A step of 1 in a white coordinate is this in a channel that others already explain in part.
     innovation = float(inputs.innovation_K().log().mean().exp().sqrt())
-    for multiple in FACTOR_STEPS:
+    steps = (*FINE_STEPS, *FACTOR_STEPS) if few_directions else FACTOR_STEPS
+    sketches = [sketch_inputs(moment_KK, count) for count in SKETCHES] if few_directions else []
+    for multiple in steps:
         step = multiple * deviation
         rank = int((energies_R > PAYING_ENERGY * (rows + columns) * step**2).sum())
         if 0 < rank < min(rows, columns) // 2:
@@ -141,27 +148,10 @@ def factored_rungs(
             levels_RK = levels_RK[levels_RK.any(dim=1)]
             if len(levels_RK):
                 factored = _with_left(delta_NK, moment_KK, levels_RK, step, step / innovation)
-                yield factored
-                if corrected and multiple == CORRECTED_STEP:
-                    yield from _corrected(factored, delta_NK, inputs)
-
-
-def _corrected(
-    factored: FactoredDelta, delta_NK: torch.Tensor, inputs: Curvature
-) -> Iterator[FactoredDelta]:
-    """The same with corrections, from fine to coarse."""
-    product = factored.codes()
-    rest_NK = delta_NK - product.dequantize().to(delta_NK.device)
-    steps_N = product.steps_R.to(delta_NK.device, torch.float32)
-    grids = [Grid(Scheme.TERNARY, steps_N * multiple) for multiple in CORRECTION_STEPS]
-    rounded = round_with_feedback(rest_NK, inputs, grids)
-    for multiple, (levels_NK, _) in zip(CORRECTION_STEPS, rounded, strict=True):
-        if levels_NK.any():
-            in_codes_N = torch.full_like(steps_N, multiple)
-            corrections = QuantizedDelta.from_levels(
-                Scheme.TERNARY, levels_NK, in_codes_N, deflated=True
-            )
-            yield replace(factored, corrections=corrections)
+                if few_directions and multiple <= SKETCHED_STEP:
+                    yield from (replace(factored, inputs=sketch) for sketch in sketches)
+                else:
+                    yield factored
 
 
 def _directions(white_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +183,9 @@ def _with_left(
     """Solve the left factor for rounded right levels, and round it too."""
     seen_RK = levels_RK @ moment_KK * right_step
     gram_RR = seen_RK @ levels_RK.T * right_step
-    widths_R = gram_RR.diagonal().sqrt().clamp_min(1e-30)
+    # Of a direction that the inputs never take, rounding alone is left, of either sign.
+    widths_R = gram_RR.diagonal().clamp_min(0).sqrt()
+    widths_R = widths_R.clamp_min(float(UNFELT * widths_R.max()) or 1.0)
     unit_RR = gram_RR / widths_R / widths_R.unsqueeze(1)
     target_RN = (seen_RK @ delta_NK.T) / widths_R.unsqueeze(1)
     ridge_RR = unit_RR.double() + 1e-6 * torch.eye(len(unit_RR), device=unit_RR.device)

@@ -99,7 +99,7 @@ def matrix_entry(
             scheme=quantized.left.scheme,
             shape=quantized.shape,
             rank=quantized.rank,
-            corrected=quantized.corrections is not None,
+            input_directions=None if quantized.inputs is None else quantized.inputs.count,
             deflated=True,
             folded_norm=folded_norm,
             bytes=tensor_bytes(tensors),
@@ -219,7 +219,7 @@ def _rungs(
     if scheme is None and recipe.pruning is None:
         yield from coded_rungs(linear)
         if whole.measures_low_rank or few_directions:
-            yield from low_rank_rungs(linear, corrected=few_directions)
+            yield from low_rank_rungs(linear, few_directions=few_directions)
     elif scheme is None:
         assert recipe.pruning is not None
         yield from pruned_rungs(linear, recipe.pruning.score, recipe.pruning.pattern)

@@ -222,27 +222,42 @@ def _round_rows(delta_RK: torch.Tensor, step: float) -> tuple[torch.Tensor, torc
 def requantize(delta_NK: torch.Tensor) -> QuantizedDelta:
     """A dense delta in 4-bit codes with a step a row, for slots: one refit from a Gaussian's step.
 
-    A channel far larger than most is one whose inputs are small: folding a norm makes such channels.
-    None counts for more than `OUTLYING` median ones, or steps wide enough for a few of them would round
-    the others away.
-
     Args:
         delta_NK: float32.
     """
     codes_NK = torch.empty(delta_NK.shape, dtype=torch.uint8)
     steps_N = torch.empty(len(delta_NK), dtype=torch.bfloat16)
-    energy_K = delta_NK.square().mean(dim=0)
-    changed = energy_K[energy_K > 0]
-    most = OUTLYING * float(changed.median()) if len(changed) else 1.0
-    weights_K = most / energy_K.clamp_min(most)
+    weights_K = _slot_weights(delta_NK)
     for start in range(0, len(delta_NK), ROW_BLOCK):
         block = slice(start, start + ROW_BLOCK)
         rows = delta_NK[block]
-        deviation_N = (rows.square() @ weights_K / weights_K.sum()).sqrt()
-        levels = _levels(rows, Scheme.INT4, deviation_N * Scheme.INT4.unit_step)
+        levels = _levels(rows, Scheme.INT4, _slot_steps(rows, weights_K))
         steps_N[block] = _least_squares_step(rows, levels, weights_K).to(torch.bfloat16)
         codes_NK[block] = (levels + Scheme.INT4.zero_point).to(torch.uint8)
     return QuantizedDelta(Scheme.INT4, (delta_NK.shape[0], delta_NK.shape[1]), codes_NK, steps_N)
+
+
+def slot_steps(delta_NK: torch.Tensor) -> torch.Tensor:
+    """A slot's steps before they are fitted to levels, float32 [N]: a Gaussian's, row by row."""
+    return _slot_steps(delta_NK, _slot_weights(delta_NK))
+
+
+def _slot_weights(delta_NK: torch.Tensor) -> torch.Tensor:
+    """What each channel counts for in the steps, float32 [K].
+
+    A channel far larger than most is one whose inputs are small: folding a norm makes such channels.
+    None counts for more than `OUTLYING` median ones, or steps wide enough for a few of them would round
+    the others away.
+    """
+    energy_K = delta_NK.square().mean(dim=0)
+    changed = energy_K[energy_K > 0]
+    most = OUTLYING * float(changed.median()) if len(changed) else 1.0
+    return most / energy_K.clamp_min(most)
+
+
+def _slot_steps(rows_NK: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
+    deviation_N = (rows_NK.square() @ weights_K / weights_K.sum()).sqrt()
+    return deviation_N * Scheme.INT4.unit_step
 
 
 def quantize_rows(

@@ -174,14 +174,14 @@ def test_errors_of_low_rank_rungs_count_more_but_in_adapters(case):
     matrix = case.measured[0]
     full = matrix.entries[-1]
     reduced = full.model_copy(update={"rank": 2})
-    corrected = reduced.model_copy(update={"corrected": True})
+    sketched = reduced.model_copy(update={"input_directions": 4})
 
     def counted(*entries):
         curve = rate_curves([replace(matrix, entries=entries)], [1.0])[0]
         return [rung.error / full.error for rung in curve.rungs[1:]]
 
     assert counted(full, reduced) == [1, 4]
-    assert counted(full, reduced, corrected) == [1, 0.25, 0.25]
+    assert counted(full, reduced, sketched) == [1, 0.25, 0.25]
 
 
 def test_importance_by_weights_counts_them(case):

@@ -3,8 +3,9 @@
 `golden/format_1` holds a base of one layer, its compressed expert, and the SHA-256 of the float32
 bytes of everything read from it. Its matrices use every scheme of fixed width, a row bitmap,
 dropped and salient channels; its expert has biases, a folded norm and a replaced one. `coded` and
-`lossless` are of the same base: entropy codes, two factors, exact planes; so is `corrected`: factors
-with corrections. A change of layout gets a new format version and a directory of its own: these files are never written again.
+`lossless` are of the same base: entropy codes, two factors, exact planes; so is `sketched`: factors
+with a sketch of the inputs. A change of layout gets a new format version and a directory of its own:
+these files are never written again.
 """
 
 import hashlib
@@ -112,10 +113,10 @@ def test_the_golden_coded_artifacts_have_every_kind_of_tensor():
         if "weight." in key
     }
     assert suffixes == {
-        "corrections.deflated",
-        "corrections.steps",
         "deflated",
         "exact",
+        "inputs.deflated",
+        "inputs.steps",
         "left.deflated",
         "left.steps",
         "right.deflated",
@@ -127,7 +128,7 @@ def test_the_golden_coded_artifacts_have_every_kind_of_tensor():
     assert schemes == {"int4", "quinary", "ternary", "int8", None}
 
 
-@pytest.mark.parametrize("directory", ["coded", "corrected"])
+@pytest.mark.parametrize("directory", ["coded", "sketched"])
 def test_golden_codes_and_factors_read_to_the_same_bytes(directory):
     artifact = Artifact(GOLDEN / directory)
     found = {}
@@ -139,8 +140,8 @@ def test_golden_codes_and_factors_read_to_the_same_bytes(directory):
         if isinstance(quantized, FactoredDelta):
             found[f"{name}.left"] = quantized.left.dequantize()
             found[f"{name}.right"] = quantized.right.dequantize()
-            if quantized.corrections is not None:
-                found[f"{name}.corrections"] = quantized.corrections.dequantize()
+            if quantized.inputs is not None:
+                found[f"{name}.inputs"] = quantized.inputs.coded.dequantize()
         else:
             found[name] = quantized.dequantize()
     assert {key: float32_sha256(value) for key, value in found.items()} == CODED[directory][

@@ -7,7 +7,7 @@ import torch
 
 from deltamux.compression import ladder
 from deltamux.compression.artifact import encode_matrix, tensor_bytes
-from deltamux.compression.factor import has_few_directions
+from deltamux.compression.factor import SKETCHES, has_few_directions
 from deltamux.compression.feedback import curvature
 from deltamux.compression.ladder import (
     CODED_STEPS,
@@ -321,37 +321,27 @@ def test_nothing_of_the_delta_itself_is_missing_in_a_product():
         assert kept(linear, rung) == pytest.approx(1, rel=STEP_ROUNDING + 1e-3)
 
 
-def test_corrections_make_up_for_the_rounding_of_slots():
+def test_sketches_of_the_inputs_make_up_for_the_rounding_of_slots():
     linear = linear_of(low_rank_delta(3, noise=0.02))
-    rungs = list(low_rank_rungs(linear, corrected=True))
-    corrected = [rung for rung in rungs if rung.corrections is not None]
-    multiples = [float(rung.corrections.steps_R[0]) for rung in corrected]
-    assert multiples == sorted(multiples)
-    plain = next(
-        rung for rung in rungs if torch.equal(rung.right.codes_RC, corrected[0].right.codes_RC)
-    )
-    assert plain.corrections is None
-    sizes = [stored_bytes(rung) for rung in (*corrected, plain)]
-    assert sizes == sorted(sizes, reverse=True)
-    finest, without = (linear.lost(rung.dequantize()) for rung in (corrected[0], plain))
-    assert finest < 0.5 * without
+    rungs = list(low_rank_rungs(linear, few_directions=True))
+    plain = [rung for rung in rungs if rung.inputs is None]
+    assert len(rungs) == (1 + len(SKETCHES)) * len(plain)
+    finest = rungs[: 1 + len(SKETCHES)]
+    assert [rung.inputs and rung.inputs.count for rung in finest] == [None, *SKETCHES]
+    sizes = [stored_bytes(rung) for rung in finest]
+    assert sizes == sorted(sizes)
+    errors = [linear.lost(rung.dequantize()) for rung in finest]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
 
 
-def test_codes_stay_within_four_bits_when_they_are_corrected():
-    linear = linear_of(low_rank_delta(3))
-    for rung in low_rank_rungs(linear, corrected=True):
-        codes = rung.codes().codes_RC
-        assert int(codes.max()) <= 15
-        if rung.corrections is not None:
-            moved = codes.int() - replace(rung, corrections=None).codes().codes_RC.int()
-            assert int(moved.abs().max()) <= float(rung.corrections.steps_R[0])
-
-
-def test_a_factor_on_a_product_moves_none_of_its_codes():
+def test_a_factor_on_a_product_moves_next_to_none_of_its_codes():
     linear = linear_of(low_rank_delta(3, noise=0.5))
-    for rung in low_rank_rungs(linear, corrected=True):
+    for rung in low_rank_rungs(linear, few_directions=True):
         for factor in (0.93, 1.0377):
-            assert torch.equal(rung.scaled(factor).codes().codes_RC, rung.codes().codes_RC)
+            moved = rung.scaled(factor).codes().codes_RC != rung.codes().codes_RC
+            # A tie that float32 breaks the other way moves what comes after it in its row.
+            assert int(moved.any(dim=1).sum()) <= 1
 
 
 def test_few_directions_are_told_from_many():

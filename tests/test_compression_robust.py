@@ -311,7 +311,7 @@ def test_one_channel_a_thousand_times_the_rest_is_compressed(make_pair, tmp_path
     kept_most(artifact, 0.35)
 
 
-def test_a_merged_adapter_is_kept_as_corrected_factors_at_any_rate(make_pair, tmp_path):
+def test_a_merged_adapter_is_kept_as_factors_with_sketches_at_any_rate(make_pair, tmp_path):
     base, _ = make_pair()
     expert = shutil.copytree(base, tmp_path / "expert")
     generator = torch.Generator().manual_seed(0)
@@ -332,4 +332,4 @@ def test_a_merged_adapter_is_kept_as_corrected_factors_at_any_rate(make_pair, tm
         assert len(factored) > len(artifact.entries) / 2
         checked = artifact.manifest.verification
         assert checked["kl"] < 0.05 * checked["kl_base"]
-    assert any(entry.corrected for entry in factored)
+    assert any(entry.input_directions for entry in factored)
