@@ -128,7 +128,9 @@ def low_rank_rungs(linear: Linear, few_directions: bool = False) -> Iterator[Fac
         if few_directions:
             product_NK = factored.product().to(linear.delta_NK.device)
             weighted = (product_NK @ linear.moment_KK).flatten()
-            wanted, overlap = (float(weighted @ other.flatten()) for other in (product_NK, served_NK))
+            wanted, overlap = (
+                float(weighted @ other.flatten()) for other in (product_NK, served_NK)
+            )
         else:
             wanted, overlap = linear.energy, linear.overlap(served_NK)
         if overlap > 0:

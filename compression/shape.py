@@ -6,10 +6,10 @@ adapters, it is most of what is lost. So the artifact keeps a sketch of the inpu
 
     H ≈ S (I + Vᵀ V) S ,   S = diag s ,
 
-the leading k directions of H and the energy s_j² that they leave over in channel j, damped like H, and the reader rounds with
-error feedback under the sketch, as GPTQ does under H (`feedback.py`). Let e be the errors of the channels
-that are done and F the channels to come. The change of those that makes up for e best is, by the identity of
-Woodbury,
+the leading k directions of H and the energy s_j² that they leave over in channel j, damped like H, and the
+reader rounds with error feedback under the sketch, as GPTQ does under H (`feedback.py`). Let e be the errors
+of the channels that are done and F the channels to come. The change of those that makes up for e best is, by
+the identity of Woodbury,
 
     δ_F = −S_F⁻¹ V_Fᵀ (I + V_F V_Fᵀ)⁻¹ r ,   r = V S e ,
 
@@ -96,7 +96,8 @@ def _leading(moment_KK: torch.Tensor, count: int) -> torch.Tensor:
         basis_KC = torch.linalg.qr(moment_KK @ basis_KC).Q
     values, vectors = torch.linalg.eigh(basis_KC.T @ (moment_KK @ basis_KC))
     kept = values.argsort(descending=True)[:count]
-    return ((basis_KC @ vectors[:, kept]) * values[kept].clamp_min(0).sqrt()).T
+    leading_Kk: torch.Tensor = (basis_KC @ vectors[:, kept]) * values[kept].clamp_min(0).sqrt()
+    return leading_Kk.T
 
 
 def shaped(delta_NK: torch.Tensor, sketch: InputSketch) -> QuantizedDelta:
@@ -108,7 +109,9 @@ def shaped(delta_NK: torch.Tensor, sketch: InputSketch) -> QuantizedDelta:
     """
     v_kK, scale_K = sketch.parts()
     # Channels that others explain least go last: nothing behind them could make up for their errors.
-    order_K = (scale_K.square() * (1 + v_kK.square().sum(dim=0))).argsort(descending=True, stable=True)
+    order_K = (scale_K.square() * (1 + v_kK.square().sum(dim=0))).argsort(
+        descending=True, stable=True
+    )
     v_kK, scale_K = v_kK[:, order_K], scale_K[order_K]
     felt_Kk = (v_kK * scale_K).T.contiguous()
     blocks = [slice(start, start + BLOCK) for start in range(0, len(scale_K), BLOCK)]
@@ -126,9 +129,7 @@ def shaped(delta_NK: torch.Tensor, sketch: InputSketch) -> QuantizedDelta:
     return QuantizedDelta(Scheme.INT4, (delta_NK.shape[0], delta_NK.shape[1]), codes_NK, steps_N)
 
 
-def _answers(
-    v_kK: torch.Tensor, scale_K: torch.Tensor, blocks: list[slice]
-) -> list[torch.Tensor]:
+def _answers(v_kK: torch.Tensor, scale_K: torch.Tensor, blocks: list[slice]) -> list[torch.Tensor]:
     """(I + V_F V_Fᵀ)⁻¹ V_B S_B⁻¹ of every block, float32 [k, b]: its answer to what has been lost."""
     gram_kk = torch.eye(len(v_kK), dtype=torch.float64)
     found = []

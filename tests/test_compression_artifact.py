@@ -20,8 +20,8 @@ from deltamux.compression.checkpoint import open_checkpoint
 from deltamux.compression.factor import FactoredDelta
 from deltamux.compression.measure import matrix_entry
 from deltamux.compression.quantize import QuantizedDelta, Scheme
-from deltamux.compression.shape import sketch_inputs
 from deltamux.compression.reconstruct import check_base
+from deltamux.compression.shape import sketch_inputs
 
 METADATA = {"format": "deltamux", "format_version": "1"}
 LINEAR = "model.layers.0.mlp.up_proj.weight"

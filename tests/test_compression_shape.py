@@ -15,6 +15,7 @@ from deltamux.compression.shape import (
 # More channels than a block and more rows than are rounded at once, and no multiples of them.
 CHANNELS = 3 * BLOCK + 7
 DIRECTIONS = 6
+MASSIVE = torch.where(torch.arange(CHANNELS) == 3, 1e4, 1.0)
 
 
 def moment(causes=DIRECTIONS, channels=CHANNELS, noise=1.0, seed=0):
@@ -114,16 +115,16 @@ def test_a_sketch_has_no_more_directions_than_channels():
         torch.zeros(CHANNELS, CHANNELS),
         moment() * 1e-30,
         moment(noise=0.0),
-        moment() * torch.where(torch.arange(CHANNELS) == 3, 1e4, 1.0).outer(
-            torch.where(torch.arange(CHANNELS) == 3, 1e4, 1.0)
-        ),
+        moment() * MASSIVE.outer(MASSIVE),
     ],
     ids=["zero", "tiny", "singular", "massive"],
 )
 def test_odd_inputs_give_finite_sketches_and_codes_within_four_bits(moment_KK):
     sketch = sketch_inputs(moment_KK, DIRECTIONS)
     directions, scale = sketch.parts()
-    assert torch.isfinite(directions).all() and torch.isfinite(scale).all() and (scale > 0).all()
+    assert torch.isfinite(directions).all()
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
     found = shaped(delta(), sketch)
     assert int(found.codes_RC.max()) < Scheme.INT4.levels
     nearest = requantize(delta())
