@@ -20,6 +20,7 @@ under which the reader rounds the product with error feedback (`shape.py`).
 Shapes: N output rows, K input channels, r directions.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -39,11 +40,11 @@ FEW_DIRECTIONS = 1 / 8
 FEW_DIRECTIONS_REST = 0.02
 # A direction's width, as a share of the largest, below which its inputs are taken not to feel it.
 UNFELT = 1e-5
-# What is tried where a delta has few directions: finer steps beside the others, and sketches of the inputs at
-# all but the coarsest, where what the factors leave out outweighs what a slot's rounding does.
+# Finer steps, which pay where few directions hold all of a delta.
 FINE_STEPS = (0.18, 0.25)
-SKETCHED_STEP = 2.0
-SKETCHES = (4, 16)
+# Directions of a sketch of the inputs (0: none), and the steps it is tried with there: what coarse factors leave
+# out outweighs what a slot's rounding does, of fine ones it is the other way round.
+SKETCHES = {16: (0.0, 1.4), 4: (0.0, 2.0), 0: (1.0, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ def factored_rungs(
     # A step of 1 in a white coordinate is this in a channel that others already explain in part.
     innovation = float(inputs.innovation_K().log().mean().exp().sqrt())
     steps = (*FINE_STEPS, *FACTOR_STEPS) if few_directions else FACTOR_STEPS
-    sketches = [sketch_inputs(moment_KK, count) for count in SKETCHES] if few_directions else []
+    sketches: dict[int, InputSketch | None] = {0: None}
+    if few_directions:
+        sketches |= {count: sketch_inputs(moment_KK, count) for count in SKETCHES if count}
     for multiple in steps:
         step = multiple * deviation
         rank = int((energies_R > PAYING_ENERGY * (rows + columns) * step**2).sum())
@@ -148,10 +151,10 @@ def factored_rungs(
             levels_RK = levels_RK[levels_RK.any(dim=1)]
             if len(levels_RK):
                 factored = _with_left(delta_NK, moment_KK, levels_RK, step, step / innovation)
-                if few_directions and multiple <= SKETCHED_STEP:
-                    yield from (replace(factored, inputs=sketch) for sketch in sketches)
-                else:
-                    yield factored
+                for count, sketch in sketches.items():
+                    low, high = SKETCHES[count]
+                    if not few_directions or low <= multiple <= high:
+                        yield replace(factored, inputs=sketch)
 
 
 def _directions(white_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -113,9 +113,6 @@ def coded_rungs(linear: Linear) -> Iterator[QuantizedDelta]:
 def low_rank_rungs(linear: Linear, few_directions: bool = False) -> Iterator[FactoredDelta]:
     """Rungs of few directions, from fine to coarse, stretched like the others.
 
-    Where few directions hold all of the delta, what the others leave out is noise, against which nothing
-    is to be stretched: only what a slot's rounding takes off the product is put back.
-
     Args:
         linear: The delta.
         few_directions: Whether those hold all of the delta.
@@ -124,17 +121,9 @@ def low_rank_rungs(linear: Linear, few_directions: bool = False) -> Iterator[Fac
         linear.delta_NK, linear.moment_KK, linear.curvature, few_directions=few_directions
     )
     for factored in rungs:
-        served_NK = factored.dequantize().to(linear.delta_NK.device)
-        if few_directions:
-            product_NK = factored.product().to(linear.delta_NK.device)
-            weighted = (product_NK @ linear.moment_KK).flatten()
-            wanted, overlap = (
-                float(weighted @ other.flatten()) for other in (product_NK, served_NK)
-            )
-        else:
-            wanted, overlap = linear.energy, linear.overlap(served_NK)
+        overlap = linear.overlap(factored.dequantize().to(linear.delta_NK.device))
         if overlap > 0:
-            yield factored.scaled(_bounded(wanted / overlap))
+            yield factored.scaled(_bounded(linear.energy / overlap))
 
 
 def pruned_rungs(linear: Linear, score: Score, pattern: Pattern) -> Iterator[QuantizedDelta]:

@@ -22,9 +22,13 @@ import torch
 
 STEP_STARTS = (0.7, 1.0, 1.5)
 STEP_ITERATIONS = 4
-# Rows whose steps are searched at once: few enough to stay in the cache of one core.
+# A slot's step in units of the one of least error for a Gaussian. What is cut off at the ends of the codes leans
+# against the fine-tuning in every matrix alike, and costs more than the noise of wider steps: of a rank-16
+# adapter, rounded to slots and left alone otherwise, 1 gives 0.053 % of the base's KL, 1.2 0.021, 1.4 0.017, 1.6 0.024 %.
+SLOT_WIDTH = 1.4
 # Energy of a channel, in units of the median one's, from which it counts for no more.
 OUTLYING = 16.0
+# Rows whose steps are searched at once: few enough to stay in the cache of one core.
 ROW_BLOCK = 128
 
 
@@ -220,7 +224,7 @@ def _round_rows(delta_RK: torch.Tensor, step: float) -> tuple[torch.Tensor, torc
 
 
 def requantize(delta_NK: torch.Tensor) -> QuantizedDelta:
-    """A dense delta in 4-bit codes with a step a row, for slots: one refit from a Gaussian's step.
+    """A dense delta in 4-bit codes with a step a row, for slots: one refit from a step for a Gaussian.
 
     Args:
         delta_NK: float32.
@@ -238,7 +242,7 @@ def requantize(delta_NK: torch.Tensor) -> QuantizedDelta:
 
 
 def slot_steps(delta_NK: torch.Tensor) -> torch.Tensor:
-    """A slot's steps before they are fitted to levels, float32 [N]: a Gaussian's, row by row."""
+    """A slot's steps before they are fitted to levels, float32 [N]: those for Gaussian rows."""
     return _slot_steps(delta_NK, _slot_weights(delta_NK))
 
 
@@ -257,7 +261,7 @@ def _slot_weights(delta_NK: torch.Tensor) -> torch.Tensor:
 
 def _slot_steps(rows_NK: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
     deviation_N = (rows_NK.square() @ weights_K / weights_K.sum()).sqrt()
-    return deviation_N * Scheme.INT4.unit_step
+    return deviation_N * (SLOT_WIDTH * Scheme.INT4.unit_step)
 
 
 def quantize_rows(

@@ -324,8 +324,9 @@ def test_nothing_of_the_delta_itself_is_missing_in_a_product():
 def test_sketches_of_the_inputs_make_up_for_the_rounding_of_slots():
     linear = linear_of(low_rank_delta(3, noise=0.02))
     rungs = list(low_rank_rungs(linear, few_directions=True))
-    finest = rungs[: len(SKETCHES)]
-    assert [rung.inputs and rung.inputs.count for rung in finest] == list(SKETCHES)
+    sketched = [count for count in SKETCHES if count]
+    finest = rungs[: len(sketched)][::-1]
+    assert [rung.inputs and rung.inputs.count for rung in finest] == sorted(sketched)
     assert rungs[-1].inputs is None
     compared = [replace(finest[0], inputs=None), *finest]
     sizes = [stored_bytes(rung) for rung in compared]
@@ -333,16 +334,6 @@ def test_sketches_of_the_inputs_make_up_for_the_rounding_of_slots():
     errors = [linear.lost(rung.dequantize()) for rung in compared]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]
-
-
-def test_an_adapter_is_not_stretched_against_its_noise():
-    delta = low_rank_delta(3, noise=0.3)
-    linear = linear_of(delta)
-    noise_share = linear_of(delta - low_rank_delta(3)).energy / linear.energy
-    rungs = low_rank_rungs(linear, few_directions=True)
-    finest_of_three = next(rung for rung in rungs if rung.rank == 3)
-    # Some of the noise lies in the three directions, and is kept.
-    assert 1 - noise_share < kept(linear, finest_of_three) < 1 - noise_share / 3
 
 
 def test_a_factor_on_a_product_moves_next_to_none_of_its_codes():
