@@ -29,6 +29,10 @@ from deltamux.compression.quantize import QuantizedDelta, Scheme, slot_steps
 
 # Step of V and of log2 s: finer ones cost more bytes than they save error.
 SKETCH_STEP = 0.25
+# A row's step in units of the one of least error for a Gaussian. What is cut off at the ends of the codes leans
+# against the fine-tuning in every matrix alike, and costs more than the noise of wider steps: to a rank-16 adapter
+# under sketches of 16 directions 1 adds 0.011 % of the base's KL, 1.2 0.0041, 1.4 0.0029, 1.6 0.0034 %.
+WIDTH = 1.4
 BLOCK = 32
 # Rows that are rounded at once: few enough for one core's cache.
 ROWS = 512
@@ -116,7 +120,7 @@ def shaped(delta_NK: torch.Tensor, sketch: InputSketch) -> QuantizedDelta:
     felt_Kk = (v_kK * scale_K).T.contiguous()
     blocks = [slice(start, start + BLOCK) for start in range(0, len(scale_K), BLOCK)]
     answers = _answers(v_kK, scale_K, blocks)
-    all_steps_N = slot_steps(delta_NK)
+    all_steps_N = WIDTH * slot_steps(delta_NK)
     codes_NK = torch.empty(delta_NK.shape, dtype=torch.uint8)
     steps_N = torch.empty(len(delta_NK), dtype=torch.bfloat16)
     for start in range(0, len(delta_NK), ROWS):
