@@ -72,13 +72,9 @@ class FactoredDelta:
         """Directions kept."""
         return self.left.shape[1]
 
-    def product(self) -> torch.Tensor:
-        """The product before it is rounded for a slot, float32 [N, K]."""
-        return self.left.dequantize() @ self.right.dequantize()
-
     def codes(self) -> QuantizedDelta:
         """The product in 4-bit codes: the form that slots hold."""
-        product_NK = self.product()
+        product_NK = self.left.dequantize() @ self.right.dequantize()
         return requantize(product_NK) if self.inputs is None else shaped(product_NK, self.inputs)
 
     def dequantize(self, factor: float = 1.0) -> torch.Tensor:

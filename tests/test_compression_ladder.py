@@ -336,13 +336,13 @@ def test_sketches_of_the_inputs_make_up_for_the_rounding_of_slots():
     assert errors[-1] < 0.5 * errors[0]
 
 
-def test_a_factor_on_a_product_moves_next_to_none_of_its_codes():
+def test_a_factor_on_a_product_moves_none_of_its_codes_and_of_a_sketched_one_a_row_s_at_most():
     linear = linear_of(low_rank_delta(3, noise=0.5))
     for rung in low_rank_rungs(linear, few_directions=True):
         for factor in (0.93, 1.0377):
             moved = rung.scaled(factor).codes().codes_RC != rung.codes().codes_RC
-            # A tie that float32 breaks the other way moves what comes after it in its row.
-            assert int(moved.any(dim=1).sum()) <= 1
+            # Under feedback a tie that float32 breaks the other way moves what comes after it in its row.
+            assert int(moved.any(dim=1).sum()) <= (0 if rung.inputs is None else 1)
 
 
 def test_few_directions_are_told_from_many():
