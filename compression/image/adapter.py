@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from deltamux.compression.architecture import LINEARS
+from deltamux.compression.checkpoint.architecture import LINEARS
 from deltamux.compression.image.layout import Record
 from deltamux.compression.image.weights import adapter_record
 
@@ -112,7 +112,9 @@ class Adapter:
     def _reader(self, module: str, shapes: dict[str, tuple[int, ...]]) -> Callable[[], Record]:
         rank, found = self.ranks[module], shapes.get(f"{module}.weight")
         if found is None:
-            raise ValueError(f"{str(self.root)!r} changes {module!r}, which this base does not have")
+            raise ValueError(
+                f"{str(self.root)!r} changes {module!r}, which this base does not have"
+            )
         shape = self._shape(f"{module}{LEFT}")[0], self._shape(f"{module}{RIGHT}")[1]
         if shape != found:
             raise ValueError(
@@ -135,7 +137,9 @@ class Adapter:
         try:
             config = AdapterConfig.model_validate(json.loads(path.read_text()))
         except (OSError, json.JSONDecodeError, ValidationError) as error:
-            raise ValueError(f"{str(path)!r} is no LoRA adapter's configuration: {error}") from error
+            raise ValueError(
+                f"{str(path)!r} is no LoRA adapter's configuration: {error}"
+            ) from error
         odd = {
             "use_dora (DoRA)": config.use_dora,
             f"bias {config.bias!r}": config.bias != "none",
@@ -192,5 +196,7 @@ class Adapter:
     def _get(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._weights.get_tensor(PREFIX + name)
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name!r} of {str(self.root)!r} is not finite: save the adapter again")
+            raise ValueError(
+                f"{name!r} of {str(self.root)!r} is not finite: save the adapter again"
+            )
         return tensor

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from deltamux.compression.architecture import Role
-from deltamux.compression.artifact import Artifact
-from deltamux.compression.factor import FactoredDelta
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.image.layout import Record, assemble
 from deltamux.compression.image.weights import (
     coded_record,
@@ -21,6 +20,7 @@ from deltamux.compression.image.weights import (
     vector_record,
     with_vector,
 )
+from deltamux.compression.rounding.low_rank import FactoredDelta
 
 # Threads that decode an expert's matrices; each holds one of them unpacked.
 MOST_READERS = 8

@@ -115,11 +115,11 @@ def code_record(codes_RK: Bytes, zero: float) -> Record:
     }
     record = Record(numbers, {})
     if form.planes == 2:
-        record.sections[Field.PLANE0] = pack_plane(codes_RK & 3)
-        record.sections[Field.PLANE1] = pack_plane(codes_RK >> 2)
+        record.sections[Field.PLANE0] = pack_plane(codes_RK & np.uint8(3))
+        record.sections[Field.PLANE1] = pack_plane(codes_RK >> np.uint8(2))
         return record
     highest = form.window + (PLANE_CODES - 1 if form.planes else 0)
-    clipped_RK = codes_RK.clip(form.window, highest)
+    clipped_RK = codes_RK.clip(np.uint8(form.window), np.uint8(highest))
     if form.planes == 1:
         record.sections[Field.PLANE0] = pack_plane(clipped_RK - np.uint8(form.window))
     if form.escapes:
@@ -135,16 +135,18 @@ def pack_plane(codes_RK: Bytes) -> Bytes:
     stride = row_stride(columns)
     wide = np.zeros((rows, stride * CODES_PER_BYTE), np.uint8)
     wide[:, :columns] = codes_RK
-    wide = wide.reshape(rows, stride, CODES_PER_BYTE)
-    packed: Bytes = wide[..., 0] | wide[..., 1] << 2 | wide[..., 2] << 4 | wide[..., 3] << 6
+    packed = np.zeros((rows, stride), np.uint8)
+    for place in range(CODES_PER_BYTE):
+        packed |= wide[:, place::CODES_PER_BYTE] << np.uint8(2 * place)
     return packed
 
 
 def unpack_plane(plane_RB: Bytes, columns: int) -> Bytes:
     """The inverse of `pack_plane`: uint8 [R, columns]."""
-    parts = [plane_RB >> shift & 3 for shift in (0, 2, 4, 6)]
-    codes: Bytes = np.stack(parts, axis=-1).reshape(len(plane_RB), -1)[:, :columns]
-    return codes
+    wide = np.empty((len(plane_RB), plane_RB.shape[1] * CODES_PER_BYTE), np.uint8)
+    for place in range(CODES_PER_BYTE):
+        wide[:, place::CODES_PER_BYTE] = plane_RB >> np.uint8(2 * place) & np.uint8(3)
+    return wide[:, :columns]
 
 
 def _escapes(

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from deltamux.compression.factor import FactoredDelta
 from deltamux.compression.image.layout import (
     Bytes,
     FactorKind,
@@ -20,7 +19,8 @@ from deltamux.compression.image.layout import (
     float_bits,
 )
 from deltamux.compression.image.planes import code_record
-from deltamux.compression.quantize import QuantizedDelta
+from deltamux.compression.rounding.low_rank import FactoredDelta
+from deltamux.compression.rounding.quantize import QuantizedDelta
 
 # Codes of doubled levels: as those of INT4, they stand around 8.
 DOUBLED_ZERO = 8

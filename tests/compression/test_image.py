@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from deltamux.compression.factor import FactoredDelta
 from deltamux.compression.image.dense import served_delta
 from deltamux.compression.image.layout import (
     Field,
@@ -21,7 +20,8 @@ from deltamux.compression.image.weights import (
     vector_record,
     with_vector,
 )
-from deltamux.compression.quantize import QuantizedDelta, Scheme
+from deltamux.compression.rounding.low_rank import FactoredDelta
+from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
 
 SHAPES = [(3, 5), (7, 64), (16, 65), (5, 576), (4, 5000)]
 
