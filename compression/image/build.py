@@ -6,13 +6,15 @@ to others while they work.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.checkpoint.architecture import Role
+from deltamux.compression.image.adapter import Adapter
 from deltamux.compression.image.layout import Record, assemble
 from deltamux.compression.image.weights import (
     coded_record,
@@ -22,31 +24,42 @@ from deltamux.compression.image.weights import (
 )
 from deltamux.compression.rounding.low_rank import FactoredDelta
 
+# Shapes of the base's tensors by name, in the base's own order.
+Shapes = dict[str, tuple[int, ...]]
 # Threads that decode an expert's matrices; each holds one of them unpacked.
 MOST_READERS = 8
 
 
-def artifact_image(artifact: Artifact, names: Sequence[str]) -> torch.Tensor:
+def artifact_image(artifact: Artifact, shapes: Shapes) -> torch.Tensor:
     """The slot image of a compressed expert.
 
     Args:
         artifact: The expert, checked.
-        names: The base's tensors in its own order (`tensor_specs`): their places are the records'.
+        shapes: Of the base's tensors, in its own order (`tensor_specs`): their places are the records'.
 
     Returns:
         uint8 [bytes].
 
     Raises:
-        ValueError: The expert changes a weight that the base does not have, or a stream is damaged.
+        ValueError: The expert changes a weight that the base does not have or that has another shape, or a
+            stream is damaged.
     """
+    for name, entry in artifact.entries.items():
+        if shapes.get(name) != entry.shape:
+            raise ValueError(
+                f"{name!r} has shape {entry.shape} in {str(artifact.root)!r} and "
+                f"{shapes.get(name)} in the base: compress the expert against this base"
+            )
     changed = {_weight_of(artifact, name) for name in artifact.entries}
-    unknown = sorted(changed - set(names))
-    if unknown:
-        raise ValueError(f"the expert changes {unknown[0]!r}, which this base does not have")
-    return image_of(names, {name: lambda name=name: _record(artifact, name) for name in changed})
+    return image_of(shapes, {name: partial(_record, artifact, name) for name in changed})
 
 
-def image_of(names: Sequence[str], readers: dict[str, Callable[[], Record]]) -> torch.Tensor:
+def adapter_image(adapter: Adapter, shapes: Shapes) -> torch.Tensor:
+    """The slot image of a LoRA adapter; otherwise as `artifact_image`."""
+    return image_of(shapes, adapter.records(shapes))
+
+
+def image_of(names: Collection[str], readers: dict[str, Callable[[], Record]]) -> torch.Tensor:
     """Read records side by side, and put them into one buffer."""
     with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as pool:
         pending = {
@@ -69,8 +82,6 @@ def _record(artifact: Artifact, name: str) -> Record:
     if artifact.entries[name].role is Role.NORM:
         return vector_record(artifact.vector(name))
     stored = artifact.quantized(name)
-    if isinstance(stored, FactoredDelta):
-        record = factored_record(stored)
-    else:
-        record = coded_record(stored)
+    is_factored = isinstance(stored, FactoredDelta)
+    record = factored_record(stored) if is_factored else coded_record(stored)
     return with_vector(record, artifact.vector(bias)) if bias in artifact.entries else record
