@@ -23,12 +23,12 @@ from deltamux.serve.api.expert import Expert, ExpertError
 from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.api.handlers import ARRIVAL, Gateway, RoutedHandler, error_response
 from deltamux.serve.api.router_api import routing_router
+from deltamux.serve.names import AUTO, BASE, RESERVED_NAMES, public_name
 from deltamux.serve.observability import collector, spans
 from deltamux.serve.observability.journal import Journal
 from deltamux.serve.observability.memory import Memory
-from deltamux.serve.settings import AUTO, BASE, RESERVED_NAMES, ExpertName, plugin_settings
+from deltamux.serve.settings import ExpertName, plugin_settings
 from deltamux.serve.status import read_status
-from deltamux.serve.worker.host_cache import public_name
 
 router = APIRouter(prefix="/v1")
 HEADER_PREFIX = b"x-deltamux-"

@@ -34,8 +34,9 @@ from deltamux.serve.api.pick import (
     request_ids,
     request_texts,
 )
+from deltamux.serve.names import BASE
 from deltamux.serve.observability import routing_metrics
-from deltamux.serve.settings import BASE, RouterSettings
+from deltamux.serve.settings import RouterSettings
 
 logger = logging.getLogger("vllm.deltamux")
 

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.serve.api.expert import Expert, ExpertError, read_expert
-from deltamux.serve.settings import check_expert_name
+from deltamux.serve.names import (
+    artifact_path,
+    check_expert_name,
+    versioned_name,
+    versioned_path,
+)
 from deltamux.serve.status import read_status
-from deltamux.serve.worker.host_cache import artifact_path, versioned_name, versioned_path
 
 _WORKER_ERROR = re.compile(r"failed with error '(.*)', please check", re.DOTALL)
 logger = logging.getLogger("vllm.deltamux")

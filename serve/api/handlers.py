@@ -15,10 +15,10 @@ from deltamux.serve import compat
 from deltamux.serve.api.autoroute import AutoRoute, explicit
 from deltamux.serve.api.expert import Expert, ExpertError
 from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.names import AUTO, BASE, UNKNOWN
 from deltamux.serve.observability import metrics
 from deltamux.serve.observability.engine_stats import RequestEngine
 from deltamux.serve.observability.journal import Journal, RequestRecord
-from deltamux.serve.settings import AUTO, BASE, UNKNOWN
 
 # Where the middleware leaves the time at which a request's first bytes had come, before its body was
 # read and its turn on the event loop had come.

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from deltamux.serve.settings import AUTO
+from deltamux.serve.names import AUTO
 
 CONCURRENCY = 8
 MAX_TOKENS = 48

@@ -19,7 +19,7 @@ from deltamux.serve.demo.folder import (
 )
 from deltamux.serve.demo.load import MAX_TOKENS, Ask, Scrape, mixed_load, run_load
 from deltamux.serve.demo.server import Server
-from deltamux.serve.settings import AUTO, BASE
+from deltamux.serve.names import AUTO, BASE
 
 BASE_NAME = "smollm2-135m"
 REQUESTS_PER_DOMAIN = 12

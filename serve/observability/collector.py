@@ -19,10 +19,10 @@ from prometheus_client.registry import REGISTRY, Collector
 from deltamux.compression.artifact.artifact import deltamux_version
 from deltamux.serve import compat
 from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.names import BASE
 from deltamux.serve.observability import engine_stats, metrics
 from deltamux.serve.observability.journal import Journal
 from deltamux.serve.observability.memory import Memory
-from deltamux.serve.settings import BASE
 from deltamux.serve.status import SWAP_BUCKETS, WorkerStatus, read_status
 
 logger = logging.getLogger("vllm.deltamux")

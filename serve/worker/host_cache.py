@@ -12,30 +12,8 @@ from pathlib import Path
 from deltamux.compression.artifact.artifact import Artifact, content_hash
 from deltamux.compression.artifact.merge import check_base
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.serve.names import artifact_path, versioned_path
 from deltamux.serve.worker.slots import Payload, payload_bytes
-
-VERSION_MARK = "@"
-
-
-def versioned_path(path: Path, content: str) -> str:
-    """`path@content`: how a request names an expert, so that prefix caching sees its content."""
-    return f"{path}{VERSION_MARK}{content}"
-
-
-def versioned_name(name: str, content: str, lora_id: int) -> str:
-    """What vLLM calls one version of an expert; it compares LoRA requests by this name alone."""
-    return f"{name}{VERSION_MARK}{content}.{lora_id}"
-
-
-def public_name(lora_name: str) -> str:
-    """The expert's name behind a versioned name."""
-    return lora_name.partition(VERSION_MARK)[0]
-
-
-def artifact_path(versioned: str) -> Path:
-    """The directory behind a versioned path (or a bare one)."""
-    path, mark, version = versioned.rpartition(VERSION_MARK)
-    return Path(path) if mark and "/" not in version else Path(versioned)
 
 
 class BaseHashes:

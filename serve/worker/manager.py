@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.serve import compat
+from deltamux.serve.names import public_name
 from deltamux.serve.settings import plugin_settings
 from deltamux.serve.status import ExpertStatus, Histogram, WorkerStatus, publish
 from deltamux.serve.worker.host_cache import (
@@ -25,7 +26,6 @@ from deltamux.serve.worker.host_cache import (
     HostExpert,
     host_expert,
     open_artifact,
-    public_name,
 )
 from deltamux.serve.worker.layers import ExpertLayer
 from deltamux.serve.worker.ops import define_ops

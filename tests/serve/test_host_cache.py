@@ -9,13 +9,12 @@ import torch
 
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.serve import status
+from deltamux.serve.names import artifact_path, versioned_path
 from deltamux.serve.worker.host_cache import (
     BaseHashes,
     HostCache,
     HostExpert,
-    artifact_path,
     host_expert,
-    versioned_path,
 )
 from deltamux.serve.worker.slots import NormPayload
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from deltamux.compression.artifact.artifact import content_hash
+from deltamux.serve.names import versioned_path
 from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE
-from deltamux.serve.worker.host_cache import versioned_path
 
 pytestmark = pytest.mark.vllm
 
