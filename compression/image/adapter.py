@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from deltamux.compression.checkpoint.architecture import LINEARS
-from deltamux.compression.image.layout import Record
+from deltamux.compression.image.layout import Record, section_bytes
 from deltamux.compression.image.weights import adapter_record
 
 CONFIG_FILE = "adapter_config.json"
@@ -97,6 +97,21 @@ class Adapter:
     def num_bytes(self) -> int:
         """Size of the weights file."""
         return (self.root / WEIGHTS_FILE).stat().st_size
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the linears that it changes."""
+        weights = sum(
+            self._shape(f"{module}{LEFT}")[0] * self._shape(f"{module}{RIGHT}")[1]
+            for module in self.ranks
+        )
+        return 8 * self.num_bytes / weights
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of its factors in an image, if all are float32: an upper bound."""
+        factors = [f"{module}{side}" for module in self.ranks for side in (RIGHT, LEFT)]
+        return sum(section_bytes(4 * math.prod(self._shape(name))) for name in factors)
 
     def records(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Callable[[], Record]]:
         """Readers of the records, by the name of the base's weight.

@@ -82,16 +82,3 @@ class Slots:
     def _table(self, image: torch.Tensor) -> npt.NDArray[np.int32]:
         table = image[HEADER_BYTES : self._head].numpy().view(np.int32)
         return table.reshape(-1, RECORD_FIELDS)
-
-
-def check_fits(image_bytes: int, slot_bytes: int, expert: str) -> None:
-    """Refuse an image that no slot holds.
-
-    Raises:
-        ValueError: The message has both figures and the way out.
-    """
-    if image_bytes > slot_bytes:
-        raise ValueError(
-            f"{expert!r} takes {image_bytes:,} bytes in a slot, slots have {slot_bytes:,}: compress it with "
-            f"fewer --slot-bits, or set slot.bytes to {image_bytes} or more and restart"
-        )
