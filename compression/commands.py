@@ -19,14 +19,8 @@ from deltamux.compression.checkpoint.delta import compare
 from deltamux.compression.compress import compress
 from deltamux.compression.evaluate import evaluate, report, summary
 from deltamux.compression.recipe import PRESETS, CalibrationRecipe, Recipe, load_recipe
-from deltamux.compression.streaming.text import (
-    Sample,
-    builtin_rows,
-    encode_rows,
-    find_tokenizer,
-    random_samples,
-    read_rows,
-)
+from deltamux.compression.streaming.served import reading_differences, served_reading
+from deltamux.compression.streaming.text import Sample, builtin_rows, random_samples, read_rows
 
 # Rows set aside for verification where no held-out file is given.
 HELD_OUT_SHARE = 8
@@ -136,8 +130,8 @@ def _texts(
     if not held_out:
         split = min(HELD_OUT_ROWS, len(rows) // HELD_OUT_SHARE)
         rows, checked = rows[split:], rows[:split]
-    tokenizer = find_tokenizer(pair[1].root, pair[0].root)
-    if tokenizer is None:
+    reading = served_reading(*pair)
+    if reading is None:
         if calibration or held_out:
             raise ValueError(
                 f"neither {pair[1].source!r} nor {pair[0].source!r} has a tokenizer to read "
@@ -150,9 +144,16 @@ def _texts(
         length = min(limits.max_tokens, RANDOM_TOKENS)
         samples = random_samples(vocabulary, len(rows) + len(checked), length)
         return samples[len(checked) :], samples[: len(checked)]
-    text = encode_rows(rows[: limits.samples], tokenizer, limits.max_tokens)
+    _warn(*pair)
+    text = reading.samples(rows[: limits.samples], limits.max_tokens)
     chosen = checked[: limits.samples]
-    return text, encode_rows(chosen, tokenizer, limits.max_tokens) if chosen else []
+    return text, reading.samples(chosen, limits.max_tokens) if chosen else []
+
+
+def _warn(base: Checkpoint, expert: Checkpoint) -> None:
+    """Say where the server will read text differently than the expert itself would."""
+    for line in reading_differences(base, expert):
+        typer.echo(f"warning: {line}", err=True)
 
 
 def inspect_command(
@@ -231,10 +232,11 @@ def evaluate_command(  # noqa: PLR0917 - a command line, called by name
     pair: tuple[Checkpoint, Checkpoint] = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     check_base(opened, pair[0])
-    tokenizer = find_tokenizer(pair[1].root, pair[0].root)
-    if tokenizer is None:
+    reading = served_reading(*pair)
+    if reading is None:
         raise ValueError(f"neither {expert!r} nor {base!r} has a tokenizer: save one beside it")
-    samples = encode_rows(read_rows(data)[:max_rows], tokenizer, max_tokens)
+    _warn(*pair)
+    samples = reading.samples(read_rows(data)[:max_rows], max_tokens)
     result = report(evaluate(*pair, opened, samples), opened)
     if as_json:
         typer.echo(json.dumps(result))
