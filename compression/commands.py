@@ -22,7 +22,8 @@ from deltamux.compression.recipe import PRESETS, CalibrationRecipe, Recipe, load
 from deltamux.compression.streaming.served import reading_differences, served_reading
 from deltamux.compression.streaming.text import Sample, builtin_rows, random_samples, read_rows
 
-# Rows set aside for verification where no held-out file is given.
+# Rows set aside for verification where no held-out file is given: one in so many, up to a number; chosen, not
+# measured.
 HELD_OUT_SHARE = 8
 HELD_OUT_ROWS = 32
 # Length of a random sample, where there is no tokenizer to read text with.
