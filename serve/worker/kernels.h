@@ -1,0 +1,98 @@
+// The inner loops of the product, one implementation for each instruction set.
+//
+// Tiles. Output rows are worked on 16 at a time, one a lane. Columns are worked on in units of 64: the
+// 16 bytes that a plane has for a row's 64 columns are 4 words of 32 bits, and each word holds four
+// groups of four columns, one group for every position q of a code in its byte. `unpack` turns a unit
+// of 16 rows into 1024 bytes,
+//
+//     codes[unit][word i][q][row][e] = code at column 64 unit + 16 i + 4 e + q,
+//
+// so that the four columns of a group lie side by side as an integer dot product wants them, and rows
+// beside each other: no sum over lanes is ever needed. It is also the layout of an AMX tile. Inputs are
+// brought into the same order of columns once a call: in every 16 of them, a transposed 4 by 4.
+//
+// Numbers. Codes carry an offset that keeps them, escapes added, within 0 ... 127, so that every
+// instruction set can multiply them. With c the codes, o = offset + zero point, x the input,
+//
+//     tile[t][row] = Σ_g scale_tg ( Σ_{j in g} c_j q_tj − floor(o) Σ_{j in g} q_tj ),   x_tj ≈ scale_tg q_tj
+//
+// in integers of 32 bits within a group g of columns and in float32 over the groups, in their order:
+// what a token's result is depends on no other token and on no number of threads. Of a float32 model
+// x is not rounded: tile[t][row] = Σ_j (c_j − o) x_tj, all in float32.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace deltamux {
+
+constexpr int LANES = 16;
+constexpr int UNIT_COLUMNS = 64;
+constexpr int UNIT_PLANE_BYTES = 16;
+constexpr int UNIT_CODES = LANES * UNIT_COLUMNS;
+// Columns whose inputs share a scale.
+constexpr int GROUP_UNITS = 4;
+constexpr int GROUP_COLUMNS = GROUP_UNITS * UNIT_COLUMNS;
+constexpr int MOST_CODE = 127;
+constexpr int PANEL = 16;
+
+enum Type { BFLOAT16, FLOAT16, FLOAT32 };
+
+// The inputs of one slot's tokens as `multiply` reads them. Tokens stand in panels of 16 and a last one
+// of what is left; a panel of P tokens holds [units][P][64], the columns of a unit in the order of codes.
+struct Inputs {
+    const int8_t *levels;
+    const float *exact;   // float32 models only, instead of the other three
+    const float *scales;  // [tokens][groups]
+    const int32_t *sums;  // [tokens][groups] of levels
+    int tokens, units, groups;
+};
+
+// A run of columns: the codes of `units` units of 16 rows, from the `first`-th on, which starts a group.
+struct Codes {
+    const uint8_t *codes;
+    int first, units;
+};
+
+inline int panel_tokens(int tokens, int panel) {
+    int left = tokens - panel * PANEL;
+    return left < PANEL ? left : PANEL;
+}
+
+struct Kernels {
+    const char *name;
+
+    // Rounds a row to 8 bits a group, zeros up to a whole unit; a unit's levels lie `stride` behind
+    // those of the unit before.
+    void (*quantize)(const void *x, Type type, int columns, int8_t *levels, ptrdiff_t stride,
+                     float *scales, int32_t *sums);
+
+    // A row as float32 in its own order.
+    void (*widen)(const void *x, Type type, int columns, float *wide);
+
+    // Units of up to 16 rows of one or two planes; rows[lane] is a row's first byte in plane 0, that of
+    // plane 1 lies `second` bytes behind it; 0: one plane.
+    void (*unpack)(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
+                   uint8_t *codes);
+
+    // Adds to a tile [tokens][16] as above; `zero` is floor(o), that of the exact one o itself.
+    void (*multiply)(const Codes &codes, const Inputs &inputs, int zero, float *tile);
+    void (*multiply_exact)(const Codes &codes, const Inputs &inputs, float zero, float *tile);
+
+    // Σ_j a_j x_j in float32.
+    float (*dot)(const void *a, Type type, const float *x, int columns);
+    float (*dot_int8)(const int8_t *a, const float *x, int columns);
+
+    // tile[t][lane] *= steps[lane]
+    void (*scale)(const float *steps, int tokens, float *tile);
+
+    // tile[t][lane] += Σ_r values[r][lane] h[t][r]
+    void (*add_outer)(const float *values, const float *h, ptrdiff_t h_stride, int tokens, int rank,
+                      float *tile);
+
+    // y[lane] += tile[lane] for the first `lanes` outputs, rounded once.
+    void (*add_to)(const float *tile, void *y, Type type, int lanes);
+};
+
+}  // namespace deltamux

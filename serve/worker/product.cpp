@@ -1,0 +1,612 @@
+// The product of a mixed batch with the deltas of its slots, straight from the slots' bytes.
+//
+// For the rows t of slot s:   y_t += x_t Δ̂_sᵀ + bias_s,   Δ̂_s as the slot image's record says: codes in
+// two-bit planes with escapes, 16-bit channels, factors. Rows of the base are not touched, and y is
+// rounded once. What a row gets depends neither on the other rows nor on the number of threads.
+//
+// A call goes over the rows in passes of at most PASS_TOKENS:
+//   1. inputs: every row is rounded to 8 bits (float32 models: is reordered), `kernels.h` says how;
+//   2. thin parts: a channel's inputs, and h = A x of factors, become a few numbers a token;
+//   3. blocks of 16 output rows of one slot: codes are unpacked once and multiplied with all tokens of
+//      the slot, escapes having been added to the codes; then come steps, thin parts, and y.
+// Blocks are taken by whichever thread is free.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <vector>
+
+#include "dispatch.h"
+#include "kernels.h"
+#include "record.h"
+#include "team.h"
+
+namespace deltamux {
+
+// Rows of a pass: enough to hide the unpacking, few enough for a core's cache.
+constexpr int PASS_TOKENS = 512;
+// Inputs up to here every thread rounds for itself, which is faster than waiting for the others.
+constexpr int ALONE_ELEMENTS = 8192;
+// The offset of codes that have escapes: −8 at least.
+constexpr int ESCAPE_OFFSET = 8;
+constexpr int MOST_SLICES = 8;
+// Bytes of planes that are asked for ahead of their use.
+constexpr size_t MOST_FETCHED = 16384;
+// Escapes of a block of rows that are gone through in one loop, and those of a row that are usual.
+constexpr size_t MOST_LISTED = 2048, FEW_ESCAPES = 32;
+
+// Where in the unpacked codes of its block a column of the first lane is.
+struct Places {
+    uint16_t of[BLOCK_COLUMNS];
+
+    constexpr Places() : of() {
+        for (int column = 0; column < BLOCK_COLUMNS; column++) {
+            int group = (column >> 4) * 4 + (column & 3), e = column >> 2 & 3;
+            of[column] = uint16_t(group * 4 * LANES + e);
+        }
+    }
+};
+
+constexpr Places PLACES;
+
+// A layer as Python prepares it once.
+struct Linear {
+    const uint8_t *slots;
+    int64_t slot_bytes;
+    int32_t num_slots, num_slices, columns, type;
+    int32_t entries[MOST_SLICES], rows[MOST_SLICES];
+};
+
+// Memory that is kept from call to call; grows, and is aligned for any vector.
+class Scratch {
+  public:
+    Scratch() = default;
+    Scratch(const Scratch &) = delete;
+    ~Scratch() { std::free(data_); }
+
+    void reserve(size_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = (bytes + 4095) / 4096 * 4096;
+            data_ = static_cast<char *>(std::aligned_alloc(64, size_));
+            if (!data_) std::abort();
+        }
+        used_ = 0;
+    }
+
+    template <typename T>
+    T *take(size_t count) {
+        char *start = data_ + used_;
+        used_ += (count * sizeof(T) + 63) / 64 * 64;
+        return reinterpret_cast<T *>(start);
+    }
+
+    template <typename T>
+    static size_t room(size_t count) {
+        return (count * sizeof(T) + 63) / 64 * 64;
+    }
+
+  private:
+    char *data_ = nullptr;
+    size_t size_ = 0, used_ = 0;
+};
+
+// One slice of one slot with some rows of the batch.
+struct Span {
+    Record record;
+    int slice_rows, slice_start;
+    int first, tokens;     // within the pass
+    bool compact;          // blocks of coded rows, not of output rows
+    int blocks, block_end; // the latter counted over all spans
+    float *thin;           // [tokens][thin_width]
+    int thin_width;
+};
+
+inline int divide_up(int value, int unit) { return (value + unit - 1) / unit; }
+
+// The inputs of a pass: what `Inputs` of its slots point into.
+struct PassInputs {
+    int8_t *levels;
+    float *exact;
+    float *scales;
+    int32_t *sums;
+    float *level_sums;  // [tokens] Σ of what x is rounded to, for zero points between two codes
+    float *wide;        // [tokens][columns] float32, where something asks for it
+};
+
+class Product {
+  public:
+    Product(const Kernels &kernels, const Linear &layer, void *y, const void *x, int64_t y_stride,
+            int64_t x_stride, const int64_t *order, const int64_t *starts)
+        : kernels_(kernels), layer_(layer), y_(static_cast<char *>(y)),
+          x_(static_cast<const char *>(x)), order_(order), starts_(starts), type_(Type(layer.type)) {
+        int size = type_ == FLOAT32 ? 4 : 2;
+        y_bytes_ = y_stride * size;
+        x_bytes_ = x_stride * size;
+        element_ = size;
+        units_ = divide_up(layer.columns, UNIT_COLUMNS);
+        groups_ = divide_up(units_, GROUP_UNITS);
+    }
+
+    void run_all() {
+        for (int64_t first = starts_[0], end = starts_[layer_.num_slots]; first < end;) {
+            int64_t stop = std::min<int64_t>(end, first + PASS_TOKENS);
+            plan(first, stop);
+            if (!spans_.empty()) run(*this);
+            first = stop;
+        }
+    }
+
+    void work(Member member) {
+        PassInputs inputs = prepare_inputs(member);
+        if (thin_) add_thin_parts(inputs, member);
+        size_t codes = size_t(std::min(units_, BLOCK_COLUMNS / UNIT_COLUMNS)) * UNIT_CODES;
+        size_t tile = size_t(most_tokens_) * LANES;
+        size_t values = size_t(most_thin_) * LANES;
+        static thread_local Scratch scratch;
+        scratch.reserve(Scratch::room<uint8_t>(codes) + Scratch::room<float>(tile) +
+                        Scratch::room<float>(values) + 4 * 64);
+        Workspace space{scratch.take<uint8_t>(codes), scratch.take<float>(tile),
+                        scratch.take<float>(values)};
+        int total = spans_.back().block_end;
+        for (;;) {
+            int block = next_.fetch_add(chunk_, std::memory_order_relaxed);
+            if (block >= total) break;
+            int stop = std::min(total, block + chunk_);
+            for (; block < stop; block++) do_block(block, inputs, space);
+        }
+    }
+
+  private:
+    struct Workspace {
+        uint8_t *codes;
+        float *tile, *values;
+    };
+
+    // The spans of rows order[first:stop], and the memory that they need.
+    void plan(int64_t first, int64_t stop) {
+        spans_.clear();
+        first_ = first;
+        tokens_ = int(stop - first);
+        next_.store(0, std::memory_order_relaxed);
+        int blocks = 0;
+        size_t thin_room = 0;
+        most_tokens_ = most_thin_ = 0;
+        coded_ = thin_ = wide_ = false;
+        for (int slot = 0; slot < layer_.num_slots; slot++) {
+            int64_t from = std::max(starts_[slot], first), to = std::min(starts_[slot + 1], stop);
+            if (from >= to) continue;
+            const uint8_t *image = layer_.slots + slot * layer_.slot_bytes;
+            for (int slice = 0, start = 0; slice < layer_.num_slices; slice++) {
+                Span span;
+                span.record = read_record(image, layer_.entries[slice]);
+                span.slice_rows = layer_.rows[slice];
+                span.slice_start = start;
+                start += span.slice_rows;
+                const Record &record = span.record;
+                if (record.empty()) continue;
+                span.first = int(from - first);
+                span.tokens = int(to - from);
+                span.thin_width = record.channels + record.rank + (record.vector ? 1 : 0);
+                span.compact = record.row_map && span.thin_width == 0;
+                span.blocks = divide_up(span.compact ? record.rows : span.slice_rows, LANES);
+                blocks += span.blocks;
+                span.block_end = blocks;
+                most_tokens_ = std::max(most_tokens_, span.tokens);
+                most_thin_ = std::max(most_thin_, span.thin_width);
+                thin_room += Scratch::room<float>(size_t(span.tokens) * span.thin_width);
+                coded_ = coded_ || record.coded();
+                thin_ = thin_ || span.thin_width > 0;
+                wide_ = wide_ || record.rank > 0;
+                spans_.push_back(span);
+            }
+        }
+        // Four times as many chunks as two threads would need, so that none waits long.
+        chunk_ = std::clamp(blocks / 16, 1, 8);
+        alone_ = !thin_ && tokens_ * layer_.columns <= ALONE_ELEMENTS;
+        shared_.reserve(thin_room + (alone_ ? 0 : inputs_room()));
+        for (Span &span : spans_) span.thin = shared_.take<float>(size_t(span.tokens) * span.thin_width);
+        if (!alone_) pass_ = take_inputs(shared_);
+    }
+
+    size_t inputs_room() const {
+        size_t padded = size_t(tokens_) * units_ * UNIT_COLUMNS, groups = size_t(tokens_) * groups_;
+        bool exact = type_ == FLOAT32;
+        return Scratch::room<int8_t>(exact ? 0 : padded) + Scratch::room<float>(exact ? padded : 0) +
+               Scratch::room<float>(groups) + Scratch::room<int32_t>(groups) +
+               Scratch::room<float>(wide_ || exact ? padded : 0) + Scratch::room<float>(tokens_);
+    }
+
+    PassInputs take_inputs(Scratch &scratch) const {
+        size_t padded = size_t(tokens_) * units_ * UNIT_COLUMNS, groups = size_t(tokens_) * groups_;
+        bool exact = type_ == FLOAT32;
+        PassInputs pass;
+        pass.levels = exact ? nullptr : scratch.take<int8_t>(padded);
+        pass.exact = exact ? scratch.take<float>(padded) : nullptr;
+        pass.scales = scratch.take<float>(groups);
+        pass.sums = scratch.take<int32_t>(groups);
+        pass.wide = wide_ || exact ? scratch.take<float>(padded) : nullptr;
+        pass.level_sums = scratch.take<float>(tokens_);
+        return pass;
+    }
+
+    Inputs inputs_of(const Span &span, const PassInputs &pass) const {
+        ptrdiff_t place = ptrdiff_t(span.first) * units_ * UNIT_COLUMNS;
+        ptrdiff_t group = ptrdiff_t(span.first) * groups_;
+        return {pass.levels ? pass.levels + place : nullptr,
+                pass.exact ? pass.exact + place : nullptr,
+                pass.scales + group,
+                pass.sums + group,
+                span.tokens,
+                units_,
+                groups_};
+    }
+
+    const char *x_row(int token) const { return x_ + order_[first_ + token] * x_bytes_; }
+    char *y_row(int token) const { return y_ + order_[first_ + token] * y_bytes_; }
+
+    PassInputs prepare_inputs(Member member) {
+        static thread_local Scratch own;
+        if (alone_) own.reserve(inputs_room());
+        PassInputs pass = alone_ ? take_inputs(own) : pass_;
+        int step = alone_ ? 1 : member.count;
+        for (int t = alone_ ? 0 : member.index; t < tokens_; t += step) prepare_token(pass, t);
+        if (!alone_) member.wait();
+        return pass;
+    }
+
+    void prepare_token(const PassInputs &pass, int token) const {
+        const char *x = x_row(token);
+        float *wide = pass.wide ? pass.wide + size_t(token) * units_ * UNIT_COLUMNS : nullptr;
+        if (wide) kernels_.widen(x, type_, layer_.columns, wide);
+        if (!coded_) return;
+        // A token's place is that in the panels of its slot.
+        int slot = 0;
+        while (order_index(starts_[slot + 1]) <= token) slot++;
+        int first = std::max(order_index(starts_[slot]), 0);
+        int tokens = std::min(order_index(starts_[slot + 1]), tokens_) - first;
+        int panel = (token - first) / PANEL, row = (token - first) % PANEL;
+        ptrdiff_t stride = ptrdiff_t(panel_tokens(tokens, panel)) * UNIT_COLUMNS;
+        size_t place = size_t(first + panel * PANEL) * units_ * UNIT_COLUMNS + row * UNIT_COLUMNS;
+        if (pass.exact) {
+            float *exact = pass.exact + place;
+            for (int j = 0; j < units_ * UNIT_COLUMNS; j++) {
+                float value = j < layer_.columns ? wide[j] : 0.0f;
+                exact[j / UNIT_COLUMNS * stride + portable::place_of(j % UNIT_COLUMNS)] = value;
+            }
+            return;
+        }
+        float *scales = pass.scales + size_t(token) * groups_;
+        int32_t *sums = pass.sums + size_t(token) * groups_;
+        kernels_.quantize(x, type_, layer_.columns, pass.levels + place, stride, scales, sums);
+        float total = 0;
+        for (int group = 0; group < groups_; group++) total += scales[group] * float(sums[group]);
+        pass.level_sums[token] = total;
+    }
+
+    // A place in `order`, counted from the pass's first.
+    int order_index(int64_t place) const {
+        return int(std::clamp<int64_t>(place - first_, -1, int64_t(tokens_)));
+    }
+
+    // For each token of a span: inputs of its channels, A x, and one for the bias.
+    void add_thin_parts(const PassInputs &pass, Member member) {
+        for (const Span &span : spans_) {
+            const Record &record = span.record;
+            // Threads share the directions of the factors, and the tokens of the rest.
+            for (int t = member.index; t < span.tokens; t += member.count) {
+                float *thin = span.thin + size_t(t) * span.thin_width;
+                const char *x = x_row(span.first + t);
+                for (int c = 0; c < record.channels; c++) {
+                    thin[c] = portable::load(x, type_, record.channel_index[c]);
+                }
+                if (record.vector) thin[span.thin_width - 1] = 1.0f;
+            }
+            for (int r = member.index; r < record.rank; r += member.count) project(span, pass, r);
+        }
+        member.wait();
+    }
+
+    // h_r = A_r x of every token.
+    void project(const Span &span, const PassInputs &pass, int r) const {
+        const Record &record = span.record;
+        int columns = layer_.columns;
+        size_t size = record.factor_kind == FACTORS_FLOAT32 ? 4 : record.factor_kind == FACTORS_INT8 ? 1 : 2;
+        const uint8_t *direction = record.right + size_t(r) * columns * size;
+        for (int t = 0; t < span.tokens; t++) {
+            const float *x = pass.wide + size_t(span.first + t) * units_ * UNIT_COLUMNS;
+            float h;
+            if (record.factor_kind == FACTORS_INT8) {
+                const int8_t *levels = reinterpret_cast<const int8_t *>(direction);
+                h = kernels_.dot_int8(levels, x, columns) * record.right_steps[r];
+            } else {
+                Type type = record.factor_kind == FACTORS_FLOAT32 ? FLOAT32 : BFLOAT16;
+                h = kernels_.dot(direction, type, x, columns);
+            }
+            span.thin[size_t(t) * span.thin_width + record.channels + r] = h;
+        }
+    }
+
+    // What 16 lanes of a tile stand for.
+    struct Lanes {
+        int first_coded, coded;  // rows of the planes, in the first lanes
+        int count;               // outputs
+        int outputs[LANES];      // of the slice
+        bool side_by_side;       // outputs follow each other, and every one is coded
+    };
+
+    void do_block(int block, const PassInputs &pass, const Workspace &space) {
+        const Span *span = spans_.data();
+        while (block >= span->block_end) span++;
+        block -= span->block_end - span->blocks;
+        Lanes lanes = lanes_of(*span, block);
+        const Record &record = span->record;
+        int tokens = span->tokens;
+        std::fill(space.tile, space.tile + size_t(tokens) * LANES, 0.0f);
+        if (lanes.coded > 0 && record.coded()) multiply_codes(*span, lanes, pass, space);
+        if (!lanes.side_by_side && !span->compact) spread(*span, lanes, space);
+        if (span->thin_width > 0) {
+            gather_thin(*span, lanes, space.values);
+            kernels_.add_outer(space.values, span->thin, span->thin_width, tokens, span->thin_width,
+                               space.tile);
+        }
+        write(*span, lanes, space);
+    }
+
+    static Lanes lanes_of(const Span &span, int block) {
+        const Record &record = span.record;
+        Lanes lanes;
+        lanes.side_by_side = true;
+        if (span.compact) {
+            lanes.first_coded = block * LANES;
+            lanes.count = lanes.coded = std::min(LANES, record.rows - lanes.first_coded);
+            int row = row_of_rank(span, lanes.first_coded);
+            for (int lane = 0; lane < lanes.count; row++) {
+                if (row_is_coded(record, row)) lanes.outputs[lane++] = row;
+            }
+            lanes.side_by_side = lanes.outputs[lanes.count - 1] == lanes.outputs[0] + lanes.count - 1;
+            return lanes;
+        }
+        int start = block * LANES;
+        lanes.count = std::min(LANES, span.slice_rows - start);
+        lanes.first_coded = rank_of_row(record, start);
+        lanes.coded = 0;
+        for (int lane = 0; lane < lanes.count; lane++) {
+            lanes.outputs[lane] = start + lane;
+            lanes.coded += row_is_coded(record, start + lane);
+        }
+        lanes.side_by_side = !record.row_map || lanes.coded == lanes.count;
+        return lanes;
+    }
+
+    // The row that is the rank-th of those with codes.
+    static int row_of_rank(const Span &span, int rank) {
+        const uint32_t *map = span.record.row_map;
+        int low = 0, high = divide_up(span.slice_rows, 32);
+        while (high - low > 1) {
+            int middle = (low + high) / 2;
+            (int(map[2 * size_t(middle) + 1]) <= rank ? low : high) = middle;
+        }
+        uint32_t bits = map[2 * size_t(low)];
+        for (int skip = rank - int(map[2 * size_t(low) + 1]); skip > 0; skip--) bits &= bits - 1;
+        return low * 32 + __builtin_ctz(bits);
+    }
+
+    // What the block behind this one reads first, so that it is here by then.
+    static void fetch_next(const Record &record, const Lanes &lanes) {
+        size_t bytes = size_t(record.stride) * LANES;
+        const uint8_t *next = record.plane0 + (size_t(lanes.first_coded) + LANES) * record.stride;
+        for (size_t at = 0; at < std::min(bytes, MOST_FETCHED); at += 64) __builtin_prefetch(next + at);
+    }
+
+    // tile = steps ⊙ (codes − zero) x, lanes in the order of coded rows.
+    void multiply_codes(const Span &span, const Lanes &lanes, const PassInputs &pass,
+                        const Workspace &space) {
+        const Record &record = span.record;
+        int offset = record.escapes ? ESCAPE_OFFSET : 0;
+        float zero = record.zero + float(offset);
+        int whole = int(std::floor(zero));
+        float rest = zero - float(whole);
+        const uint8_t *rows[LANES];
+        Inputs inputs = inputs_of(span, pass);
+        if (record.planes) fetch_next(record, lanes);
+        ptrdiff_t second = record.planes == 2 ? record.plane1 - record.plane0 : 0;
+        for (int block = 0, unit = 0; unit < units_; block++, unit += BLOCK_COLUMNS / UNIT_COLUMNS) {
+            int units = std::min(units_ - unit, BLOCK_COLUMNS / UNIT_COLUMNS);
+            if (record.planes) {
+                for (int lane = 0; lane < LANES; lane++) {
+                    int row = lanes.first_coded + std::min(lane, lanes.coded - 1);
+                    rows[lane] = record.plane0 + size_t(row) * record.stride + unit * UNIT_PLANE_BYTES;
+                }
+                kernels_.unpack(rows, second, units, offset, space.codes);
+            } else {
+                std::fill(space.codes, space.codes + size_t(units) * UNIT_CODES, uint8_t(offset));
+            }
+            if (record.escapes) add_escapes(span, lanes, block, inputs, space);
+            Codes codes{space.codes, unit, units};
+            if (type_ == FLOAT32) {
+                kernels_.multiply_exact(codes, inputs, zero, space.tile);
+            } else {
+                kernels_.multiply(codes, inputs, whole, space.tile);
+            }
+        }
+        if (rest != 0 && type_ != FLOAT32) {
+            for (int t = 0; t < span.tokens; t++) {
+                float folded = rest * pass.level_sums[span.first + t];
+                for (int lane = 0; lane < LANES; lane++) space.tile[t * LANES + lane] -= folded;
+            }
+        }
+        float steps[LANES];
+        for (int lane = 0; lane < LANES; lane++) {
+            bool own = record.steps && lane < lanes.coded;
+            steps[lane] = own ? float_of_bfloat16(record.steps[lanes.first_coded + lane]) : record.step;
+        }
+        kernels_.scale(steps, span.tokens, space.tile);
+    }
+
+    // Escapes become part of the codes. Rows have few of them each, and loops of a few turns cost more
+    // than what is done in them: so all of a block are gone through in one, beside a list of their lanes.
+    void add_escapes(const Span &span, const Lanes &lanes, int block, const Inputs &inputs,
+                     const Workspace &space) {
+        const Record &record = span.record;
+        const uint32_t *starts = record.starts + size_t(lanes.first_coded) * record.blocks + block;
+        if (record.blocks == 1 && starts[lanes.coded] - starts[0] <= MOST_LISTED) {
+            uint8_t lane_of[MOST_LISTED + FEW_ESCAPES];
+            uint32_t first = starts[0];
+            for (int lane = 0; lane < lanes.coded; lane++) {
+                uint8_t *list = lane_of + (starts[lane] - first);
+                size_t count = starts[lane + 1] - starts[lane];
+                // What is written too much, the next row's lane is written over.
+                std::memset(list, lane, FEW_ESCAPES);
+                if (__builtin_expect(count > FEW_ESCAPES, 0)) std::memset(list, lane, count);
+            }
+            add_escapes(record.escapes + first, starts[lanes.coded] - first, lane_of, 1, block, inputs,
+                        space);
+            return;
+        }
+        for (int each = 0; each < lanes.coded; each++, starts += record.blocks) {
+            uint8_t lane = uint8_t(each);
+            add_escapes(record.escapes + starts[0], starts[1] - starts[0], &lane, 0, block, inputs,
+                        space);
+        }
+    }
+
+    // One that no code has room for is multiplied by itself.
+    static inline void add_escapes(const uint16_t *escapes, size_t count, const uint8_t *lane_of,
+                                   int lane_step, int block, const Inputs &inputs,
+                                   const Workspace &space) {
+        for (size_t each = 0; each < count; each++, lane_of += lane_step) {
+            int column = escapes[each] & (BLOCK_COLUMNS - 1);
+            int extra = (escapes[each] >> BLOCK_BITS) - MIDDLE;
+            uint8_t &code = space.codes[PLACES.of[column] + *lane_of * 4];
+            int sum = code + extra;
+            if (__builtin_expect(unsigned(sum) <= MOST_CODE, 1)) {
+                code = uint8_t(sum);
+            } else {
+                add_single(block * BLOCK_COLUMNS + column, extra, inputs, space.tile + *lane_of);
+            }
+        }
+    }
+
+    static void add_single(int column, int extra, const Inputs &inputs, float *tile) {
+        int group = column / GROUP_COLUMNS, unit = column / UNIT_COLUMNS;
+        for (int t = 0; t < inputs.tokens; t++) {
+            int tokens = panel_tokens(inputs.tokens, t / PANEL);
+            size_t place = size_t(t / PANEL) * PANEL * inputs.units * UNIT_COLUMNS +
+                           (size_t(unit) * tokens + t % PANEL) * UNIT_COLUMNS +
+                           portable::place_of(column % UNIT_COLUMNS);
+            float x = inputs.exact ? inputs.exact[place]
+                                   : float(inputs.levels[place]) *
+                                         inputs.scales[size_t(t) * inputs.groups + group];
+            tile[t * LANES] += float(extra) * x;
+        }
+    }
+
+    // Moves lanes from the order of coded rows to that of outputs.
+    void spread(const Span &span, const Lanes &lanes, const Workspace &space) const {
+        for (int t = 0; t < span.tokens; t++) {
+            float *tile = space.tile + size_t(t) * LANES;
+            int coded = lanes.coded;
+            for (int lane = lanes.count - 1; lane >= 0; lane--) {
+                bool filled = row_is_coded(span.record, lanes.outputs[lane]);
+                tile[lane] = filled ? tile[--coded] : 0.0f;
+            }
+        }
+    }
+
+    // values[v][lane]: channels, then the left factor, then the bias.
+    static void gather_thin(const Span &span, const Lanes &lanes, float *values) {
+        const Record &record = span.record;
+        std::fill(values, values + size_t(span.thin_width) * LANES, 0.0f);
+        for (int lane = 0; lane < lanes.count; lane++) {
+            size_t row = size_t(lanes.outputs[lane]);
+            float *out = values + lane;
+            const uint16_t *channels = record.channel_values + row * record.channels;
+            for (int c = 0; c < record.channels; c++) out[c * LANES] = float_of_bfloat16(channels[c]);
+            out += size_t(record.channels) * LANES;
+            for (int r = 0; r < record.rank; r++) out[r * LANES] = left_factor(record, row, r);
+            if (record.vector) out[size_t(record.rank) * LANES] = record.vector[row];
+        }
+    }
+
+    static float left_factor(const Record &record, size_t row, int r) {
+        size_t at = row * record.rank + r;
+        switch (record.factor_kind) {
+            case FACTORS_INT8: return float(int8_t(record.left[at])) * record.left_steps[row];
+            case FACTORS_FLOAT32: return reinterpret_cast<const float *>(record.left)[at];
+            default: return float_of_bfloat16(reinterpret_cast<const uint16_t *>(record.left)[at]);
+        }
+    }
+
+    void write(const Span &span, const Lanes &lanes, const Workspace &space) {
+        for (int t = 0; t < span.tokens; t++) {
+            const float *tile = space.tile + size_t(t) * LANES;
+            char *y = y_row(span.first + t) + size_t(span.slice_start) * element_;
+            if (lanes.side_by_side || !span.compact) {
+                kernels_.add_to(tile, y + size_t(lanes.outputs[0]) * element_, type_, lanes.count);
+                continue;
+            }
+            for (int lane = 0; lane < lanes.count; lane++) {
+                char *place = y + size_t(lanes.outputs[lane]) * element_;
+                portable::store(place, type_, 0, portable::load(place, type_, 0) + tile[lane]);
+            }
+        }
+    }
+
+    const Kernels &kernels_;
+    const Linear &layer_;
+    char *y_;
+    const char *x_;
+    const int64_t *order_, *starts_;
+    Type type_;
+    int64_t y_bytes_, x_bytes_;
+    int element_, units_, groups_;
+
+    // Of the pass.
+    static thread_local std::vector<Span> kept_spans_;
+    static thread_local Scratch kept_shared_;
+    std::vector<Span> &spans_ = kept_spans_;
+    Scratch &shared_ = kept_shared_;
+    PassInputs pass_;
+    int64_t first_ = 0;
+    int tokens_ = 0, most_tokens_ = 0, most_thin_ = 0, chunk_ = 1;
+    bool coded_ = false, thin_ = false, wide_ = false, alone_ = false;
+    std::atomic<int> next_{0};
+};
+
+thread_local std::vector<Span> Product::kept_spans_;
+thread_local Scratch Product::kept_shared_;
+
+static const Kernels *chosen = nullptr;
+
+}  // namespace deltamux
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+
+// Chooses kernels by name, the fastest for ""; the name of what was chosen, null: it does not run here.
+EXPORTED const char *deltamux_choose(const char *name) {
+    const deltamux::Kernels *found = deltamux::find_kernels(name);
+    if (!found) return nullptr;
+    deltamux::chosen = found;
+    return found->name;
+}
+
+EXPORTED void deltamux_use_team(void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
+                       void (*barrier)(), int (*thread)(), int (*most_threads)()) {
+    deltamux::team = {parallel, barrier, thread, most_threads};
+}
+
+// Strides are those of rows, in elements. 0, or 1 where `order` names a row that the batch has not.
+EXPORTED int deltamux_add_linear(const deltamux::Linear *layer, void *y, const void *x, int64_t rows,
+                        int64_t y_stride, int64_t x_stride, const int64_t *order,
+                        const int64_t *starts) {
+    for (int64_t place = starts[0]; place < starts[layer->num_slots]; place++) {
+        if (order[place] < 0 || order[place] >= rows) return 1;
+    }
+    deltamux::Product(*deltamux::chosen, *layer, y, x, y_stride, x_stride, order, starts).run_all();
+    return 0;
+}
+
+}  // extern "C"
