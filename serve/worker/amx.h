@@ -1,5 +1,6 @@
 // AMX: tiles of 16 by 64 bytes are multiplied whole. A unit of codes is such a tile, and so are the 64
-// inputs of a panel's 16 tokens. Few tokens are faster with AVX-512, which all the rest is done by.
+// inputs of a panel's 16 tokens. Two panels times two blocks of rows are worked on at once, so that a
+// tile that was loaded is used twice. Few tokens are faster with AVX-512, which does all the rest.
 
 #pragma once
 
@@ -10,8 +11,6 @@ namespace deltamux::amx {
 
 // Tokens from which on tiles pay.
 constexpr int FEW_TOKENS = 12;
-// Panels that share a tile of codes.
-constexpr int PANELS = 4;
 
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -19,95 +18,114 @@ struct alignas(64) TileShapes {
     uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 are sums, 4 a panel's inputs, 5 codes; `tokens` rows for sums and inputs.
+// Tiles 0 to 3 are sums, by panel and block; 4 and 5 the inputs of panels; 6 and 7 codes of blocks.
 TARGET_AMX static inline void shape_tiles(int tokens) {
     TileShapes shapes;
-    for (int tile = 0; tile < 6; tile++) {
+    for (int tile = 0; tile < 8; tile++) {
         shapes.row_bytes[tile] = 64;
-        shapes.rows[tile] = uint8_t(tile == 5 ? 16 : tokens);
+        shapes.rows[tile] = uint8_t(tile < 6 ? tokens : LANES);
     }
     _tile_loadconfig(&shapes);
 }
 
-// The sums of a group, brought to float32.
-TARGET_AMX static inline void add_sums(const int32_t *sums, const Inputs &inputs, int first, int tokens,
-                                       int group, int zero, float *tile) {
-    for (int t = 0; t < tokens; t++) {
-        ptrdiff_t at = ptrdiff_t(first + t) * inputs.groups + group;
-        __m512i sum = _mm512_load_si512(sums + t * LANES);
-        sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(zero * inputs.sums[at]));
-        float *total = tile + ptrdiff_t(first + t) * LANES;
-        __m512 scale = _mm512_set1_ps(inputs.scales[at]);
-        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_load_ps(total)));
+// What some panels and blocks have in common.
+struct Part {
+    const Inputs &inputs;
+    int units, first, tokens, zero;
+};
+
+// The sums of a group of columns, brought to float32.
+TARGET_AMX static inline void add_sums(const Part &part, const int32_t *sums, int token, int group,
+                                       float *tile) {
+    bool fresh = group == 0;
+    for (int t = 0; t < part.tokens; t++) {
+        ptrdiff_t at = ptrdiff_t(token + t) * part.inputs.groups + group;
+        __m512i folded = _mm512_set1_epi32(part.zero * part.inputs.sums[at]);
+        __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + t * LANES), folded));
+        float *total = tile + ptrdiff_t(token + t) * LANES;
+        __m512 before = fresh ? _mm512_setzero_ps() : _mm512_load_ps(total);
+        _mm512_store_ps(total, _mm512_fmadd_ps(sum, _mm512_set1_ps(part.inputs.scales[at]), before));
     }
 }
 
-// `COUNT` panels of `tokens` tokens each.
-template <int COUNT>
-TARGET_AMX static inline void multiply_panels(const Codes &run, const Inputs &inputs, int panel,
-                                              int tokens, int zero, float *tile) {
-    alignas(64) int32_t sums[COUNT][PANEL * LANES];
-    ptrdiff_t unit_bytes = ptrdiff_t(tokens) * UNIT_COLUMNS;
-    ptrdiff_t panel_bytes = ptrdiff_t(PANEL) * inputs.units * UNIT_COLUMNS;
-    const int8_t *x = inputs.levels + panel * panel_bytes + run.first * unit_bytes;
-    const uint8_t *codes = run.codes;
-    int group = run.first / GROUP_UNITS;
-    for (int left = run.units; left > 0; left -= GROUP_UNITS, group++) {
+template <int PANELS, int BLOCKS>
+TARGET_AMX static inline void multiply_part(const Part &part, const uint8_t *codes, int panel,
+                                            float *tiles) {
+    alignas(64) int32_t sums[PANELS * BLOCKS][PANEL * LANES];
+    ptrdiff_t unit_bytes = ptrdiff_t(part.tokens) * UNIT_COLUMNS;
+    ptrdiff_t panel_bytes = ptrdiff_t(PANEL) * part.inputs.units * UNIT_COLUMNS;
+    ptrdiff_t block_bytes = ptrdiff_t(part.units) * UNIT_CODES;
+    ptrdiff_t tile_floats = ptrdiff_t(part.inputs.tokens) * LANES;
+    const int8_t *x = part.inputs.levels + panel * panel_bytes + part.first * unit_bytes;
+    int group = part.first / GROUP_UNITS;
+    for (int left = part.units; left > 0; left -= GROUP_UNITS, group++) {
         _tile_zero(0);
-        if (COUNT > 1) _tile_zero(1);
-        if (COUNT > 2) _tile_zero(2);
-        if (COUNT > 3) _tile_zero(3);
+        if (BLOCKS > 1) _tile_zero(1);
+        if (PANELS > 1) _tile_zero(2);
+        if (PANELS > 1 && BLOCKS > 1) _tile_zero(3);
         for (int unit = left < GROUP_UNITS ? left : GROUP_UNITS; unit > 0; unit--) {
-            _tile_loadd(5, codes, 64);
+            _tile_loadd(6, codes, 64);
             _tile_loadd(4, x, 64);
-            _tile_dpbsud(0, 4, 5);
-            if (COUNT > 1) {
-                _tile_loadd(4, x + panel_bytes, 64);
-                _tile_dpbsud(1, 4, 5);
+            _tile_dpbsud(0, 4, 6);
+            if (BLOCKS > 1) {
+                _tile_loadd(7, codes + block_bytes, 64);
+                _tile_dpbsud(1, 4, 7);
             }
-            if (COUNT > 2) {
-                _tile_loadd(4, x + 2 * panel_bytes, 64);
-                _tile_dpbsud(2, 4, 5);
-            }
-            if (COUNT > 3) {
-                _tile_loadd(4, x + 3 * panel_bytes, 64);
-                _tile_dpbsud(3, 4, 5);
+            if (PANELS > 1) {
+                _tile_loadd(5, x + panel_bytes, 64);
+                _tile_dpbsud(2, 5, 6);
+                if (BLOCKS > 1) _tile_dpbsud(3, 5, 7);
             }
             codes += UNIT_CODES;
             x += unit_bytes;
         }
         _tile_stored(0, sums[0], 64);
-        if (COUNT > 1) _tile_stored(1, sums[COUNT > 1 ? 1 : 0], 64);
-        if (COUNT > 2) _tile_stored(2, sums[COUNT > 2 ? 2 : 0], 64);
-        if (COUNT > 3) _tile_stored(3, sums[COUNT > 3 ? 3 : 0], 64);
-        for (int each = 0; each < COUNT; each++) {
-            add_sums(sums[each], inputs, (panel + each) * PANEL, tokens, group, zero, tile);
+        if (BLOCKS > 1) _tile_stored(1, sums[1], 64);
+        if (PANELS > 1) _tile_stored(2, sums[BLOCKS], 64);
+        if (PANELS > 1 && BLOCKS > 1) _tile_stored(3, sums[3], 64);
+        for (int each = 0; each < PANELS * BLOCKS; each++) {
+            int token = (panel + each / BLOCKS) * PANEL;
+            add_sums(part, sums[each], token, group, tiles + each % BLOCKS * tile_floats);
         }
     }
 }
 
-TARGET_AMX static void multiply(const Codes &codes, const Inputs &inputs, int zero, float *tile) {
-    if (inputs.tokens < FEW_TOKENS) return vnni::multiply(codes, inputs, zero, tile);
+template <int BLOCKS>
+TARGET_AMX static inline void multiply_blocks(const Codes &run, const Inputs &inputs, int zero,
+                                              const uint8_t *codes, float *tiles) {
+    Part part{inputs, run.units, run.first, PANEL, zero};
     int panel = 0, whole = inputs.tokens / PANEL;
     if (whole) shape_tiles(PANEL);
-    for (; panel + PANELS <= whole; panel += PANELS) {
-        multiply_panels<PANELS>(codes, inputs, panel, PANEL, zero, tile);
-    }
-    switch (whole - panel) {
-        case 3: multiply_panels<3>(codes, inputs, panel, PANEL, zero, tile); break;
-        case 2: multiply_panels<2>(codes, inputs, panel, PANEL, zero, tile); break;
-        case 1: multiply_panels<1>(codes, inputs, panel, PANEL, zero, tile); break;
-    }
+    for (; panel + 2 <= whole; panel += 2) multiply_part<2, BLOCKS>(part, codes, panel, tiles);
+    if (panel < whole) multiply_part<1, BLOCKS>(part, codes, panel, tiles);
     if (int rest = inputs.tokens % PANEL) {
+        part.tokens = rest;
         shape_tiles(rest);
-        multiply_panels<1>(codes, inputs, whole, rest, zero, tile);
+        multiply_part<1, BLOCKS>(part, codes, whole, tiles);
+    }
+}
+
+TARGET_AMX static void multiply(const Codes &run, const Inputs &inputs, int zero, float *tiles) {
+    if (inputs.tokens < FEW_TOKENS) return vnni::multiply(run, inputs, zero, tiles);
+    for (int block = 0; block < run.blocks;) {
+        const uint8_t *codes = run.codes + ptrdiff_t(block) * run.units * UNIT_CODES;
+        float *rows = tiles + ptrdiff_t(block) * inputs.tokens * LANES;
+        if (block + 2 <= run.blocks) {
+            multiply_blocks<2>(run, inputs, zero, codes, rows);
+            block += 2;
+        } else {
+            multiply_blocks<1>(run, inputs, zero, codes, rows);
+            block++;
+        }
     }
     _tile_release();
 }
 
+static int blocks(int tokens) { return tokens < FEW_TOKENS ? 1 : 2; }
+
 static const Kernels KERNELS = {
-    "amx",     vnni::quantize, vnni::widen, vnni::unpack,    multiply, vnni::multiply_exact,
-    vnni::dot, vnni::dot_int8, vnni::scale, vnni::add_outer, vnni::add_to,
+    "amx",     vnni::quantize, vnni::widen, vnni::unpack,    multiply,     vnni::multiply_exact,
+    vnni::dot, vnni::dot_int8, vnni::scale, vnni::add_outer, vnni::add_to, blocks,
 };
 
 }  // namespace deltamux::amx

@@ -143,11 +143,12 @@ TARGET static inline void multiply_panel(const Codes &run, const Inputs &inputs,
                                          float *tile) {
     constexpr ptrdiff_t unit_bytes = TOKENS * UNIT_COLUMNS;
     const uint8_t *codes = run.codes;
+    bool fresh = run.first == 0;
     const int8_t *x = inputs.levels + ptrdiff_t(panel) * PANEL * inputs.units * UNIT_COLUMNS;
     x += run.first * unit_bytes;
     ptrdiff_t scale = ptrdiff_t(panel) * PANEL * inputs.groups + run.first / GROUP_UNITS;
     tile += ptrdiff_t(panel) * PANEL * LANES;
-    for (int left = run.units; left > 0; left -= GROUP_UNITS, scale++) {
+    for (int left = run.units; left > 0; left -= GROUP_UNITS, scale++, fresh = false) {
         __m512i sums[TOKENS][SETS];
         for (int t = 0; t < TOKENS; t++) {
             sums[t][0] = _mm512_set1_epi32(-zero * inputs.sums[scale + t * inputs.groups]);
@@ -171,14 +172,14 @@ TARGET static inline void multiply_panel(const Codes &run, const Inputs &inputs,
                 sums[t][0] = _mm512_add_epi32(sums[t][0], sums[t][set]);
             }
             __m512 scales = _mm512_set1_ps(inputs.scales[scale + t * inputs.groups]);
-            __m512 total = _mm512_load_ps(tile + t * LANES);
+            __m512 total = fresh ? _mm512_setzero_ps() : _mm512_load_ps(tile + t * LANES);
             total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][0]), scales, total);
             _mm512_store_ps(tile + t * LANES, total);
         }
     }
 }
 
-TARGET static void multiply(const Codes &codes, const Inputs &inputs, int zero, float *tile) {
+TARGET static void multiply_block(const Codes &codes, const Inputs &inputs, int zero, float *tile) {
     for (int panel = 0; panel * PANEL < inputs.tokens; panel++) {
         switch (panel_tokens(inputs.tokens, panel)) {
 #define CASE(tokens, sets) \
@@ -193,6 +194,14 @@ TARGET static void multiply(const Codes &codes, const Inputs &inputs, int zero, 
     }
 }
 
+TARGET static void multiply(const Codes &codes, const Inputs &inputs, int zero, float *tiles) {
+    for (int block = 0; block < codes.blocks; block++) {
+        const uint8_t *start = codes.codes + ptrdiff_t(block) * codes.units * UNIT_CODES;
+        multiply_block({start, codes.first, codes.units, 1}, inputs, zero,
+                       tiles + ptrdiff_t(block) * inputs.tokens * LANES);
+    }
+}
+
 // As above in float32: codes of a column become numbers once for all tokens of the panel.
 template <int TOKENS>
 TARGET static inline void multiply_exact_panel(const Codes &run, const Inputs &inputs, int panel,
@@ -201,10 +210,11 @@ TARGET static inline void multiply_exact_panel(const Codes &run, const Inputs &i
     const __m512 zeros = _mm512_set1_ps(zero);
     const __m512i byte = _mm512_set1_epi32(255);
     const uint8_t *codes = run.codes;
+    bool fresh = run.first == 0;
     const float *x = inputs.exact + ptrdiff_t(panel) * PANEL * inputs.units * UNIT_COLUMNS;
     x += run.first * unit_floats;
     tile += ptrdiff_t(panel) * PANEL * LANES;
-    for (int left = run.units; left > 0; left -= GROUP_UNITS) {
+    for (int left = run.units; left > 0; left -= GROUP_UNITS, fresh = false) {
         __m512 sums[TOKENS];
         for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
         for (int unit = left < GROUP_UNITS ? left : GROUP_UNITS; unit > 0; unit--, x += unit_floats) {
@@ -223,12 +233,13 @@ TARGET static inline void multiply_exact_panel(const Codes &run, const Inputs &i
             }
         }
         for (int t = 0; t < TOKENS; t++) {
-            __m512 total = _mm512_load_ps(tile + t * LANES);
+            __m512 total = fresh ? _mm512_setzero_ps() : _mm512_load_ps(tile + t * LANES);
             _mm512_store_ps(tile + t * LANES, _mm512_add_ps(total, sums[t]));
         }
     }
 }
 
+// One block of rows is what `blocks` asks for.
 TARGET static void multiply_exact(const Codes &codes, const Inputs &inputs, float zero, float *tile) {
     for (int panel = 0; panel * PANEL < inputs.tokens; panel++) {
         switch (panel_tokens(inputs.tokens, panel)) {
@@ -280,18 +291,26 @@ TARGET static void scale(const float *steps, int tokens, float *tile) {
     }
 }
 
-TARGET static void add_to(const float *tile, void *y, Type type, int lanes) {
-    __mmask16 mask = first(lanes);
-    __m512 sum = _mm512_add_ps(load16(y, type, 0, mask), _mm512_loadu_ps(tile));
-    if (type == FLOAT32) return _mm512_mask_storeu_ps(y, mask, sum);
+TARGET static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT;
-    __m256i half = type == FLOAT16 ? _mm512_cvtps_ph(sum, nearest) : to_bfloat16(sum);
-    _mm256_mask_storeu_epi16(y, mask, half);
+    __mmask16 mask = first(lanes);
+    for (int t = 0; t < tokens; t++, tile += LANES) {
+        char *row = y.first + y.order[t] * y.stride;
+        __m512 sum = _mm512_add_ps(load16(row, y.type, 0, mask), _mm512_loadu_ps(tile));
+        if (y.type == FLOAT32) {
+            _mm512_mask_storeu_ps(row, mask, sum);
+        } else {
+            __m256i half = y.type == FLOAT16 ? _mm512_cvtps_ph(sum, nearest) : to_bfloat16(sum);
+            _mm256_mask_storeu_epi16(row, mask, half);
+        }
+    }
 }
+
+static int blocks(int) { return 1; }
 
 static const Kernels KERNELS = {
     NAME,     quantize, widen, unpack,    multiply, multiply_exact,
-    dot,      dot_int8, scale, add_outer, add_to,
+    dot,      dot_int8, scale, add_outer, add_to,   blocks,
 };
 
 }  // namespace deltamux::AVX512_NAMESPACE

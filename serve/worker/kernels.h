@@ -49,16 +49,25 @@ struct Inputs {
     int tokens, units, groups;
 };
 
-// A run of columns: the codes of `units` units of 16 rows, from the `first`-th on, which starts a group.
+// The codes of `units` units from the `first`-th on, which starts a group, of 16 times `blocks` rows:
+// [blocks][units][1024].
 struct Codes {
     const uint8_t *codes;
-    int first, units;
+    int first, units, blocks;
 };
 
 inline int panel_tokens(int tokens, int panel) {
     int left = tokens - panel * PANEL;
     return left < PANEL ? left : PANEL;
 }
+
+// Rows of y; that of a token starts `stride` bytes behind the one of the row before.
+struct Outputs {
+    char *first;
+    ptrdiff_t stride;
+    const int64_t *order;
+    Type type;
+};
 
 struct Kernels {
     const char *name;
@@ -76,9 +85,10 @@ struct Kernels {
     void (*unpack)(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
                    uint8_t *codes);
 
-    // Adds to a tile [tokens][16] as above; `zero` is floor(o), that of the exact one o itself.
-    void (*multiply)(const Codes &codes, const Inputs &inputs, int zero, float *tile);
-    void (*multiply_exact)(const Codes &codes, const Inputs &inputs, float zero, float *tile);
+    // Adds to tiles [blocks][tokens][16] as above, or sets them where the codes are of the first columns;
+    // `zero` is floor(o), that of the exact one o itself.
+    void (*multiply)(const Codes &codes, const Inputs &inputs, int zero, float *tiles);
+    void (*multiply_exact)(const Codes &codes, const Inputs &inputs, float zero, float *tiles);
 
     // Σ_j a_j x_j in float32.
     float (*dot)(const void *a, Type type, const float *x, int columns);
@@ -91,8 +101,11 @@ struct Kernels {
     void (*add_outer)(const float *values, const float *h, ptrdiff_t h_stride, int tokens, int rank,
                       float *tile);
 
-    // y[lane] += tile[lane] for the first `lanes` outputs, rounded once.
-    void (*add_to)(const float *tile, void *y, Type type, int lanes);
+    // y[order[t]][lane] += tile[t][lane] for the first `lanes` outputs, each rounded once.
+    void (*add_to)(const float *tile, int tokens, const Outputs &y, int lanes);
+
+    // Blocks of 16 rows that it pays to multiply at once with so many tokens.
+    int (*blocks)(int tokens);
 };
 
 }  // namespace deltamux

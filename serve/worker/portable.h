@@ -96,6 +96,7 @@ static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units
     }
 }
 
+// One block of rows is what `blocks` asks for, here and in the next.
 static void multiply(const Codes &run, const Inputs &inputs, int zero, float *tile) {
     for (int t = 0; t < inputs.tokens; t++, tile += LANES) {
         ptrdiff_t stride = UNIT_COLUMNS * panel_tokens(inputs.tokens, t / PANEL);
@@ -103,7 +104,8 @@ static void multiply(const Codes &run, const Inputs &inputs, int zero, float *ti
         x += t % PANEL * UNIT_COLUMNS + run.first * stride;
         const uint8_t *code = run.codes;
         ptrdiff_t scale = ptrdiff_t(t) * inputs.groups + run.first / GROUP_UNITS;
-        for (int left = run.units; left > 0; left -= GROUP_UNITS, scale++) {
+        bool fresh = run.first == 0;
+        for (int left = run.units; left > 0; left -= GROUP_UNITS, scale++, fresh = false) {
             int32_t sums[LANES];
             for (int lane = 0; lane < LANES; lane++) sums[lane] = -zero * inputs.sums[scale];
             for (int unit = left < GROUP_UNITS ? left : GROUP_UNITS; unit > 0; unit--, x += stride) {
@@ -114,7 +116,8 @@ static void multiply(const Codes &run, const Inputs &inputs, int zero, float *ti
                 }
             }
             for (int lane = 0; lane < LANES; lane++) {
-                tile[lane] += float(sums[lane]) * inputs.scales[scale];
+                float before = fresh ? 0.0f : tile[lane];
+                tile[lane] = before + float(sums[lane]) * inputs.scales[scale];
             }
         }
     }
@@ -126,7 +129,8 @@ static void multiply_exact(const Codes &run, const Inputs &inputs, float zero, f
         const float *x = inputs.exact + ptrdiff_t(t / PANEL) * PANEL * inputs.units * UNIT_COLUMNS;
         x += t % PANEL * UNIT_COLUMNS + run.first * stride;
         const uint8_t *code = run.codes;
-        for (int left = run.units; left > 0; left -= GROUP_UNITS) {
+        bool fresh = run.first == 0;
+        for (int left = run.units; left > 0; left -= GROUP_UNITS, fresh = false) {
             float sums[LANES] = {};
             for (int unit = left < GROUP_UNITS ? left : GROUP_UNITS; unit > 0; unit--, x += stride) {
                 for (int at = 0; at < UNIT_COLUMNS; at += 4, code += 4 * LANES) {
@@ -137,7 +141,9 @@ static void multiply_exact(const Codes &run, const Inputs &inputs, float zero, f
                     }
                 }
             }
-            for (int lane = 0; lane < LANES; lane++) tile[lane] += sums[lane];
+            for (int lane = 0; lane < LANES; lane++) {
+                tile[lane] = (fresh ? 0.0f : tile[lane]) + sums[lane];
+            }
         }
     }
 }
@@ -184,13 +190,20 @@ static void add_outer(const float *values, const float *h, ptrdiff_t h_stride, i
     }
 }
 
-static void add_to(const float *tile, void *y, Type type, int lanes) {
-    for (int lane = 0; lane < lanes; lane++) store(y, type, lane, load(y, type, lane) + tile[lane]);
+static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
+    for (int t = 0; t < tokens; t++, tile += LANES) {
+        char *row = y.first + y.order[t] * y.stride;
+        for (int lane = 0; lane < lanes; lane++) {
+            store(row, y.type, lane, load(row, y.type, lane) + tile[lane]);
+        }
+    }
 }
+
+static int blocks(int) { return 1; }
 
 static const Kernels KERNELS = {
     "scalar", quantize, widen,    unpack, multiply,  multiply_exact,
-    dot,      dot_int8, scale, add_outer, add_to,
+    dot,      dot_int8, scale, add_outer, add_to,   blocks,
 };
 
 }  // namespace deltamux::portable

@@ -30,24 +30,11 @@ constexpr int ALONE_ELEMENTS = 8192;
 // The offset of codes that have escapes: −8 at least.
 constexpr int ESCAPE_OFFSET = 8;
 constexpr int MOST_SLICES = 8;
+constexpr int MOST_AT_ONCE = 4;
 // Bytes of planes that are asked for ahead of their use.
 constexpr size_t MOST_FETCHED = 16384;
 // Escapes of a block of rows that are gone through in one loop, and those of a row that are usual.
 constexpr size_t MOST_LISTED = 2048, FEW_ESCAPES = 32;
-
-// Where in the unpacked codes of its block a column of the first lane is.
-struct Places {
-    uint16_t of[BLOCK_COLUMNS];
-
-    constexpr Places() : of() {
-        for (int column = 0; column < BLOCK_COLUMNS; column++) {
-            int group = (column >> 4) * 4 + (column & 3), e = column >> 2 & 3;
-            of[column] = uint16_t(group * 4 * LANES + e);
-        }
-    }
-};
-
-constexpr Places PLACES;
 
 // A layer as Python prepares it once.
 struct Linear {
@@ -97,7 +84,8 @@ struct Span {
     int slice_rows, slice_start;
     int first, tokens;     // within the pass
     bool compact;          // blocks of coded rows, not of output rows
-    int blocks, block_end; // the latter counted over all spans
+    int at_once;           // blocks of 16 rows that are worked on together
+    int parts, part_end;   // so many of these; the latter counted over all spans
     float *thin;           // [tokens][thin_width]
     int thin_width;
 };
@@ -140,27 +128,35 @@ class Product {
     void work(Member member) {
         PassInputs inputs = prepare_inputs(member);
         if (thin_) add_thin_parts(inputs, member);
-        size_t codes = size_t(std::min(units_, BLOCK_COLUMNS / UNIT_COLUMNS)) * UNIT_CODES;
-        size_t tile = size_t(most_tokens_) * LANES;
+        size_t units = size_t(std::min(units_, BLOCK_COLUMNS / UNIT_COLUMNS));
+        size_t codes = most_at_once_ * units * UNIT_CODES;
+        size_t tiles = most_at_once_ * size_t(most_tokens_) * LANES;
         size_t values = size_t(most_thin_) * LANES;
         static thread_local Scratch scratch;
-        scratch.reserve(Scratch::room<uint8_t>(codes) + Scratch::room<float>(tile) +
-                        Scratch::room<float>(values) + 4 * 64);
-        Workspace space{scratch.take<uint8_t>(codes), scratch.take<float>(tile),
-                        scratch.take<float>(values)};
-        int total = spans_.back().block_end;
+        scratch.reserve(Scratch::room<uint8_t>(codes) + Scratch::room<float>(tiles) +
+                        Scratch::room<float>(values));
+        Workspace space{scratch.take<uint8_t>(codes), scratch.take<float>(tiles),
+                        scratch.take<float>(values), {}};
+        int total = spans_.back().part_end;
         for (;;) {
-            int block = next_.fetch_add(chunk_, std::memory_order_relaxed);
-            if (block >= total) break;
-            int stop = std::min(total, block + chunk_);
-            for (; block < stop; block++) do_block(block, inputs, space);
+            int part = next_.fetch_add(chunk_, std::memory_order_relaxed);
+            if (part >= total) break;
+            int stop = std::min(total, part + chunk_);
+            for (; part < stop; part++) do_part(part, inputs, space);
         }
     }
 
   private:
+    // An escape that has no room in a code.
+    struct Single {
+        int block, lane, column, extra;
+    };
+
+    // A thread's own memory.
     struct Workspace {
         uint8_t *codes;
-        float *tile, *values;
+        float *tiles, *values;
+        std::vector<Single> singles;
     };
 
     // The spans of rows order[first:stop], and the memory that they need.
@@ -169,9 +165,9 @@ class Product {
         first_ = first;
         tokens_ = int(stop - first);
         next_.store(0, std::memory_order_relaxed);
-        int blocks = 0;
+        int parts = 0;
         size_t thin_room = 0;
-        most_tokens_ = most_thin_ = 0;
+        most_tokens_ = most_thin_ = most_at_once_ = 0;
         coded_ = thin_ = wide_ = false;
         for (int slot = 0; slot < layer_.num_slots; slot++) {
             int64_t from = std::max(starts_[slot], first), to = std::min(starts_[slot + 1], stop);
@@ -189,9 +185,12 @@ class Product {
                 span.tokens = int(to - from);
                 span.thin_width = record.channels + record.rank + (record.vector ? 1 : 0);
                 span.compact = record.row_map && span.thin_width == 0;
-                span.blocks = divide_up(span.compact ? record.rows : span.slice_rows, LANES);
-                blocks += span.blocks;
-                span.block_end = blocks;
+                span.at_once = type_ == FLOAT32 ? 1 : kernels_.blocks(span.tokens);
+                int rows = span.compact ? record.rows : span.slice_rows;
+                span.parts = divide_up(rows, LANES * span.at_once);
+                parts += span.parts;
+                span.part_end = parts;
+                most_at_once_ = std::max(most_at_once_, span.at_once);
                 most_tokens_ = std::max(most_tokens_, span.tokens);
                 most_thin_ = std::max(most_thin_, span.thin_width);
                 thin_room += Scratch::room<float>(size_t(span.tokens) * span.thin_width);
@@ -202,7 +201,7 @@ class Product {
             }
         }
         // Four times as many chunks as two threads would need, so that none waits long.
-        chunk_ = std::clamp(blocks / 16, 1, 8);
+        chunk_ = std::clamp(parts / 16, 1, 8);
         alone_ = !thin_ && tokens_ * layer_.columns <= ALONE_ELEMENTS;
         shared_.reserve(thin_room + (alone_ ? 0 : inputs_room()));
         for (Span &span : spans_) span.thin = shared_.take<float>(size_t(span.tokens) * span.thin_width);
@@ -243,7 +242,6 @@ class Product {
     }
 
     const char *x_row(int token) const { return x_ + order_[first_ + token] * x_bytes_; }
-    char *y_row(int token) const { return y_ + order_[first_ + token] * y_bytes_; }
 
     PassInputs prepare_inputs(Member member) {
         static thread_local Scratch own;
@@ -335,22 +333,47 @@ class Product {
         bool side_by_side;       // outputs follow each other, and every one is coded
     };
 
-    void do_block(int block, const PassInputs &pass, const Workspace &space) {
+    void do_part(int part, const PassInputs &pass, Workspace &space) {
         const Span *span = spans_.data();
-        while (block >= span->block_end) span++;
-        block -= span->block_end - span->blocks;
-        Lanes lanes = lanes_of(*span, block);
-        const Record &record = span->record;
-        int tokens = span->tokens;
-        std::fill(space.tile, space.tile + size_t(tokens) * LANES, 0.0f);
-        if (lanes.coded > 0 && record.coded()) multiply_codes(*span, lanes, pass, space);
-        if (!lanes.side_by_side && !span->compact) spread(*span, lanes, space);
-        if (span->thin_width > 0) {
-            gather_thin(*span, lanes, space.values);
-            kernels_.add_outer(space.values, span->thin, span->thin_width, tokens, span->thin_width,
-                               space.tile);
+        while (part >= span->part_end) span++;
+        int first = (part - (span->part_end - span->parts)) * span->at_once;
+        int rows = span->compact ? span->record.rows : span->slice_rows;
+        int blocks = std::min(span->at_once, divide_up(rows, LANES) - first);
+        Lanes lanes[MOST_AT_ONCE];
+        bool coded = false;
+        for (int block = 0; block < blocks; block++) {
+            lanes[block] = lanes_of(*span, first + block);
+            coded = coded || lanes[block].coded > 0;
         }
-        write(*span, lanes, space);
+        size_t tile_floats = size_t(span->tokens) * LANES;
+        if (coded && span->record.coded()) {
+            multiply_codes(*span, lanes, blocks, pass, space);
+        } else {
+            std::fill(space.tiles, space.tiles + blocks * tile_floats, 0.0f);
+        }
+        for (int block = 0; block < blocks; block++) {
+            finish(*span, lanes[block], space.tiles + block * tile_floats, space.values);
+        }
+    }
+
+    // A tile of codes' products gets its steps and thin parts, and is added to y.
+    void finish(const Span &span, const Lanes &lanes, float *tile, float *values) const {
+        const Record &record = span.record;
+        if (record.coded()) {
+            float steps[LANES];
+            for (int lane = 0; lane < LANES; lane++) {
+                bool own = record.steps && lane < lanes.coded;
+                int row = lanes.first_coded + lane;
+                steps[lane] = own ? float_of_bfloat16(record.steps[row]) : record.step;
+            }
+            kernels_.scale(steps, span.tokens, tile);
+            if (!lanes.side_by_side && !span.compact) spread(span, lanes, tile);
+        }
+        if (span.thin_width > 0) {
+            gather_thin(span, lanes, values);
+            kernels_.add_outer(values, span.thin, span.thin_width, span.tokens, span.thin_width, tile);
+        }
+        write(span, lanes, tile);
     }
 
     static Lanes lanes_of(const Span &span, int block) {
@@ -392,102 +415,130 @@ class Product {
         return low * 32 + __builtin_ctz(bits);
     }
 
-    // What the block behind this one reads first, so that it is here by then.
-    static void fetch_next(const Record &record, const Lanes &lanes) {
-        size_t bytes = size_t(record.stride) * LANES;
-        const uint8_t *next = record.plane0 + (size_t(lanes.first_coded) + LANES) * record.stride;
-        for (size_t at = 0; at < std::min(bytes, MOST_FETCHED); at += 64) __builtin_prefetch(next + at);
+    // What the blocks behind these read first, so that it is here by then.
+    static void fetch_next(const Record &record, const Lanes &last) {
+        const uint8_t *next = record.plane0 + size_t(last.first_coded + last.coded) * record.stride;
+        size_t bytes = std::min(size_t(record.stride) * LANES, MOST_FETCHED);
+        for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
     }
 
-    // tile = steps ⊙ (codes − zero) x, lanes in the order of coded rows.
-    void multiply_codes(const Span &span, const Lanes &lanes, const PassInputs &pass,
-                        const Workspace &space) {
+    // tiles = (codes − zero) x, lanes in the order of coded rows.
+    void multiply_codes(const Span &span, const Lanes *lanes, int blocks, const PassInputs &pass,
+                        Workspace &space) const {
         const Record &record = span.record;
         int offset = record.escapes ? ESCAPE_OFFSET : 0;
         float zero = record.zero + float(offset);
         int whole = int(std::floor(zero));
         float rest = zero - float(whole);
-        const uint8_t *rows[LANES];
         Inputs inputs = inputs_of(span, pass);
-        if (record.planes) fetch_next(record, lanes);
-        ptrdiff_t second = record.planes == 2 ? record.plane1 - record.plane0 : 0;
-        for (int block = 0, unit = 0; unit < units_; block++, unit += BLOCK_COLUMNS / UNIT_COLUMNS) {
+        space.singles.clear();
+        if (record.planes) fetch_next(record, lanes[blocks - 1]);
+        for (int run = 0, unit = 0; unit < units_; run++, unit += BLOCK_COLUMNS / UNIT_COLUMNS) {
             int units = std::min(units_ - unit, BLOCK_COLUMNS / UNIT_COLUMNS);
-            if (record.planes) {
-                for (int lane = 0; lane < LANES; lane++) {
-                    int row = lanes.first_coded + std::min(lane, lanes.coded - 1);
-                    rows[lane] = record.plane0 + size_t(row) * record.stride + unit * UNIT_PLANE_BYTES;
-                }
-                kernels_.unpack(rows, second, units, offset, space.codes);
-            } else {
-                std::fill(space.codes, space.codes + size_t(units) * UNIT_CODES, uint8_t(offset));
+            for (int block = 0; block < blocks; block++) {
+                uint8_t *codes = space.codes + size_t(block) * units * UNIT_CODES;
+                unpack(record, lanes[block], unit, units, offset, codes);
+                if (record.escapes) add_escapes(record, lanes[block], block, run, codes, space.singles);
             }
-            if (record.escapes) add_escapes(span, lanes, block, inputs, space);
-            Codes codes{space.codes, unit, units};
+            Codes codes{space.codes, unit, units, blocks};
             if (type_ == FLOAT32) {
-                kernels_.multiply_exact(codes, inputs, zero, space.tile);
+                kernels_.multiply_exact(codes, inputs, zero, space.tiles);
             } else {
-                kernels_.multiply(codes, inputs, whole, space.tile);
+                kernels_.multiply(codes, inputs, whole, space.tiles);
             }
         }
-        if (rest != 0 && type_ != FLOAT32) {
+        size_t tile_floats = size_t(span.tokens) * LANES;
+        for (const Single &single : space.singles) {
+            add_single(single.column, single.extra, inputs,
+                       space.tiles + single.block * tile_floats + single.lane);
+        }
+        if (rest == 0 || type_ == FLOAT32) return;
+        for (int block = 0; block < blocks; block++) {
+            float *tile = space.tiles + block * tile_floats;
             for (int t = 0; t < span.tokens; t++) {
                 float folded = rest * pass.level_sums[span.first + t];
-                for (int lane = 0; lane < LANES; lane++) space.tile[t * LANES + lane] -= folded;
+                for (int lane = 0; lane < LANES; lane++) tile[t * LANES + lane] -= folded;
             }
         }
-        float steps[LANES];
-        for (int lane = 0; lane < LANES; lane++) {
-            bool own = record.steps && lane < lanes.coded;
-            steps[lane] = own ? float_of_bfloat16(record.steps[lanes.first_coded + lane]) : record.step;
+    }
+
+    void unpack(const Record &record, const Lanes &lanes, int unit, int units, int offset,
+                uint8_t *codes) const {
+        if (record.planes == 0 || lanes.coded == 0) {
+            std::memset(codes, offset, size_t(units) * UNIT_CODES);
+            return;
         }
-        kernels_.scale(steps, span.tokens, space.tile);
+        const uint8_t *rows[LANES];
+        for (int lane = 0; lane < LANES; lane++) {
+            // Lanes without a row of their own repeat the last one; nothing reads what comes of them.
+            int row = lanes.first_coded + std::min(lane, lanes.coded - 1);
+            rows[lane] = record.plane0 + size_t(row) * record.stride + unit * UNIT_PLANE_BYTES;
+        }
+        ptrdiff_t second = record.planes == 2 ? record.plane1 - record.plane0 : 0;
+        kernels_.unpack(rows, second, units, offset, codes);
     }
 
     // Escapes become part of the codes. Rows have few of them each, and loops of a few turns cost more
-    // than what is done in them: so all of a block are gone through in one, beside a list of their lanes.
-    void add_escapes(const Span &span, const Lanes &lanes, int block, const Inputs &inputs,
-                     const Workspace &space) {
-        const Record &record = span.record;
-        const uint32_t *starts = record.starts + size_t(lanes.first_coded) * record.blocks + block;
+    // than what is done in them: so those of all lanes are gone through in one, beside a list of lanes.
+    static void add_escapes(const Record &record, const Lanes &lanes, int block, int run,
+                            uint8_t *codes, std::vector<Single> &singles) {
+        const uint32_t *starts = record.starts + size_t(lanes.first_coded) * record.blocks + run;
+        uint8_t lane_of[MOST_LISTED + FEW_ESCAPES];
+        Listed list{record.escapes, lane_of, 0, block, run * BLOCK_COLUMNS};
         if (record.blocks == 1 && starts[lanes.coded] - starts[0] <= MOST_LISTED) {
-            uint8_t lane_of[MOST_LISTED + FEW_ESCAPES];
-            uint32_t first = starts[0];
             for (int lane = 0; lane < lanes.coded; lane++) {
-                uint8_t *list = lane_of + (starts[lane] - first);
+                uint8_t *lane_here = lane_of + (starts[lane] - starts[0]);
                 size_t count = starts[lane + 1] - starts[lane];
                 // What is written too much, the next row's lane is written over.
-                std::memset(list, lane, FEW_ESCAPES);
-                if (__builtin_expect(count > FEW_ESCAPES, 0)) std::memset(list, lane, count);
+                std::memset(lane_here, lane, FEW_ESCAPES);
+                if (__builtin_expect(count > FEW_ESCAPES, 0)) std::memset(lane_here, lane, count);
             }
-            add_escapes(record.escapes + first, starts[lanes.coded] - first, lane_of, 1, block, inputs,
-                        space);
+            list.escapes += starts[0];
+            list.count = starts[lanes.coded] - starts[0];
+            add_listed(list, codes, singles);
             return;
         }
-        for (int each = 0; each < lanes.coded; each++, starts += record.blocks) {
-            uint8_t lane = uint8_t(each);
-            add_escapes(record.escapes + starts[0], starts[1] - starts[0], &lane, 0, block, inputs,
-                        space);
+        for (int lane = 0; lane < lanes.coded; lane++, starts += record.blocks) {
+            std::memset(lane_of, lane, std::min<size_t>(starts[1] - starts[0], MOST_LISTED));
+            for (uint32_t at = starts[0]; at < starts[1]; at += MOST_LISTED) {
+                list.escapes = record.escapes + at;
+                list.count = std::min<size_t>(starts[1] - at, MOST_LISTED);
+                add_listed(list, codes, singles);
+            }
+        }
+    }
+
+    // Some escapes of one block of rows and columns.
+    struct Listed {
+        const uint16_t *escapes;
+        const uint8_t *lane_of;
+        size_t count;
+        int block, first_column;
+    };
+
+    static __attribute__((noinline)) void add_listed(const Listed &list, uint8_t *codes,
+                                                     std::vector<Single> &singles) {
+        uint16_t places[MOST_LISTED];
+        int8_t extras[MOST_LISTED];
+        for (size_t each = 0; each < list.count; each++) {
+            unsigned escape = list.escapes[each];
+            // The column's group of four, its place within the group, and the lane.
+            places[each] = uint16_t((escape & 0xFF0) << 4 | (escape & 3) << 6 | (escape >> 2 & 3) |
+                                    unsigned(list.lane_of[each]) << 2);
+            extras[each] = int8_t(int(escape >> BLOCK_BITS) - MIDDLE);
+        }
+        for (size_t each = 0; each < list.count; each++) {
+            int sum = codes[places[each]] + extras[each];
+            if (__builtin_expect(unsigned(sum) <= MOST_CODE, 1)) {
+                codes[places[each]] = uint8_t(sum);
+            } else {
+                int column = list.first_column + (list.escapes[each] & (BLOCK_COLUMNS - 1));
+                singles.push_back({list.block, list.lane_of[each], column, extras[each]});
+            }
         }
     }
 
     // One that no code has room for is multiplied by itself.
-    static inline void add_escapes(const uint16_t *escapes, size_t count, const uint8_t *lane_of,
-                                   int lane_step, int block, const Inputs &inputs,
-                                   const Workspace &space) {
-        for (size_t each = 0; each < count; each++, lane_of += lane_step) {
-            int column = escapes[each] & (BLOCK_COLUMNS - 1);
-            int extra = (escapes[each] >> BLOCK_BITS) - MIDDLE;
-            uint8_t &code = space.codes[PLACES.of[column] + *lane_of * 4];
-            int sum = code + extra;
-            if (__builtin_expect(unsigned(sum) <= MOST_CODE, 1)) {
-                code = uint8_t(sum);
-            } else {
-                add_single(block * BLOCK_COLUMNS + column, extra, inputs, space.tile + *lane_of);
-            }
-        }
-    }
-
     static void add_single(int column, int extra, const Inputs &inputs, float *tile) {
         int group = column / GROUP_COLUMNS, unit = column / UNIT_COLUMNS;
         for (int t = 0; t < inputs.tokens; t++) {
@@ -503,9 +554,8 @@ class Product {
     }
 
     // Moves lanes from the order of coded rows to that of outputs.
-    void spread(const Span &span, const Lanes &lanes, const Workspace &space) const {
-        for (int t = 0; t < span.tokens; t++) {
-            float *tile = space.tile + size_t(t) * LANES;
+    static void spread(const Span &span, const Lanes &lanes, float *tile) {
+        for (int t = 0; t < span.tokens; t++, tile += LANES) {
             int coded = lanes.coded;
             for (int lane = lanes.count - 1; lane >= 0; lane--) {
                 bool filled = row_is_coded(span.record, lanes.outputs[lane]);
@@ -538,16 +588,19 @@ class Product {
         }
     }
 
-    void write(const Span &span, const Lanes &lanes, const Workspace &space) {
-        for (int t = 0; t < span.tokens; t++) {
-            const float *tile = space.tile + size_t(t) * LANES;
-            char *y = y_row(span.first + t) + size_t(span.slice_start) * element_;
-            if (lanes.side_by_side || !span.compact) {
-                kernels_.add_to(tile, y + size_t(lanes.outputs[0]) * element_, type_, lanes.count);
-                continue;
-            }
+    void write(const Span &span, const Lanes &lanes, const float *tile) const {
+        if (lanes.count == 0) return;
+        Outputs y{y_, y_bytes_, order_ + first_ + span.first, type_};
+        y.first += size_t(span.slice_start) * element_;
+        if (lanes.side_by_side || !span.compact) {
+            y.first += size_t(lanes.outputs[0]) * element_;
+            kernels_.add_to(tile, span.tokens, y, lanes.count);
+            return;
+        }
+        for (int t = 0; t < span.tokens; t++, tile += LANES) {
+            char *row = y.first + y.order[t] * y.stride;
             for (int lane = 0; lane < lanes.count; lane++) {
-                char *place = y + size_t(lanes.outputs[lane]) * element_;
+                char *place = row + size_t(lanes.outputs[lane]) * element_;
                 portable::store(place, type_, 0, portable::load(place, type_, 0) + tile[lane]);
             }
         }
@@ -569,7 +622,7 @@ class Product {
     Scratch &shared_ = kept_shared_;
     PassInputs pass_;
     int64_t first_ = 0;
-    int tokens_ = 0, most_tokens_ = 0, most_thin_ = 0, chunk_ = 1;
+    int tokens_ = 0, most_tokens_ = 0, most_thin_ = 0, most_at_once_ = 0, chunk_ = 1;
     bool coded_ = false, thin_ = false, wide_ = false, alone_ = false;
     std::atomic<int> next_{0};
 };
