@@ -27,38 +27,55 @@ TARGET static inline __mmask16 first(int count) {
     return count >= LANES ? __mmask16(0xFFFF) : __mmask16((1u << (count < 0 ? 0 : count)) - 1);
 }
 
-static inline __m128i *place_of_lanes(int8_t *levels, int column, ptrdiff_t stride) {
-    int8_t *unit = levels + column / UNIT_COLUMNS * stride;
-    return reinterpret_cast<__m128i *>(unit + column % UNIT_COLUMNS);
+// The largest magnitude of some numbers; what comes out for those that are none is any number.
+TARGET static inline float largest_of(const void *x, Type type, int start, int stop) {
+    if (type == FLOAT32) {
+        __m512 most = _mm512_setzero_ps();
+        for (int j = start; j < stop; j += LANES) {
+            most = _mm512_max_ps(most, _mm512_abs_ps(load16(x, type, j, first(stop - j))));
+        }
+        return _mm512_reduce_max_ps(most);
+    }
+    // Bits without the sign are in the order of the magnitudes.
+    const uint16_t *half = static_cast<const uint16_t *>(x);
+    const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
+    __m512i most = _mm512_setzero_si512();
+    for (int j = start; j < stop; j += 2 * LANES) {
+        __mmask32 mask = stop - j >= 32 ? ~0u : (1u << (stop - j)) - 1;
+        __m512i bits = _mm512_maskz_loadu_epi16(mask, half + j);
+        most = _mm512_max_epu16(most, _mm512_and_si512(bits, magnitude));
+    }
+    __m256i halves = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+    __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    // The instruction finds the least.
+    __m128i ones = _mm_set1_epi16(-1);
+    uint16_t found = uint16_t(~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(eight, ones)), 0));
+    return portable::load(&found, type, 0);
 }
 
 TARGET static void quantize(const void *x, Type type, int columns, int8_t *levels,
-                            ptrdiff_t stride, float *scales, int32_t *sums) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+                            ptrdiff_t stride, float *scales, float *sums) {
     const __m128i transposed =
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    for (int start = 0, group = 0; start < columns; start += GROUP_COLUMNS, group++) {
-        int stop = start + GROUP_COLUMNS < columns ? start + GROUP_COLUMNS : columns;
-        __m512i most = _mm512_setzero_si512();
-        for (int j = start; j < stop; j += LANES) {
-            __m512i bits = _mm512_castps_si512(load16(x, type, j, first(stop - j)));
-            most = _mm512_max_epu32(most, _mm512_and_si512(bits, magnitude));
-        }
-        float largest = float_of_bits(int32_t(_mm512_reduce_max_epu32(most)));
-        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    int units = (columns + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
+    for (int unit = 0, group = 0; unit < units; group++) {
+        int end = unit + units_of_group(std::min(units - unit, RUN_UNITS - unit % RUN_UNITS));
+        int start = unit * UNIT_COLUMNS, stop = std::min(end * UNIT_COLUMNS, columns);
+        float largest = largest_of(x, type, start, stop);
+        const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
         __m512i sum = _mm512_setzero_si512();
-        for (int j = start; j < stop; j += LANES) {
-            __m512 value = load16(x, type, j, first(stop - j));
-            __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(value, _mm512_set1_ps(inverse)));
-            sum = _mm512_add_epi32(sum, rounded);
-            __m128i bytes = _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(rounded), transposed);
-            _mm_storeu_si128(place_of_lanes(levels, j, stride), bytes);
-        }
-        for (int j = (stop + LANES - 1) / LANES * LANES; j % UNIT_COLUMNS; j += LANES) {
-            _mm_storeu_si128(place_of_lanes(levels, j, stride), _mm_setzero_si128());
+        for (; unit < end; unit++) {
+            int8_t *out = levels + unit * stride;
+            for (int j = unit * UNIT_COLUMNS; j < (unit + 1) * UNIT_COLUMNS; j += LANES, out += LANES) {
+                __m512 value = _mm512_mul_ps(load16(x, type, j, first(stop - j)), inverse);
+                __m512i rounded = _mm512_cvtps_epi32(value);
+                sum = _mm512_add_epi32(sum, rounded);
+                __m128i bytes = _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(rounded), transposed);
+                _mm_store_si128(reinterpret_cast<__m128i *>(out), bytes);
+            }
         }
         scales[group] = largest / 127.0f;
-        sums[group] = _mm512_reduce_add_epi32(sum);
+        sums[group] = float(_mm512_reduce_add_epi32(sum));
     }
 }
 
@@ -139,7 +156,7 @@ TARGET static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, in
 
 // The tokens of a panel, their sums in `SETS` registers each, so that few need not wait for one another.
 template <int TOKENS, int SETS>
-TARGET static inline void multiply_panel(const Codes &run, const Inputs &inputs, int panel, int zero,
+TARGET static inline void multiply_panel(const Codes &run, const Inputs &inputs, int panel, float zero,
                                          float *tile) {
     constexpr ptrdiff_t unit_bytes = TOKENS * UNIT_COLUMNS;
     const uint8_t *codes = run.codes;
@@ -148,13 +165,13 @@ TARGET static inline void multiply_panel(const Codes &run, const Inputs &inputs,
     x += run.first * unit_bytes;
     ptrdiff_t scale = ptrdiff_t(panel) * PANEL * inputs.groups + run.first / GROUP_UNITS;
     tile += ptrdiff_t(panel) * PANEL * LANES;
-    for (int left = run.units; left > 0; left -= GROUP_UNITS, scale++, fresh = false) {
+    for (int left = run.units, units; left > 0; left -= units, scale++, fresh = false) {
         __m512i sums[TOKENS][SETS];
         for (int t = 0; t < TOKENS; t++) {
-            sums[t][0] = _mm512_set1_epi32(-zero * inputs.sums[scale + t * inputs.groups]);
-            for (int set = 1; set < SETS; set++) sums[t][set] = _mm512_setzero_si512();
+            for (int set = 0; set < SETS; set++) sums[t][set] = _mm512_setzero_si512();
         }
-        for (int unit = left < GROUP_UNITS ? left : GROUP_UNITS; unit > 0; unit--, x += unit_bytes) {
+        units = units_of_group(left);
+        for (int unit = 0; unit < units; unit++, x += unit_bytes) {
             for (int at = 0; at < UNIT_COLUMNS; at += 4 * SETS) {
                 for (int set = 0; set < SETS; set++) {
                     __m512i code = _mm512_load_si512(codes);
@@ -171,15 +188,17 @@ TARGET static inline void multiply_panel(const Codes &run, const Inputs &inputs,
             for (int set = 1; set < SETS; set++) {
                 sums[t][0] = _mm512_add_epi32(sums[t][0], sums[t][set]);
             }
-            __m512 scales = _mm512_set1_ps(inputs.scales[scale + t * inputs.groups]);
+            ptrdiff_t at = scale + t * inputs.groups;
+            __m512 sum = _mm512_cvtepi32_ps(sums[t][0]);
+            sum = _mm512_fnmadd_ps(_mm512_set1_ps(inputs.sums[at]), _mm512_set1_ps(zero), sum);
             __m512 total = fresh ? _mm512_setzero_ps() : _mm512_load_ps(tile + t * LANES);
-            total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][0]), scales, total);
+            total = _mm512_fmadd_ps(sum, _mm512_set1_ps(inputs.scales[at]), total);
             _mm512_store_ps(tile + t * LANES, total);
         }
     }
 }
 
-TARGET static void multiply_block(const Codes &codes, const Inputs &inputs, int zero, float *tile) {
+TARGET static void multiply_block(const Codes &codes, const Inputs &inputs, float zero, float *tile) {
     for (int panel = 0; panel * PANEL < inputs.tokens; panel++) {
         switch (panel_tokens(inputs.tokens, panel)) {
 #define CASE(tokens, sets) \
@@ -194,7 +213,7 @@ TARGET static void multiply_block(const Codes &codes, const Inputs &inputs, int 
     }
 }
 
-TARGET static void multiply(const Codes &codes, const Inputs &inputs, int zero, float *tiles) {
+TARGET static void multiply(const Codes &codes, const Inputs &inputs, float zero, float *tiles) {
     for (int block = 0; block < codes.blocks; block++) {
         const uint8_t *start = codes.codes + ptrdiff_t(block) * codes.units * UNIT_CODES;
         multiply_block({start, codes.first, codes.units, 1}, inputs, zero,
@@ -214,10 +233,11 @@ TARGET static inline void multiply_exact_panel(const Codes &run, const Inputs &i
     const float *x = inputs.exact + ptrdiff_t(panel) * PANEL * inputs.units * UNIT_COLUMNS;
     x += run.first * unit_floats;
     tile += ptrdiff_t(panel) * PANEL * LANES;
-    for (int left = run.units; left > 0; left -= GROUP_UNITS, fresh = false) {
+    for (int left = run.units, units; left > 0; left -= units, fresh = false) {
         __m512 sums[TOKENS];
         for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
-        for (int unit = left < GROUP_UNITS ? left : GROUP_UNITS; unit > 0; unit--, x += unit_floats) {
+        units = units_of_group(left);
+        for (int unit = 0; unit < units; unit++, x += unit_floats) {
             for (int at = 0; at < UNIT_COLUMNS; at += 4) {
                 __m512i code = _mm512_load_si512(codes);
                 codes += 4 * LANES;
@@ -292,10 +312,12 @@ TARGET static void scale(const float *steps, int tokens, float *tile) {
 }
 
 TARGET static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
-    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT;
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT, AHEAD = 16;
     __mmask16 mask = first(lanes);
     for (int t = 0; t < tokens; t++, tile += LANES) {
         char *row = y.first + y.order[t] * y.stride;
+        // Rows lie far from each other: those that come next are asked for.
+        if (t + AHEAD < tokens) __builtin_prefetch(y.first + y.order[t + AHEAD] * y.stride, 1);
         __m512 sum = _mm512_add_ps(load16(row, y.type, 0, mask), _mm512_loadu_ps(tile));
         if (y.type == FLOAT32) {
             _mm512_mask_storeu_ps(row, mask, sum);

@@ -16,9 +16,9 @@
 //
 //     tile[t][row] = Σ_g scale_tg ( Σ_{j in g} c_j q_tj − floor(o) Σ_{j in g} q_tj ),   x_tj ≈ scale_tg q_tj
 //
-// in integers of 32 bits within a group g of columns and in float32 over the groups, in their order:
-// what a token's result is depends on no other token and on no number of threads. Of a float32 model
-// x is not rounded: tile[t][row] = Σ_j (c_j − o) x_tj, all in float32.
+// exactly within a group g of columns (no sum reaches 2^24) and in float32 over the groups, in their
+// order: what a token's result is depends on no other token and on no number of threads. Of a float32
+// model x is not rounded: tile[t][row] = Σ_j (c_j − o) x_tj, all in float32.
 
 #pragma once
 
@@ -31,9 +31,10 @@ constexpr int LANES = 16;
 constexpr int UNIT_COLUMNS = 64;
 constexpr int UNIT_PLANE_BYTES = 16;
 constexpr int UNIT_CODES = LANES * UNIT_COLUMNS;
-// Columns whose inputs share a scale.
-constexpr int GROUP_UNITS = 4;
-constexpr int GROUP_COLUMNS = GROUP_UNITS * UNIT_COLUMNS;
+// Units of a block of escapes: codes are unpacked as many columns at a time.
+constexpr int RUN_UNITS = 64;
+// Units whose inputs share a scale; a rest of less than half as many joins the group before.
+constexpr int GROUP_UNITS = 8;
 constexpr int MOST_CODE = 127;
 constexpr int PANEL = 16;
 
@@ -45,16 +46,25 @@ struct Inputs {
     const int8_t *levels;
     const float *exact;   // float32 models only, instead of the other three
     const float *scales;  // [tokens][groups]
-    const int32_t *sums;  // [tokens][groups] of levels
+    const float *sums;    // [tokens][groups] of levels
     int tokens, units, groups;
 };
 
-// The codes of `units` units from the `first`-th on, which starts a group, of 16 times `blocks` rows:
+// The codes of `units` units from the `first`-th on, which starts a run, of 16 times `blocks` rows:
 // [blocks][units][1024].
 struct Codes {
     const uint8_t *codes;
     int first, units, blocks;
 };
+
+// Units of the group that begins with a unit, of `left` units of its run.
+inline int units_of_group(int left) { return left < GROUP_UNITS + GROUP_UNITS / 2 ? left : GROUP_UNITS; }
+
+inline int count_groups(int units) {
+    int groups = units / RUN_UNITS * (RUN_UNITS / GROUP_UNITS);
+    for (int left = units % RUN_UNITS; left > 0; left -= units_of_group(left)) groups++;
+    return groups;
+}
 
 inline int panel_tokens(int tokens, int panel) {
     int left = tokens - panel * PANEL;
@@ -75,7 +85,7 @@ struct Kernels {
     // Rounds a row to 8 bits a group, zeros up to a whole unit; a unit's levels lie `stride` behind
     // those of the unit before.
     void (*quantize)(const void *x, Type type, int columns, int8_t *levels, ptrdiff_t stride,
-                     float *scales, int32_t *sums);
+                     float *scales, float *sums);
 
     // A row as float32 in its own order.
     void (*widen)(const void *x, Type type, int columns, float *wide);
@@ -87,7 +97,7 @@ struct Kernels {
 
     // Adds to tiles [blocks][tokens][16] as above, or sets them where the codes are of the first columns;
     // `zero` is floor(o), that of the exact one o itself.
-    void (*multiply)(const Codes &codes, const Inputs &inputs, int zero, float *tiles);
+    void (*multiply)(const Codes &codes, const Inputs &inputs, float zero, float *tiles);
     void (*multiply_exact)(const Codes &codes, const Inputs &inputs, float zero, float *tiles);
 
     // Σ_j a_j x_j in float32.

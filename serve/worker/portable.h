@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -56,22 +57,24 @@ inline void store(void *y, Type type, ptrdiff_t at, float value) {
 inline int place_of(int column) { return (column & ~15) | (column & 3) << 2 | (column >> 2 & 3); }
 
 static void quantize(const void *x, Type type, int columns, int8_t *levels, ptrdiff_t stride,
-                     float *scales, int32_t *sums) {
-    for (int start = 0, group = 0; start < columns; start += GROUP_COLUMNS, group++) {
-        int stop = start + GROUP_COLUMNS < columns ? start + GROUP_COLUMNS : columns;
+                     float *scales, float *sums) {
+    int units = (columns + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
+    for (int unit = 0, group = 0; unit < units; group++) {
+        int start = unit * UNIT_COLUMNS;
+        unit += units_of_group(std::min(units - unit, RUN_UNITS - unit % RUN_UNITS));
+        int stop = std::min(unit * UNIT_COLUMNS, columns);
         float largest = 0;
         for (int j = start; j < stop; j++) largest = std::fmax(largest, std::fabs(load(x, type, j)));
         float inverse = largest > 0 ? 127.0f / largest : 0.0f;
         int32_t sum = 0;
-        for (int j = start; j < start + GROUP_COLUMNS; j++) {
-            if (j >= stop && j % UNIT_COLUMNS == 0) break;
+        for (int j = start; j < unit * UNIT_COLUMNS; j++) {
             float rounded = j < stop ? std::nearbyint(load(x, type, j) * inverse) : 0.0f;
             int8_t level = int8_t(std::fmin(std::fmax(rounded, -128.0f), 127.0f));
             levels[j / UNIT_COLUMNS * stride + place_of(j % UNIT_COLUMNS)] = level;
             sum += level;
         }
         scales[group] = largest / 127.0f;
-        sums[group] = sum;
+        sums[group] = float(sum);
     }
 }
 
@@ -97,7 +100,7 @@ static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units
 }
 
 // One block of rows is what `blocks` asks for, here and in the next.
-static void multiply(const Codes &run, const Inputs &inputs, int zero, float *tile) {
+static void multiply(const Codes &run, const Inputs &inputs, float zero, float *tile) {
     for (int t = 0; t < inputs.tokens; t++, tile += LANES) {
         ptrdiff_t stride = UNIT_COLUMNS * panel_tokens(inputs.tokens, t / PANEL);
         const int8_t *x = inputs.levels + ptrdiff_t(t / PANEL) * PANEL * inputs.units * UNIT_COLUMNS;
@@ -105,10 +108,11 @@ static void multiply(const Codes &run, const Inputs &inputs, int zero, float *ti
         const uint8_t *code = run.codes;
         ptrdiff_t scale = ptrdiff_t(t) * inputs.groups + run.first / GROUP_UNITS;
         bool fresh = run.first == 0;
-        for (int left = run.units; left > 0; left -= GROUP_UNITS, scale++, fresh = false) {
+        for (int left = run.units, units; left > 0; left -= units, scale++, fresh = false) {
             int32_t sums[LANES];
-            for (int lane = 0; lane < LANES; lane++) sums[lane] = -zero * inputs.sums[scale];
-            for (int unit = left < GROUP_UNITS ? left : GROUP_UNITS; unit > 0; unit--, x += stride) {
+            for (int lane = 0; lane < LANES; lane++) sums[lane] = 0;
+            units = units_of_group(left);
+            for (int unit = 0; unit < units; unit++, x += stride) {
                 for (int at = 0; at < UNIT_COLUMNS; at += 4, code += 4 * LANES) {
                     for (int lane = 0; lane < LANES; lane++) {
                         for (int e = 0; e < 4; e++) sums[lane] += code[4 * lane + e] * x[at + e];
@@ -117,7 +121,8 @@ static void multiply(const Codes &run, const Inputs &inputs, int zero, float *ti
             }
             for (int lane = 0; lane < LANES; lane++) {
                 float before = fresh ? 0.0f : tile[lane];
-                tile[lane] = before + float(sums[lane]) * inputs.scales[scale];
+                float sum = float(sums[lane]) - zero * inputs.sums[scale];
+                tile[lane] = before + sum * inputs.scales[scale];
             }
         }
     }
@@ -130,9 +135,10 @@ static void multiply_exact(const Codes &run, const Inputs &inputs, float zero, f
         x += t % PANEL * UNIT_COLUMNS + run.first * stride;
         const uint8_t *code = run.codes;
         bool fresh = run.first == 0;
-        for (int left = run.units; left > 0; left -= GROUP_UNITS, fresh = false) {
+        for (int left = run.units, units; left > 0; left -= units, fresh = false) {
             float sums[LANES] = {};
-            for (int unit = left < GROUP_UNITS ? left : GROUP_UNITS; unit > 0; unit--, x += stride) {
+            units = units_of_group(left);
+            for (int unit = 0; unit < units; unit++, x += stride) {
                 for (int at = 0; at < UNIT_COLUMNS; at += 4, code += 4 * LANES) {
                     for (int e = 0; e < 4; e++) {
                         for (int lane = 0; lane < LANES; lane++) {

@@ -97,7 +97,7 @@ struct PassInputs {
     int8_t *levels;
     float *exact;
     float *scales;
-    int32_t *sums;
+    float *sums;
     float *level_sums;  // [tokens] Σ of what x is rounded to, for zero points between two codes
     float *wide;        // [tokens][columns] float32, where something asks for it
 };
@@ -113,7 +113,7 @@ class Product {
         x_bytes_ = x_stride * size;
         element_ = size;
         units_ = divide_up(layer.columns, UNIT_COLUMNS);
-        groups_ = divide_up(units_, GROUP_UNITS);
+        groups_ = count_groups(units_);
     }
 
     void run_all() {
@@ -128,7 +128,7 @@ class Product {
     void work(Member member) {
         PassInputs inputs = prepare_inputs(member);
         if (thin_) add_thin_parts(inputs, member);
-        size_t units = size_t(std::min(units_, BLOCK_COLUMNS / UNIT_COLUMNS));
+        size_t units = size_t(std::min(units_, RUN_UNITS));
         size_t codes = most_at_once_ * units * UNIT_CODES;
         size_t tiles = most_at_once_ * size_t(most_tokens_) * LANES;
         size_t values = size_t(most_thin_) * LANES;
@@ -212,7 +212,7 @@ class Product {
         size_t padded = size_t(tokens_) * units_ * UNIT_COLUMNS, groups = size_t(tokens_) * groups_;
         bool exact = type_ == FLOAT32;
         return Scratch::room<int8_t>(exact ? 0 : padded) + Scratch::room<float>(exact ? padded : 0) +
-               Scratch::room<float>(groups) + Scratch::room<int32_t>(groups) +
+               Scratch::room<float>(groups) + Scratch::room<float>(groups) +
                Scratch::room<float>(wide_ || exact ? padded : 0) + Scratch::room<float>(tokens_);
     }
 
@@ -223,7 +223,7 @@ class Product {
         pass.levels = exact ? nullptr : scratch.take<int8_t>(padded);
         pass.exact = exact ? scratch.take<float>(padded) : nullptr;
         pass.scales = scratch.take<float>(groups);
-        pass.sums = scratch.take<int32_t>(groups);
+        pass.sums = scratch.take<float>(groups);
         pass.wide = wide_ || exact ? scratch.take<float>(padded) : nullptr;
         pass.level_sums = scratch.take<float>(tokens_);
         return pass;
@@ -275,10 +275,10 @@ class Product {
             return;
         }
         float *scales = pass.scales + size_t(token) * groups_;
-        int32_t *sums = pass.sums + size_t(token) * groups_;
+        float *sums = pass.sums + size_t(token) * groups_;
         kernels_.quantize(x, type_, layer_.columns, pass.levels + place, stride, scales, sums);
         float total = 0;
-        for (int group = 0; group < groups_; group++) total += scales[group] * float(sums[group]);
+        for (int group = 0; group < groups_; group++) total += scales[group] * sums[group];
         pass.level_sums[token] = total;
     }
 
@@ -428,13 +428,12 @@ class Product {
         const Record &record = span.record;
         int offset = record.escapes ? ESCAPE_OFFSET : 0;
         float zero = record.zero + float(offset);
-        int whole = int(std::floor(zero));
-        float rest = zero - float(whole);
+        float whole = std::floor(zero), rest = zero - whole;
         Inputs inputs = inputs_of(span, pass);
         space.singles.clear();
         if (record.planes) fetch_next(record, lanes[blocks - 1]);
-        for (int run = 0, unit = 0; unit < units_; run++, unit += BLOCK_COLUMNS / UNIT_COLUMNS) {
-            int units = std::min(units_ - unit, BLOCK_COLUMNS / UNIT_COLUMNS);
+        for (int run = 0, unit = 0; unit < units_; run++, unit += RUN_UNITS) {
+            int units = std::min(units_ - unit, RUN_UNITS);
             for (int block = 0; block < blocks; block++) {
                 uint8_t *codes = space.codes + size_t(block) * units * UNIT_CODES;
                 unpack(record, lanes[block], unit, units, offset, codes);
@@ -540,7 +539,9 @@ class Product {
 
     // One that no code has room for is multiplied by itself.
     static void add_single(int column, int extra, const Inputs &inputs, float *tile) {
-        int group = column / GROUP_COLUMNS, unit = column / UNIT_COLUMNS;
+        int unit = column / UNIT_COLUMNS, run = unit / RUN_UNITS * RUN_UNITS;
+        int last = count_groups(std::min(inputs.units, run + RUN_UNITS)) - 1;
+        int group = std::min(unit / GROUP_UNITS, last);
         for (int t = 0; t < inputs.tokens; t++) {
             int tokens = panel_tokens(inputs.tokens, t / PANEL);
             size_t place = size_t(t / PANEL) * PANEL * inputs.units * UNIT_COLUMNS +
