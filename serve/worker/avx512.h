@@ -333,6 +333,7 @@ static int blocks(int) { return 1; }
 static const Kernels KERNELS = {
     NAME,     quantize, widen, unpack,    multiply, multiply_exact,
     dot,      dot_int8, scale, add_outer, add_to,   blocks,
+    nullptr,  nullptr,
 };
 
 }  // namespace deltamux::AVX512_NAMESPACE

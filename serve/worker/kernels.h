@@ -37,17 +37,21 @@ constexpr int RUN_UNITS = 64;
 constexpr int GROUP_UNITS = 8;
 constexpr int MOST_CODE = 127;
 constexpr int PANEL = 16;
+// Blocks of 16 rows that are ever worked on at once.
+constexpr int MOST_AT_ONCE = 4;
 
 enum Type { BFLOAT16, FLOAT16, FLOAT32 };
 
 // The inputs of one slot's tokens as `multiply` reads them. Tokens stand in panels of 16 and a last one
 // of what is left; a panel of P tokens holds [units][P][64], the columns of a unit in the order of codes.
+// Kernels that work on whole panels get a last one of 16 too, with anything behind its tokens.
 struct Inputs {
     const int8_t *levels;
     const float *exact;   // float32 models only, instead of the other three
     const float *scales;  // [tokens][groups]
     const float *sums;    // [tokens][groups] of levels
     int tokens, units, groups;
+    bool whole_panels;
 };
 
 // The codes of `units` units from the `first`-th on, which starts a run, of 16 times `blocks` rows:
@@ -114,8 +118,13 @@ struct Kernels {
     // y[order[t]][lane] += tile[t][lane] for the first `lanes` outputs, each rounded once.
     void (*add_to)(const float *tile, int tokens, const Outputs &y, int lanes);
 
-    // Blocks of 16 rows that it pays to multiply at once with so many tokens.
+    // Blocks of 16 rows that it pays to multiply at once with so many tokens; more than one only of
+    // kernels that work on whole panels.
     int (*blocks)(int tokens);
+
+    // Called by a thread before and after its products; may be absent.
+    void (*begin)();
+    void (*end)();
 };
 
 }  // namespace deltamux

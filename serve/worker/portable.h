@@ -210,6 +210,7 @@ static int blocks(int) { return 1; }
 static const Kernels KERNELS = {
     "scalar", quantize, widen,    unpack, multiply,  multiply_exact,
     dot,      dot_int8, scale, add_outer, add_to,   blocks,
+    nullptr,  nullptr,
 };
 
 }  // namespace deltamux::portable

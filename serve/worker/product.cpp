@@ -30,7 +30,6 @@ constexpr int ALONE_ELEMENTS = 8192;
 // The offset of codes that have escapes: −8 at least.
 constexpr int ESCAPE_OFFSET = 8;
 constexpr int MOST_SLICES = 8;
-constexpr int MOST_AT_ONCE = 4;
 // Bytes of planes that are asked for ahead of their use.
 constexpr size_t MOST_FETCHED = 16384;
 // Escapes of a block of rows that are gone through in one loop, and those of a row that are usual.
@@ -78,13 +77,20 @@ class Scratch {
     size_t size_ = 0, used_ = 0;
 };
 
+// The rows of the batch that belong to a slot, within a pass.
+struct Members {
+    int first, tokens;
+    int place;           // in the room for panels, in rows
+    int at_once;         // blocks of 16 outputs that are worked on together
+    bool whole_panels;
+};
+
 // One slice of one slot with some rows of the batch.
 struct Span {
     Record record;
+    Members members;
     int slice_rows, slice_start;
-    int first, tokens;     // within the pass
     bool compact;          // blocks of coded rows, not of output rows
-    int at_once;           // blocks of 16 rows that are worked on together
     int parts, part_end;   // so many of these; the latter counted over all spans
     float *thin;           // [tokens][thin_width]
     int thin_width;
@@ -138,12 +144,14 @@ class Product {
         Workspace space{scratch.take<uint8_t>(codes), scratch.take<float>(tiles),
                         scratch.take<float>(values), {}};
         int total = spans_.back().part_end;
+        if (kernels_.begin) kernels_.begin();
         for (;;) {
             int part = next_.fetch_add(chunk_, std::memory_order_relaxed);
             if (part >= total) break;
             int stop = std::min(total, part + chunk_);
             for (; part < stop; part++) do_part(part, inputs, space);
         }
+        if (kernels_.end) kernels_.end();
     }
 
   private:
@@ -162,6 +170,8 @@ class Product {
     // The spans of rows order[first:stop], and the memory that they need.
     void plan(int64_t first, int64_t stop) {
         spans_.clear();
+        members_.clear();
+        panel_rows_ = 0;
         first_ = first;
         tokens_ = int(stop - first);
         next_.store(0, std::memory_order_relaxed);
@@ -172,6 +182,15 @@ class Product {
         for (int slot = 0; slot < layer_.num_slots; slot++) {
             int64_t from = std::max(starts_[slot], first), to = std::min(starts_[slot + 1], stop);
             if (from >= to) continue;
+            Members members;
+            members.first = int(from - first);
+            members.tokens = int(to - from);
+            members.place = panel_rows_;
+            members.at_once = type_ == FLOAT32 ? 1 : kernels_.blocks(members.tokens);
+            members.whole_panels = members.at_once > 1;
+            int rows = members.tokens;
+            panel_rows_ += members.whole_panels ? divide_up(rows, PANEL) * PANEL : rows;
+            members_.push_back(members);
             const uint8_t *image = layer_.slots + slot * layer_.slot_bytes;
             for (int slice = 0, start = 0; slice < layer_.num_slices; slice++) {
                 Span span;
@@ -181,19 +200,17 @@ class Product {
                 start += span.slice_rows;
                 const Record &record = span.record;
                 if (record.empty()) continue;
-                span.first = int(from - first);
-                span.tokens = int(to - from);
+                span.members = members;
                 span.thin_width = record.channels + record.rank + (record.vector ? 1 : 0);
                 span.compact = record.row_map && span.thin_width == 0;
-                span.at_once = type_ == FLOAT32 ? 1 : kernels_.blocks(span.tokens);
                 int rows = span.compact ? record.rows : span.slice_rows;
-                span.parts = divide_up(rows, LANES * span.at_once);
+                span.parts = divide_up(rows, LANES * span.members.at_once);
                 parts += span.parts;
                 span.part_end = parts;
-                most_at_once_ = std::max(most_at_once_, span.at_once);
-                most_tokens_ = std::max(most_tokens_, span.tokens);
+                most_at_once_ = std::max(most_at_once_, span.members.at_once);
+                most_tokens_ = std::max(most_tokens_, span.members.tokens);
                 most_thin_ = std::max(most_thin_, span.thin_width);
-                thin_room += Scratch::room<float>(size_t(span.tokens) * span.thin_width);
+                thin_room += Scratch::room<float>(size_t(span.members.tokens) * span.thin_width);
                 coded_ = coded_ || record.coded();
                 thin_ = thin_ || span.thin_width > 0;
                 wide_ = wide_ || record.rank > 0;
@@ -204,41 +221,44 @@ class Product {
         chunk_ = std::clamp(parts / 16, 1, 8);
         alone_ = !thin_ && tokens_ * layer_.columns <= ALONE_ELEMENTS;
         shared_.reserve(thin_room + (alone_ ? 0 : inputs_room()));
-        for (Span &span : spans_) span.thin = shared_.take<float>(size_t(span.tokens) * span.thin_width);
+        for (Span &span : spans_) span.thin = shared_.take<float>(size_t(span.members.tokens) * span.thin_width);
         if (!alone_) pass_ = take_inputs(shared_);
     }
 
+    // Scratch of the inputs of a pass: how much, and where.
     size_t inputs_room() const {
-        size_t padded = size_t(tokens_) * units_ * UNIT_COLUMNS, groups = size_t(tokens_) * groups_;
+        size_t row = size_t(units_) * UNIT_COLUMNS, groups = size_t(tokens_) * groups_;
         bool exact = type_ == FLOAT32;
-        return Scratch::room<int8_t>(exact ? 0 : padded) + Scratch::room<float>(exact ? padded : 0) +
-               Scratch::room<float>(groups) + Scratch::room<float>(groups) +
-               Scratch::room<float>(wide_ || exact ? padded : 0) + Scratch::room<float>(tokens_);
+        return Scratch::room<int8_t>(exact ? 0 : panel_rows_ * row) +
+               Scratch::room<float>(exact ? panel_rows_ * row : 0) + 2 * Scratch::room<float>(groups) +
+               Scratch::room<float>(wide_ || exact ? tokens_ * row : 0) + Scratch::room<float>(tokens_);
     }
 
     PassInputs take_inputs(Scratch &scratch) const {
-        size_t padded = size_t(tokens_) * units_ * UNIT_COLUMNS, groups = size_t(tokens_) * groups_;
+        size_t row = size_t(units_) * UNIT_COLUMNS, groups = size_t(tokens_) * groups_;
         bool exact = type_ == FLOAT32;
         PassInputs pass;
-        pass.levels = exact ? nullptr : scratch.take<int8_t>(padded);
-        pass.exact = exact ? scratch.take<float>(padded) : nullptr;
+        pass.levels = exact ? nullptr : scratch.take<int8_t>(panel_rows_ * row);
+        pass.exact = exact ? scratch.take<float>(panel_rows_ * row) : nullptr;
         pass.scales = scratch.take<float>(groups);
         pass.sums = scratch.take<float>(groups);
-        pass.wide = wide_ || exact ? scratch.take<float>(padded) : nullptr;
+        pass.wide = wide_ || exact ? scratch.take<float>(tokens_ * row) : nullptr;
         pass.level_sums = scratch.take<float>(tokens_);
         return pass;
     }
 
     Inputs inputs_of(const Span &span, const PassInputs &pass) const {
-        ptrdiff_t place = ptrdiff_t(span.first) * units_ * UNIT_COLUMNS;
-        ptrdiff_t group = ptrdiff_t(span.first) * groups_;
+        const Members &members = span.members;
+        ptrdiff_t place = ptrdiff_t(members.place) * units_ * UNIT_COLUMNS;
+        ptrdiff_t group = ptrdiff_t(members.first) * groups_;
         return {pass.levels ? pass.levels + place : nullptr,
                 pass.exact ? pass.exact + place : nullptr,
                 pass.scales + group,
                 pass.sums + group,
-                span.tokens,
+                members.tokens,
                 units_,
-                groups_};
+                groups_,
+                members.whole_panels};
     }
 
     const char *x_row(int token) const { return x_ + order_[first_ + token] * x_bytes_; }
@@ -258,14 +278,13 @@ class Product {
         float *wide = pass.wide ? pass.wide + size_t(token) * units_ * UNIT_COLUMNS : nullptr;
         if (wide) kernels_.widen(x, type_, layer_.columns, wide);
         if (!coded_) return;
-        // A token's place is that in the panels of its slot.
-        int slot = 0;
-        while (order_index(starts_[slot + 1]) <= token) slot++;
-        int first = std::max(order_index(starts_[slot]), 0);
-        int tokens = std::min(order_index(starts_[slot + 1]), tokens_) - first;
-        int panel = (token - first) / PANEL, row = (token - first) % PANEL;
-        ptrdiff_t stride = ptrdiff_t(panel_tokens(tokens, panel)) * UNIT_COLUMNS;
-        size_t place = size_t(first + panel * PANEL) * units_ * UNIT_COLUMNS + row * UNIT_COLUMNS;
+        const Members *members = members_.data();
+        while (members->first + members->tokens <= token) members++;
+        int panel = (token - members->first) / PANEL, row = (token - members->first) % PANEL;
+        int rows = members->whole_panels ? PANEL : panel_tokens(members->tokens, panel);
+        ptrdiff_t stride = ptrdiff_t(rows) * UNIT_COLUMNS;
+        size_t place = size_t(members->place + panel * PANEL) * units_ * UNIT_COLUMNS +
+                       size_t(row) * UNIT_COLUMNS;
         if (pass.exact) {
             float *exact = pass.exact + place;
             for (int j = 0; j < units_ * UNIT_COLUMNS; j++) {
@@ -282,19 +301,14 @@ class Product {
         pass.level_sums[token] = total;
     }
 
-    // A place in `order`, counted from the pass's first.
-    int order_index(int64_t place) const {
-        return int(std::clamp<int64_t>(place - first_, -1, int64_t(tokens_)));
-    }
-
     // For each token of a span: inputs of its channels, A x, and one for the bias.
     void add_thin_parts(const PassInputs &pass, Member member) {
         for (const Span &span : spans_) {
             const Record &record = span.record;
             // Threads share the directions of the factors, and the tokens of the rest.
-            for (int t = member.index; t < span.tokens; t += member.count) {
+            for (int t = member.index; t < span.members.tokens; t += member.count) {
                 float *thin = span.thin + size_t(t) * span.thin_width;
-                const char *x = x_row(span.first + t);
+                const char *x = x_row(span.members.first + t);
                 for (int c = 0; c < record.channels; c++) {
                     thin[c] = portable::load(x, type_, record.channel_index[c]);
                 }
@@ -311,8 +325,8 @@ class Product {
         int columns = layer_.columns;
         size_t size = record.factor_kind == FACTORS_FLOAT32 ? 4 : record.factor_kind == FACTORS_INT8 ? 1 : 2;
         const uint8_t *direction = record.right + size_t(r) * columns * size;
-        for (int t = 0; t < span.tokens; t++) {
-            const float *x = pass.wide + size_t(span.first + t) * units_ * UNIT_COLUMNS;
+        for (int t = 0; t < span.members.tokens; t++) {
+            const float *x = pass.wide + size_t(span.members.first + t) * units_ * UNIT_COLUMNS;
             float h;
             if (record.factor_kind == FACTORS_INT8) {
                 const int8_t *levels = reinterpret_cast<const int8_t *>(direction);
@@ -336,16 +350,16 @@ class Product {
     void do_part(int part, const PassInputs &pass, Workspace &space) {
         const Span *span = spans_.data();
         while (part >= span->part_end) span++;
-        int first = (part - (span->part_end - span->parts)) * span->at_once;
+        int first = (part - (span->part_end - span->parts)) * span->members.at_once;
         int rows = span->compact ? span->record.rows : span->slice_rows;
-        int blocks = std::min(span->at_once, divide_up(rows, LANES) - first);
+        int blocks = std::min(span->members.at_once, divide_up(rows, LANES) - first);
         Lanes lanes[MOST_AT_ONCE];
         bool coded = false;
         for (int block = 0; block < blocks; block++) {
             lanes[block] = lanes_of(*span, first + block);
             coded = coded || lanes[block].coded > 0;
         }
-        size_t tile_floats = size_t(span->tokens) * LANES;
+        size_t tile_floats = size_t(span->members.tokens) * LANES;
         if (coded && span->record.coded()) {
             multiply_codes(*span, lanes, blocks, pass, space);
         } else {
@@ -366,12 +380,12 @@ class Product {
                 int row = lanes.first_coded + lane;
                 steps[lane] = own ? float_of_bfloat16(record.steps[row]) : record.step;
             }
-            kernels_.scale(steps, span.tokens, tile);
+            kernels_.scale(steps, span.members.tokens, tile);
             if (!lanes.side_by_side && !span.compact) spread(span, lanes, tile);
         }
         if (span.thin_width > 0) {
             gather_thin(span, lanes, values);
-            kernels_.add_outer(values, span.thin, span.thin_width, span.tokens, span.thin_width, tile);
+            kernels_.add_outer(values, span.thin, span.thin_width, span.members.tokens, span.thin_width, tile);
         }
         write(span, lanes, tile);
     }
@@ -446,7 +460,7 @@ class Product {
                 kernels_.multiply(codes, inputs, whole, space.tiles);
             }
         }
-        size_t tile_floats = size_t(span.tokens) * LANES;
+        size_t tile_floats = size_t(span.members.tokens) * LANES;
         for (const Single &single : space.singles) {
             add_single(single.column, single.extra, inputs,
                        space.tiles + single.block * tile_floats + single.lane);
@@ -454,8 +468,8 @@ class Product {
         if (rest == 0 || type_ == FLOAT32) return;
         for (int block = 0; block < blocks; block++) {
             float *tile = space.tiles + block * tile_floats;
-            for (int t = 0; t < span.tokens; t++) {
-                float folded = rest * pass.level_sums[span.first + t];
+            for (int t = 0; t < span.members.tokens; t++) {
+                float folded = rest * pass.level_sums[span.members.first + t];
                 for (int lane = 0; lane < LANES; lane++) tile[t * LANES + lane] -= folded;
             }
         }
@@ -543,7 +557,7 @@ class Product {
         int last = count_groups(std::min(inputs.units, run + RUN_UNITS)) - 1;
         int group = std::min(unit / GROUP_UNITS, last);
         for (int t = 0; t < inputs.tokens; t++) {
-            int tokens = panel_tokens(inputs.tokens, t / PANEL);
+            int tokens = inputs.whole_panels ? PANEL : panel_tokens(inputs.tokens, t / PANEL);
             size_t place = size_t(t / PANEL) * PANEL * inputs.units * UNIT_COLUMNS +
                            (size_t(unit) * tokens + t % PANEL) * UNIT_COLUMNS +
                            portable::place_of(column % UNIT_COLUMNS);
@@ -556,7 +570,7 @@ class Product {
 
     // Moves lanes from the order of coded rows to that of outputs.
     static void spread(const Span &span, const Lanes &lanes, float *tile) {
-        for (int t = 0; t < span.tokens; t++, tile += LANES) {
+        for (int t = 0; t < span.members.tokens; t++, tile += LANES) {
             int coded = lanes.coded;
             for (int lane = lanes.count - 1; lane >= 0; lane--) {
                 bool filled = row_is_coded(span.record, lanes.outputs[lane]);
@@ -591,14 +605,14 @@ class Product {
 
     void write(const Span &span, const Lanes &lanes, const float *tile) const {
         if (lanes.count == 0) return;
-        Outputs y{y_, y_bytes_, order_ + first_ + span.first, type_};
+        Outputs y{y_, y_bytes_, order_ + first_ + span.members.first, type_};
         y.first += size_t(span.slice_start) * element_;
         if (lanes.side_by_side || !span.compact) {
             y.first += size_t(lanes.outputs[0]) * element_;
-            kernels_.add_to(tile, span.tokens, y, lanes.count);
+            kernels_.add_to(tile, span.members.tokens, y, lanes.count);
             return;
         }
-        for (int t = 0; t < span.tokens; t++, tile += LANES) {
+        for (int t = 0; t < span.members.tokens; t++, tile += LANES) {
             char *row = y.first + y.order[t] * y.stride;
             for (int lane = 0; lane < lanes.count; lane++) {
                 char *place = row + size_t(lanes.outputs[lane]) * element_;
@@ -617,17 +631,20 @@ class Product {
     int element_, units_, groups_;
 
     // Of the pass.
+    static thread_local std::vector<Members> kept_members_;
     static thread_local std::vector<Span> kept_spans_;
     static thread_local Scratch kept_shared_;
+    std::vector<Members> &members_ = kept_members_;
     std::vector<Span> &spans_ = kept_spans_;
     Scratch &shared_ = kept_shared_;
     PassInputs pass_;
     int64_t first_ = 0;
-    int tokens_ = 0, most_tokens_ = 0, most_thin_ = 0, most_at_once_ = 0, chunk_ = 1;
+    int tokens_ = 0, panel_rows_ = 0, most_tokens_ = 0, most_thin_ = 0, most_at_once_ = 0, chunk_ = 1;
     bool coded_ = false, thin_ = false, wide_ = false, alone_ = false;
     std::atomic<int> next_{0};
 };
 
+thread_local std::vector<Members> Product::kept_members_;
 thread_local std::vector<Span> Product::kept_spans_;
 thread_local Scratch Product::kept_shared_;
 
