@@ -39,7 +39,7 @@
 #undef DOT
 
 #include "amx.h"
-
+#include "avx2.h"
 #elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #include "neon.h"
 #endif
@@ -85,6 +85,7 @@ inline bool has_amx() {
 inline const Choice CHOICES[] = {
 #if defined(__x86_64__)
     {&amx::KERNELS, has_amx},       {&vnni::KERNELS, has_vnni}, {&avx512::KERNELS, has_avx512},
+    {&avx2::KERNELS, has_avx2},
 
 #elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
     {&neon::KERNELS, always},

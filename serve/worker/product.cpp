@@ -13,12 +13,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <vector>
 
 #include "dispatch.h"
+#include "embedding.h"
 #include "kernels.h"
 #include "record.h"
+#include "scratch.h"
 #include "team.h"
 
 namespace deltamux {
@@ -41,40 +42,6 @@ struct Linear {
     int64_t slot_bytes;
     int32_t num_slots, num_slices, columns, type;
     int32_t entries[MOST_SLICES], rows[MOST_SLICES];
-};
-
-// Memory that is kept from call to call; grows, and is aligned for any vector.
-class Scratch {
-  public:
-    Scratch() = default;
-    Scratch(const Scratch &) = delete;
-    ~Scratch() { std::free(data_); }
-
-    void reserve(size_t bytes) {
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = (bytes + 4095) / 4096 * 4096;
-            data_ = static_cast<char *>(std::aligned_alloc(64, size_));
-            if (!data_) std::abort();
-        }
-        used_ = 0;
-    }
-
-    template <typename T>
-    T *take(size_t count) {
-        char *start = data_ + used_;
-        used_ += (count * sizeof(T) + 63) / 64 * 64;
-        return reinterpret_cast<T *>(start);
-    }
-
-    template <typename T>
-    static size_t room(size_t count) {
-        return (count * sizeof(T) + 63) / 64 * 64;
-    }
-
-  private:
-    char *data_ = nullptr;
-    size_t size_ = 0, used_ = 0;
 };
 
 // The rows of the batch that belong to a slot, within a pass.
@@ -594,15 +561,6 @@ class Product {
         }
     }
 
-    static float left_factor(const Record &record, size_t row, int r) {
-        size_t at = row * record.rank + r;
-        switch (record.factor_kind) {
-            case FACTORS_INT8: return float(int8_t(record.left[at])) * record.left_steps[row];
-            case FACTORS_FLOAT32: return reinterpret_cast<const float *>(record.left)[at];
-            default: return float_of_bfloat16(reinterpret_cast<const uint16_t *>(record.left)[at]);
-        }
-    }
-
     void write(const Span &span, const Lanes &lanes, const float *tile) const {
         if (lanes.count == 0) return;
         Outputs y{y_, y_bytes_, order_ + first_ + span.members.first, type_};
@@ -650,6 +608,13 @@ thread_local Scratch Product::kept_shared_;
 
 static const Kernels *chosen = nullptr;
 
+static bool rows_exist(const int64_t *order, const int64_t *starts, int slots, int64_t rows) {
+    for (int64_t place = starts[0]; place < starts[slots]; place++) {
+        if (order[place] < 0 || order[place] >= rows) return false;
+    }
+    return true;
+}
+
 }  // namespace deltamux
 
 #define EXPORTED __attribute__((visibility("default")))
@@ -671,12 +636,17 @@ EXPORTED void deltamux_use_team(void (*parallel)(void (*)(void *), void *, unsig
 
 // Strides are those of rows, in elements. 0, or 1 where `order` names a row that the batch has not.
 EXPORTED int deltamux_add_linear(const deltamux::Linear *layer, void *y, const void *x, int64_t rows,
-                        int64_t y_stride, int64_t x_stride, const int64_t *order,
-                        const int64_t *starts) {
-    for (int64_t place = starts[0]; place < starts[layer->num_slots]; place++) {
-        if (order[place] < 0 || order[place] >= rows) return 1;
-    }
+                                 int64_t y_stride, int64_t x_stride, const int64_t *order,
+                                 const int64_t *starts) {
+    if (!deltamux::rows_exist(order, starts, layer->num_slots, rows)) return 1;
     deltamux::Product(*deltamux::chosen, *layer, y, x, y_stride, x_stride, order, starts).run_all();
+    return 0;
+}
+
+EXPORTED int deltamux_add_embedding(const deltamux::Table *table, void *y, const void *ids, int64_t rows,
+                                    int64_t y_stride, const int64_t *order, const int64_t *starts) {
+    if (!deltamux::rows_exist(order, starts, table->num_slots, rows)) return 1;
+    deltamux::Embedding(*deltamux::chosen, *table, y, ids, y_stride, order, starts).run_all();
     return 0;
 }
 

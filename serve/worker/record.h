@@ -121,4 +121,23 @@ inline bool row_is_coded(const Record &record, int row) {
     return record.row_map[2 * size_t(row / 32)] >> row % 32 & 1;
 }
 
+// B_nr and A_rj of the factors.
+inline float left_factor(const Record &record, size_t row, int r) {
+    size_t at = row * record.rank + r;
+    switch (record.factor_kind) {
+        case FACTORS_INT8: return float(int8_t(record.left[at])) * record.left_steps[row];
+        case FACTORS_FLOAT32: return reinterpret_cast<const float *>(record.left)[at];
+        default: return float_of_bfloat16(reinterpret_cast<const uint16_t *>(record.left)[at]);
+    }
+}
+
+inline float right_factor(const Record &record, int r, int column, int columns) {
+    size_t at = size_t(r) * columns + column;
+    switch (record.factor_kind) {
+        case FACTORS_INT8: return float(int8_t(record.right[at])) * record.right_steps[r];
+        case FACTORS_FLOAT32: return reinterpret_cast<const float *>(record.right)[at];
+        default: return float_of_bfloat16(reinterpret_cast<const uint16_t *>(record.right)[at]);
+    }
+}
+
 }  // namespace deltamux
