@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,8 @@ import torch
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from deltamux.compression.artifact.artifact import Artifact, TensorEntry
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.artifact.stored import Entry
 from deltamux.compression.artifact.merge import check_base, merge
 from deltamux.compression.checkpoint.architecture import EMBEDDING
 from deltamux.compression.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -50,6 +52,10 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     recipe: Annotated[Path | None, typer.Option(help="Recipe YAML.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, balanced or faithful.")] = None,
     bits: Annotated[float | None, typer.Option(help="Bits per linear weight.")] = None,
+    slot_bits: Annotated[
+        float | None,
+        typer.Option(help="Bits per linear weight in a slot; default: 2.2, above --bits 1: 4.2."),
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Size of the weights file: 25MB.")] = None,
     target_kl: Annotated[
         float | None, typer.Option(help="Divergence from the expert, nats per held-out token.")
@@ -59,7 +65,7 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     as_json: JsonFlag = False,
 ) -> None:
     """Compress a full fine-tune into a delta against its base."""
-    chosen = _recipe(recipe, preset, Limits(bits, budget, target_kl), lossless)
+    chosen = _recipe(recipe, preset, Limits(bits, budget, target_kl, slot_bits), lossless)
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     text, held = _texts(pair, chosen.calibration, calibration, held_out)
@@ -72,11 +78,12 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
 
 @dataclass(frozen=True)
 class Limits:
-    """What the command line says on size or quality; at most one of them."""
+    """What the command line says on size or quality: at most one of the first three."""
 
     bits: float | None
     budget: str | None
     target_kl: float | None
+    slot_bits: float | None
 
 
 def _recipe(path: Path | None, preset: str | None, limits: Limits, lossless: bool) -> Recipe:
@@ -96,7 +103,10 @@ def _recipe(path: Path | None, preset: str | None, limits: Limits, lossless: boo
     }
     changed: dict[str, Any] = recipe.model_dump()
     if any(value is not None for value in given.values()):
-        changed["allocation"] |= given
+        # A preset's limit in a slot belongs to its limit on disk.
+        changed["allocation"] |= given | {"slot_bits": None}
+    if limits.slot_bits is not None:
+        changed["allocation"]["slot_bits"] = limits.slot_bits
     if lossless:
         changed["lossless"] = True
     try:
@@ -151,6 +161,7 @@ def inspect_command(
 ) -> None:
     """Show what a compressed expert holds: bytes, widths and errors."""
     opened = Artifact(artifact)
+    opened.check_content()
     manifest = opened.manifest
     if as_json:
         typer.echo(
@@ -169,34 +180,25 @@ def inspect_command(
         return
     typer.echo(f"expert  {manifest.expert}\nbase    {manifest.base.source}")
     typer.echo(f"{summary(manifest)}\n")
-    typer.echo(f"{'weight':<26}{'scheme':<9}{'tensors':>8}{'MB':>9}{'error':>9}  16-bit channels")
-    for kind, scheme, count, size, error, salient in _by_kind(opened):
-        typer.echo(f"{kind:<26}{scheme:<9}{count:>8}{size / 1e6:>9.3f}{error:>9.4f}  {salient}")
+    typer.echo(
+        f"{'weight':<26}{'kind':<13}{'tensors':>8}{'MB':>9}{'bits':>8}{'slot MB':>9}{'bits':>8}{'error':>9}"
+    )
+    for (weight, kind), entries in _by_kind(opened).items():
+        weights = sum(prod(entry.shape) for entry in entries)
+        sizes = sum(e.bytes for e in entries), sum(e.slot_bytes or 0 for e in entries)
+        columns = "".join(f"{size / 1e6:>9.3f}{size * 8 / weights:>8.3f}" for size in sizes)
+        error = sum(entry.error for entry in entries) / len(entries)
+        typer.echo(f"{weight:<26}{kind:<13}{len(entries):>8}{columns}{error:>9.4f}")
 
 
-def _by_kind(opened: Artifact) -> list[tuple[str, str, int, int, float, int]]:
-    groups: dict[tuple[str, str], list[Any]] = {}
+def _by_kind(opened: Artifact) -> dict[tuple[str, str], list[Entry]]:
+    """Entries by module and kind."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in opened.manifest.tensors:
         module, kind = entry.name.rsplit(".", 2)[-2:]
-        label = module if kind == "weight" else f"{module}.{kind}"
-        groups.setdefault((label, _label(entry)), []).append(entry)
-    return [
-        (
-            kind,
-            scheme,
-            len(entries),
-            sum(entry.bytes for entry in entries),
-            sum(entry.error for entry in entries) / len(entries),
-            max(entry.classes.salient if entry.classes else 0 for entry in entries),
-        )
-        for (kind, scheme), entries in groups.items()
-    ]
-
-
-def _label(entry: TensorEntry) -> str:
-    if entry.rank is not None:
-        return "factors"
-    return entry.scheme or ("lossless" if entry.exact else "exact")
+        weight = module if kind == "weight" else f"{module}.{kind}"
+        groups.setdefault((weight, entry.label), []).append(entry)
+    return groups
 
 
 def merge_command(
