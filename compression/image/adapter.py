@@ -109,7 +109,7 @@ class Adapter:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of its factors in an image, if all are float32: an upper bound."""
+        """Bytes of its factors in an image if all are float32: at least what they take."""
         factors = [f"{module}{side}" for module in self.ranks for side in (RIGHT, LEFT)]
         return sum(section_bytes(4 * math.prod(self._shape(name))) for name in factors)
 
