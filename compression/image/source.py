@@ -52,7 +52,7 @@ class Source(Protocol):
         """
 
     def image_bytes(self, shapes: Shapes) -> int:
-        """At least what its image takes, without making it."""
+        """What its image takes, without making it."""
 
     def image(self, shapes: Shapes) -> torch.Tensor:
         """Its slot image (see `artifact_image`)."""
@@ -122,7 +122,7 @@ class LoraExpert:
         """An adapter does not say which weights it was made for: its shapes are checked with its image."""
 
     def image_bytes(self, shapes: Shapes) -> int:
-        """What its image takes if all factors are float32."""
+        """What its image takes."""
         return head_bytes(len(shapes)) + self._adapter.slot_bytes
 
     def image(self, shapes: Shapes) -> torch.Tensor:
