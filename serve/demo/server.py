@@ -18,6 +18,10 @@ STOP_SECONDS = 30.0
 POLL_SECONDS = 0.5
 
 
+class ServerError(RuntimeError):
+    """The server ended while starting, or did not answer."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server.
@@ -61,7 +65,7 @@ def start_server(
         environment: Added to this process's.
 
     Raises:
-        RuntimeError: The server ended or did not answer; the message quotes its last words.
+        ServerError: It ended or did not answer; the message quotes its last words.
     """
     port = free_port()
     with log.open("wb") as output:
@@ -99,16 +103,14 @@ def _await_health(server: Server) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
-            raise RuntimeError(f"the server ended while starting:\n{last_lines(server.log)}")
+            raise ServerError(f"the server ended while starting:\n{last_lines(server.log)}")
         try:
             if httpx.get(f"{server.url}/health", timeout=5).status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass
         time.sleep(POLL_SECONDS)
-    raise RuntimeError(
-        f"the server was not healthy in {START_SECONDS} s:\n{last_lines(server.log)}"
-    )
+    raise ServerError(f"the server was not healthy in {START_SECONDS} s:\n{last_lines(server.log)}")
 
 
 def last_lines(log: Path, count: int = 15) -> str:
