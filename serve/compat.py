@@ -4,7 +4,8 @@ Replaced (general plugin): the LoRA manager class that model runners create; an 
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
 isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state`; for per-expert latencies
 `IterationStats.update_from_output` and `OutputProcessor.add_request` (`engine_stats.py`); for traces
-`OutputProcessor.do_tracing` (`spans.py`). On instances: `LogitsProcessor._get_logits` (`layers.py`),
+`OutputProcessor.do_tracing` (`spans.py`). On instances: `apply` of the linears' `quant_method`, `forward`
+of embeddings and norms, `LogitsProcessor._get_logits` (`worker/deltas.py`),
 `show_available_models` and `model_name` of `openai_serving_models` (`endpoint.py`), and, on shallow
 copies of the handlers, template, sampling defaults and engine client (`handlers.py`).
 """
@@ -30,6 +31,13 @@ STATS_METHODS = ("update_from_output",)
 OUTPUT_MODULE = "vllm.v1.engine.output_processor"
 OUTPUT_NAME = "OutputProcessor"
 OUTPUT_METHODS = ("add_request", "do_tracing")
+# Classes of layers that experts change: linears, embeddings, norms (`worker/deltas.py`).
+LAYERS = (
+    ("vllm.model_executor.layers.linear", "LinearBase"),
+    ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
+    ("vllm.model_executor.layers.layernorm", "RMSNorm"),
+)
+UNQUANTIZED = ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
 # Exceptions that vLLM answers with a 4xx, wherever they are in a class's ancestry.
 CLIENT_ERRORS = {"VLLMClientError", "ValueError", "TypeError", "OverflowError", "TemplateError"}
 # Handlers on app.state and the method that answers a request.
@@ -95,6 +103,9 @@ def check_vllm() -> None:
             "unset VLLM_USE_RUST_FRONTEND"
         )
     symbol(MANAGER_MODULE, MANAGER_NAME)
+    for module, name in (*LAYERS, UNQUANTIZED):
+        symbol(module, name)
+    symbol("vllm.model_executor.layers.logits_processor", "LogitsProcessor", "_get_logits")
     for method in STATS_METHODS:
         symbol(STATS_MODULE, STATS_NAME, method)
     for method in OUTPUT_METHODS:
@@ -154,6 +165,23 @@ def error_status(error: BaseException) -> int:
         if isinstance(status, int):
             return int(status)
     return 400 if CLIENT_ERRORS & {cls.__name__ for cls in type(error).__mro__} else 500
+
+
+def hooked_layers() -> tuple[type, type, type]:
+    """vLLM's classes of linears, of embeddings and of norms."""
+    found = [symbol(module, name) for module, name in LAYERS]
+    return found[0], found[1], found[2]
+
+
+def is_unquantized(method: Any) -> bool:
+    """Whether a layer's product is with its `weight` as it is."""
+    return isinstance(method, symbol(*UNQUANTIZED))
+
+
+def runs_eagerly(config: Any) -> bool:
+    """Whether torch.compile is off in an engine's configuration."""
+    mode = getattr(config.compilation_config, "mode", None)
+    return mode is not None and int(mode) == 0
 
 
 def on_gpu() -> bool:

@@ -60,7 +60,7 @@ class DeltamuxEndpoint:
         compat.check_one_device(config.parallel_config)
         settings = plugin_settings(config.additional_config)
         models = getattr(state, compat.MODELS_HANDLER)
-        registry = ExpertRegistry(engine_client, models)
+        registry = ExpertRegistry(engine_client, models, settings.slot.rank)
         await registry.adopt()
         for expert in settings.experts:
             await registry.offer(expert.name, expert.path, expert.pin)

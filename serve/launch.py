@@ -63,11 +63,8 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     """
     resolve_directory(settings.base.model, settings.base.revision)
     engine = dict(settings.engine)
-    plugin = settings.plugin().model_copy(
-        update={"slot": settings.slot.model_copy(update={"salient_channels": _salient(settings)})}
-    )
     additional = dict(engine.pop("additional_config", {}))
-    additional["deltamux"] = plugin.model_dump(mode="json")
+    additional["deltamux"] = settings.plugin().model_dump(mode="json")
     options: dict[str, Any] = {
         "enable_lora": True,
         "max_loras": settings.slots,
@@ -96,17 +93,3 @@ def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{dashed}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
     return [f"--{dashed}", str(value)]
-
-
-def _salient(settings: Settings) -> int:
-    """16-bit channels a slot needs for the configured experts; unreadable ones are reported later."""
-    most = settings.slot.salient_channels
-    for expert in settings.experts:
-        try:
-            manifest = read_manifest(expert.path)
-        except ValueError as error:
-            logger.warning("expert %r will be refused: %s", expert.name, error)
-            continue
-        counts = [entry.classes.salient for entry in linear_entries(manifest) if entry.classes]
-        most = max([most, *counts])
-    return most

@@ -63,13 +63,11 @@ class SlotSettings(_Model):
 
     Attributes:
         bytes: Its size; "auto" is that of the largest configured expert.
-        rank: The largest rank of a LoRA adapter that may be served as an expert.
-        salient_channels: 16-bit channels of a linear.
+        rank: The largest rank of factors, a LoRA adapter's for instance.
     """
 
     bytes: Literal["auto"] | Size = "auto"
     rank: int = Field(default=64, ge=0)
-    salient_channels: int = Field(default=8, ge=0)
 
 
 class PluginSettings(_Model):

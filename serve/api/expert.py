@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamux.compression.artifact.artifact import Artifact, content_hash
+from deltamux.compression.image.source import open_source
 
 
 class ExpertError(Exception):
@@ -92,24 +92,27 @@ class Expert:
         self.variants.clear()
 
 
-def read_expert(name: str, path: Path) -> Expert:
-    """Read an artifact's sizes, template and generation settings; checks its content.
+def read_expert(name: str, path: Path, max_rank: int) -> Expert:
+    """Read an expert's sizes, template and generation settings; checks its content.
+
+    Args:
+        name: What clients call it.
+        path: An artifact, or a LoRA adapter.
+        max_rank: The largest rank of an adapter.
 
     Raises:
-        ValueError: The artifact is damaged or newer than this version.
+        ValueError: It is neither, damaged, or newer than this version.
     """
-    artifact = Artifact(path)
-    artifact.check_servable()
-    artifact.check_content()
-    totals = artifact.manifest.totals
+    source = open_source(path, max_rank)
+    source.check_content()
     generation = _read_json(path / "generation_config.json")
     stop = generation.get("eos_token_id")
     return Expert(
         name=name,
         path=path,
-        content=content_hash(path),
-        num_bytes=totals.weights_file_bytes,
-        bits_per_weight=totals.bits_per_weight,
+        content=source.content,
+        num_bytes=source.num_bytes,
+        bits_per_weight=source.bits_per_weight,
         generation=generation,
         stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
         chat_template=_chat_template(path),

@@ -32,11 +32,13 @@ class ExpertRegistry:
     Args:
         engine: vLLM's engine client.
         models: `app.state.openai_serving_models`.
+        max_rank: The largest rank of a LoRA adapter that slots take.
     """
 
-    def __init__(self, engine: Any, models: Any) -> None:
+    def __init__(self, engine: Any, models: Any, max_rank: int) -> None:
         self._engine = engine
         self._models = models
+        self._max_rank = max_rank
         self._experts: dict[str, Expert] = {}
         # Every version that the engine may still be running, by LoRA id.
         self._versions: dict[int, Expert] = {}
@@ -106,7 +108,7 @@ class ExpertRegistry:
             raise ExpertError(str(error)) from error
         async with self._lock:
             try:
-                expert = await asyncio.to_thread(read_expert, name, path)
+                expert = await asyncio.to_thread(read_expert, name, path, self._max_rank)
             except (ValueError, OSError) as error:
                 raise ExpertError(str(error)) from error
             previous = self._experts.get(name)

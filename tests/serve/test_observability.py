@@ -15,7 +15,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import torch
+
+from deltamux.compression.artifact.artifact import read_manifest
+from deltamux.compression.image.layout import slot_size
 
 pytestmark = pytest.mark.vllm
 
@@ -514,7 +516,13 @@ def test_the_sizing_tool_knows_what_the_server_allocates(live: Any) -> None:
     path = Path(__file__).parents[2] / "docker" / "tools" / "sizing.py"
     tool = runpy.run_path(str(path))
     config = json.loads((live.folder / "base" / "config.json").read_text())
-    expected = tool["sizes"](config, dtype=torch.float32)
     samples = live.samples()
-    assert samples["deltamux_memory_bytes", "kind=slots"] == 2 * expected.slot
-    assert samples["deltamux_memory_bytes", "kind=base"] == expected.base
+    assert samples["deltamux_memory_bytes", "kind=base"] == tool["sizes"](config, itemsize=4).base
+
+
+def test_slots_are_as_large_as_the_largest_configured_expert(live: Any) -> None:
+    images = [
+        read_manifest(live.folder / name).totals.slot_bytes for name in ("math", "sql", "shell")
+    ]
+    slots = live.samples()["deltamux_memory_bytes", "kind=slots"]
+    assert slots == 2 * slot_size(max(images))
