@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.handlers import error_response
 from deltamux.serve.api.pick import Generation
+from deltamux.serve.api.state import server_state
 
 routing_router = APIRouter(prefix="/v1")
 
@@ -41,8 +42,7 @@ class ReloadBody(BaseModel):
 
 
 def _route(request: Request) -> AutoRoute:
-    route: AutoRoute = request.app.state.deltamux_route
-    return route
+    return server_state(request).route
 
 
 def _describe(generation: Generation) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def make(folder: Path, **options: Any) -> AutoRoute:
 def client(folder: Path) -> Iterator[TestClient]:
     app = FastAPI()
     app.include_router(routing_router)
-    app.state.deltamux_route = make(folder)
+    app.state.deltamux = SimpleNamespace(route=make(folder))
     with TestClient(app) as client:
         yield client
 
