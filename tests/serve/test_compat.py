@@ -70,7 +70,7 @@ def test_the_manager_is_replaced_only_where_deltamux_is_asked_for(
         [sys.executable, "-W", "ignore", "-c", PROBE, plugins],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.stdout.split()[-1:] == [module], done.stderr

@@ -72,7 +72,7 @@ def test_every_command_ends_with_one_line(
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2
