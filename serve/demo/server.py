@@ -39,10 +39,13 @@ class Server:
 
 @contextmanager
 def running_server(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Server]:
     """Run a server until the block ends; see `start_server`."""
-    server = start_server(command, log, environment)
+    server = start_server(command, log, environment, folder)
     try:
         yield server
     finally:
@@ -55,7 +58,10 @@ def deltamux_serve(config: Path) -> list[str]:
 
 
 def start_server(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Server:
     """Start a server on a free port of 127.0.0.1 and wait until it is healthy.
 
@@ -63,6 +69,7 @@ def start_server(
         command: What serves, without host and port.
         log: Where its output goes.
         environment: Added to this process's.
+        folder: Where it runs; None: here.
 
     Raises:
         ServerError: It ended or did not answer; the message quotes its last words.
@@ -75,6 +82,7 @@ def start_server(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            cwd=folder,
             env={**os.environ, **(environment or {})},
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
