@@ -28,7 +28,7 @@ from deltamux.serve.demo.folder import (
     rows,
     verification,
 )
-from deltamux.serve.demo.report import BASE_NAME, curl_line, measure
+from deltamux.serve.demo.report import SERVED_BASE, curl_line, measure
 from deltamux.serve.demo.server import deltamux_serve, start_server, stop_server
 
 SLOTS = 2
@@ -159,7 +159,7 @@ def write_config(folder: DemoFolder) -> None:
         "slots": SLOTS,
         "host_cache": "2GiB",
         "engine": {
-            "served_model_name": BASE_NAME,
+            "served_model_name": SERVED_BASE,
             "max_model_len": 1024,
             "max_num_seqs": 16,
             "enforce_eager": True,

@@ -21,7 +21,7 @@ from deltamux.serve.demo.load import MAX_TOKENS, Ask, Scrape, mixed_load, run_lo
 from deltamux.serve.demo.server import Server
 from deltamux.serve.names import AUTO, BASE
 
-BASE_NAME = "smollm2-135m"
+SERVED_BASE = "smollm2-135m"
 REQUESTS_PER_DOMAIN = 12
 # What the demo promises: the fall of the held-out loss, what survives compression, and its size.
 LOSS_DROP = 0.3
@@ -35,10 +35,10 @@ def measure(folder: DemoFolder, server: Server) -> dict[str, Any]:
         name: [row["prompt"] for row in rows(folder.data(name, "test"))[:REQUESTS_PER_DOMAIN]]
         for name in (*DOMAINS, GENERAL)
     }
-    prompts[BASE_NAME] = prompts.pop(GENERAL)
+    prompts[SERVED_BASE] = prompts.pop(GENERAL)
     asks = mixed_load(prompts, SEED)
     # The CPU engine builds its kernels for each new batch size on first use.
-    run_load(server.url, [Ask(BASE_NAME, ask.prompt, ask.stream) for ask in asks], "warm-up")
+    run_load(server.url, [Ask(SERVED_BASE, ask.prompt, ask.stream) for ask in asks], "warm-up")
     warm = Scrape(server.url)
     begin = time.perf_counter()
     run_load(server.url, asks)
