@@ -3,6 +3,7 @@
 from typing import Any
 
 from deltamux.compression.artifact.artifact import Artifact, TensorEntry
+from deltamux.compression.console import table
 from deltamux.compression.evaluate import summary
 
 
@@ -23,17 +24,13 @@ def as_dictionary(opened: Artifact) -> dict[str, Any]:
 def as_text(opened: Artifact) -> str:
     """For people: the totals, then a line for every kind of weight."""
     manifest = opened.manifest
-    lines = [
-        f"expert  {manifest.expert}",
-        f"base    {manifest.base.source}",
-        f"{summary(manifest)}\n",
-        f"{'weight':<26}{'scheme':<9}{'tensors':>8}{'MB':>9}{'error':>9}  16-bit channels",
-    ]
-    lines += [
-        f"{kind:<26}{scheme:<9}{count:>8}{size / 1e6:>9.3f}{error:>9.4f}  {salient}"
+    header = ("weight", "scheme", "tensors", "MB", "error", "16-bit channels")
+    rows = [
+        (kind, scheme, count, f"{size / 1e6:.3f}", f"{error:.4f}", salient)
         for kind, scheme, count, size, error, salient in _by_kind(opened)
     ]
-    return "\n".join(lines)
+    head = f"expert  {manifest.expert}\nbase    {manifest.base.source}\n{summary(manifest)}"
+    return f"{head}\n\n{table(header, rows)}"
 
 
 def _by_kind(opened: Artifact) -> list[tuple[str, str, int, int, float, int]]:

@@ -51,11 +51,28 @@ def serve_command(
 def demo_command(
     root: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path(".demo"),
     serve: Annotated[bool, typer.Option(help="Leave the server running.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Instead: a base of your own, directory or hub id.")
+    ] = None,
+    experts: Annotated[
+        list[str] | None, typer.Option(help="Its fine-tunes, directories or hub ids.")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="EXPERT")] = None,
 ) -> None:
-    """Fine-tune, compress, route and serve three experts of a small real model."""
-    from deltamux.serve.demo.demo import run_demo
+    """Fine-tune, compress, route and serve three experts of a small real model.
 
-    run_demo(root, serve)
+    With --base and --experts, public fine-tunes of one base are compressed and served instead.
+    """
+    from deltamux.serve.demo.demo import run_demo
+    from deltamux.serve.demo.public import run_public
+
+    sources = [*(experts or []), *(more or [])]
+    if base is not None:
+        run_public(root, base, sources, serve)
+    elif sources:
+        raise ValueError(f"--experts needs --base, got {', '.join(sources)}")
+    else:
+        run_demo(root, serve)
 
 
 def main() -> None:
