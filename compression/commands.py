@@ -27,6 +27,10 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     recipe: Annotated[Path | None, typer.Option(help="Recipe YAML.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, balanced or faithful.")] = None,
     bits: Annotated[float | None, typer.Option(help="Bits per linear weight.")] = None,
+    slot_bits: Annotated[
+        float | None,
+        typer.Option(help="Bits per linear weight in a slot; default: 2.2, above --bits 1: 4.2."),
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Size of the weights file: 25MB.")] = None,
     target_kl: Annotated[
         float | None, typer.Option(help="Divergence from the expert, nats per held-out token.")
@@ -42,7 +46,7 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     from deltamux.compression.evaluate import summary
     from deltamux.compression.inputs import Limits, chosen_recipe, chosen_texts
 
-    chosen = chosen_recipe(recipe, preset, Limits(bits, budget, target_kl), lossless)
+    chosen = chosen_recipe(recipe, preset, Limits(bits, budget, target_kl, slot_bits), lossless)
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     text, held = chosen_texts(pair, chosen.calibration, calibration, held_out)
@@ -62,6 +66,7 @@ def inspect_command(
     from deltamux.compression.inspection import as_dictionary, as_text
 
     opened = Artifact(artifact)
+    opened.check_content()
     typer.echo(json.dumps(as_dictionary(opened)) if as_json else as_text(opened))
 
 

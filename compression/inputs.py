@@ -29,11 +29,12 @@ RANDOM_TOKENS = 128
 
 @dataclass(frozen=True)
 class Limits:
-    """What the command line says on size or quality; at most one of them."""
+    """What the command line says on size or quality: at most one of the first three."""
 
     bits: float | None
     budget: str | None
     target_kl: float | None
+    slot_bits: float | None
 
 
 def chosen_recipe(path: Path | None, preset: str | None, limits: Limits, lossless: bool) -> Recipe:
@@ -57,7 +58,10 @@ def chosen_recipe(path: Path | None, preset: str | None, limits: Limits, lossles
     }
     changed: dict[str, Any] = recipe.model_dump()
     if any(value is not None for value in given.values()):
-        changed["allocation"] |= given
+        # A preset's limit in a slot belongs to its limit on disk.
+        changed["allocation"] |= given | {"slot_bits": None}
+    if limits.slot_bits is not None:
+        changed["allocation"]["slot_bits"] = limits.slot_bits
     if lossless:
         changed["lossless"] = True
     try:

@@ -11,6 +11,8 @@ copies of the handlers, template, sampling defaults and engine client (`handlers
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +32,7 @@ LAYERS = (
     ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
     ("vllm.model_executor.layers.layernorm", "RMSNorm"),
 )
+CPU_PLATFORM = ("vllm.platforms.cpu", "CpuPlatform")
 UNQUANTIZED = ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
 STATS = ("vllm.v1.metrics.stats", "IterationStats")
 OUTPUT = ("vllm.v1.engine.output_processor", "OutputProcessor")
@@ -211,6 +214,36 @@ def error_status(error: BaseException) -> int:
         if isinstance(status, int):
             return int(status)
     return 400 if CLIENT_ERRORS & {cls.__name__ for cls in type(error).__mro__} else 500
+
+
+def keep_compilation() -> None:
+    """Let the CPU build compile models that experts change; a second call does nothing.
+
+    vLLM's CPU platform turns torch.compile off where LoRA is on, because of its own LoRA layers. Ours are opaque
+    ops, so the platform is asked as if LoRA were off; that is all that it does with the answer.
+    """
+    if not symbol("vllm.platforms", "current_platform").is_cpu():
+        return
+    platform = symbol(*CPU_PLATFORM)
+    method = platform.check_and_update_config
+    if getattr(method, "__name__", "") == _without_lora.__name__:
+        return
+
+    def check_and_update_config(config: Any) -> None:
+        with _without_lora(config):
+            method(config)
+
+    check_and_update_config.__name__ = _without_lora.__name__
+    platform.check_and_update_config = staticmethod(check_and_update_config)
+
+
+@contextmanager
+def _without_lora(config: Any) -> Iterator[None]:
+    lora, config.lora_config = config.lora_config, None
+    try:
+        yield
+    finally:
+        config.lora_config = lora
 
 
 def hooked_layers() -> tuple[type, type, type]:

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.compression.image.source import open_source
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import tokenizer_sha256
 from deltamux.serve.errors import one_line
@@ -141,7 +141,7 @@ def check_site(settings: Settings) -> None:
             )
         check_readable(expert.path)
         try:
-            Artifact(expert.path).check_servable()
+            open_source(expert.path, settings.slot.largest_rank)
         except ValueError as error:
             raise ValueError(f"the expert {expert.name!r} cannot be served: {error}") from error
     if settings.router is not None:

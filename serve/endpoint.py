@@ -49,7 +49,7 @@ class DeltamuxEndpoint:
         compat.check_one_device(config.parallel_config)
         _check_one_process(args)
         settings = plugin_settings(config.additional_config)
-        registry = ExpertRegistry(engine_client, models, settings.slot.rank)
+        registry = ExpertRegistry(engine_client, models, settings.slot.largest_rank)
         await registry.adopt()
         for expert in settings.experts:
             await registry.offer(expert.name, expert.path, expert.pin)

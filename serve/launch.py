@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deltamux.compression.artifact.artifact import linear_entries, read_manifest
 from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.plugin import PLUGIN_NAME

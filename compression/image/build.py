@@ -6,7 +6,7 @@ to others while they work.
 """
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,13 +16,6 @@ from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.image.adapter import Adapter
 from deltamux.compression.image.layout import Record, assemble
-from deltamux.compression.image.weights import (
-    coded_record,
-    factored_record,
-    vector_record,
-    with_vector,
-)
-from deltamux.compression.rounding.low_rank import FactoredDelta
 
 # Shapes of the base's tensors by name, in the base's own order.
 Shapes = dict[str, tuple[int, ...]]
@@ -50,8 +43,11 @@ def artifact_image(artifact: Artifact, shapes: Shapes) -> torch.Tensor:
                 f"{name!r} has shape {entry.shape} in {str(artifact.root)!r} and "
                 f"{shapes.get(name)} in the base: compress the expert against this base"
             )
-    changed = {_weight_of(artifact, name) for name in artifact.entries}
-    return image_of(shapes, {name: partial(_record, artifact, name) for name in changed})
+    stored: dict[str, list[str]] = {}
+    for name in artifact.entries:
+        stored.setdefault(_weight_of(artifact, name), []).append(name)
+    readers = {weight: partial(_record, artifact, names) for weight, names in stored.items()}
+    return image_of(shapes, readers)
 
 
 def adapter_image(adapter: Adapter, shapes: Shapes) -> torch.Tensor:
@@ -59,7 +55,8 @@ def adapter_image(adapter: Adapter, shapes: Shapes) -> torch.Tensor:
     return image_of(shapes, adapter.records(shapes))
 
 
-def image_of(names: Collection[str], readers: dict[str, Callable[[], Record]]) -> torch.Tensor:
+def image_of(names: Collection[str], readers: Mapping[str, Callable[[], Record]]
+) -> torch.Tensor:
     """Read records side by side, and put them into one buffer."""
     with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as pool:
         pending = {
@@ -75,13 +72,13 @@ def _weight_of(artifact: Artifact, name: str) -> str:
     return f"{name.removesuffix('.bias')}.weight" if is_bias else name
 
 
-def _record(artifact: Artifact, name: str) -> Record:
-    bias = f"{name.removesuffix('.weight')}.bias"
-    if name not in artifact.entries:
-        return vector_record(artifact.vector(bias))
-    if artifact.entries[name].role is Role.NORM:
-        return vector_record(artifact.vector(name))
-    stored = artifact.quantized(name)
-    is_factored = isinstance(stored, FactoredDelta)
-    record = factored_record(stored) if is_factored else coded_record(stored)
-    return with_vector(record, artifact.vector(bias)) if bias in artifact.entries else record
+def _record(artifact: Artifact, names: list[str]) -> Record:
+    """The record of a weight, from all that is stored for it."""
+    whole = Record({}, {})
+    for name in names:
+        record = artifact.stored(name).record()
+        if record is None:
+            raise ValueError(f"{name!r} of {str(artifact.root)!r} is kept exactly, which no slot does")
+        whole.numbers.update(record.numbers)
+        whole.sections.update(record.sections)
+    return whole

@@ -31,6 +31,7 @@ from deltamux.compression.image.layout import (
 CODES_PER_BYTE = 4
 ROW_MULTIPLE = 16  # bytes: one vector of 128 bits
 PLANE_CODES = 4
+MOST_CODES = 16  # of two planes
 BLOCK_COLUMNS = 4096
 ESCAPE_BITS = 12
 LOWEST_DIFFERENCE, HIGHEST_DIFFERENCE = -8, 7
@@ -93,7 +94,7 @@ def _parts(differences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """How many escapes each difference takes."""
     up = -(-differences.clip(0) // HIGHEST_DIFFERENCE)
     down = -(differences.clip(max=0) // -LOWEST_DIFFERENCE)
-    return up + down
+    return np.asarray(up + down)
 
 
 def blocks(columns: int) -> int:
@@ -104,7 +105,7 @@ def blocks(columns: int) -> int:
 def code_record(codes_RK: Bytes, zero: float) -> Record:
     """The record of a matrix of codes, uint8 [R, K] below 16, without its steps."""
     rows, columns = codes_RK.shape
-    form = smallest_form(np.bincount(codes_RK.reshape(-1), minlength=1), rows, columns, zero)
+    form = smallest_form(code_counts(codes_RK, MOST_CODES), rows, columns, zero)
     numbers = {
         Field.PLANES: form.planes,
         Field.ROWS: rows,
@@ -127,6 +128,13 @@ def code_record(codes_RK: Bytes, zero: float) -> Record:
         record.sections[Field.STARTS] = starts
         record.sections[Field.ESCAPES] = escapes
     return record
+
+
+def code_counts(codes_RK: Bytes, levels: int) -> npt.NDArray[np.int64]:
+    """How many elements have code 0, 1, …, levels − 1; passes over bytes are faster than one over wide numbers."""
+    counts = [np.count_nonzero(codes_RK == level) for level in range(levels)]
+    found: npt.NDArray[np.int64] = np.array(counts, np.int64)
+    return found
 
 
 def pack_plane(codes_RK: Bytes) -> Bytes:

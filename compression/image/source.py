@@ -9,9 +9,9 @@ from typing import Protocol
 
 import torch
 
-from deltamux.compression.artifact.artifact import Artifact, content_hash
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.artifact.manifest import content_hash
 from deltamux.compression.artifact.merge import check_base
-from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.image import adapter as lora
 from deltamux.compression.image.build import Shapes, adapter_image, artifact_image
@@ -71,10 +71,9 @@ class CompressedExpert:
         totals = self._artifact.manifest.totals
         self.num_bytes = totals.weights_file_bytes
         self.bits_per_weight = totals.bits_per_weight
-        self.slot_bytes = totals.slot_bytes
-        entries = self._artifact.manifest.tensors
-        self.rank = max((entry.rank or 0 for entry in entries), default=0)
-        self.norms = frozenset(entry.name for entry in entries if entry.role is Role.NORM)
+        self.slot_bytes = totals.slot_bytes or 0
+        self.rank = self._artifact.manifest.rank
+        self.norms = self._artifact.manifest.norms
 
     def check_content(self) -> None:
         """Compare the weights file with the hash in the manifest."""

@@ -17,8 +17,9 @@ from deltamux.compression.image.layout import (
     Field,
     Record,
     float_bits,
+    section_bytes,
 )
-from deltamux.compression.image.planes import code_record
+from deltamux.compression.image.planes import code_counts, code_record, smallest_form
 from deltamux.compression.rounding.low_rank import FactoredDelta
 from deltamux.compression.rounding.quantize import QuantizedDelta
 
@@ -31,7 +32,7 @@ def coded_record(quantized: QuantizedDelta) -> Record:
     """The record of a matrix in codes."""
     codes_RK, zero, steps_R = _over_all_channels(quantized)
     record = code_record(codes_RK, zero)
-    if len(steps_R) and bool((steps_R == steps_R[0]).all()):
+    if _is_shared(steps_R):
         record.numbers[Field.STEP] = float_bits(float(steps_R[0]))
     else:
         record.sections[Field.STEPS] = _bfloat16(steps_R)
@@ -43,6 +44,35 @@ def coded_record(quantized: QuantizedDelta) -> Record:
         record.sections[Field.CHANNEL_INDEX] = quantized.salient_channels_S.int().numpy()
         record.sections[Field.CHANNEL_VALUES] = _bfloat16(quantized.salient_values_NS)
     return record
+
+
+def coded_bytes(quantized: QuantizedDelta) -> int:
+    """Bytes that `coded_record` takes in an image, from a histogram of the codes alone."""
+    rows, coded = quantized.codes_RC.shape
+    columns, zero = quantized.shape[1], quantized.scheme.zero_point
+    counts_L = code_counts(quantized.codes_RC.numpy(), quantized.scheme.levels)
+    if quantized.channels_C is not None:
+        if zero % 1:
+            doubled_L = np.zeros(2 * DOUBLED_ZERO, np.int64)
+            doubled_L[2 * np.arange(len(counts_L)) + int(DOUBLED_ZERO - 2 * zero)] = counts_L
+            counts_L, zero = doubled_L, float(DOUBLED_ZERO)
+        counts_L[int(zero)] += rows * (columns - coded)
+    total = smallest_form(counts_L, rows, columns, zero).num_bytes
+    if not _is_shared(quantized.steps_R):
+        total += section_bytes(2 * rows)
+    if quantized.rows_R is not None:
+        total += section_bytes(8 * -(-quantized.shape[0] // MAP_BITS))
+    if quantized.salient_channels_S is not None:
+        count = len(quantized.salient_channels_S)
+        total += section_bytes(4 * count) + section_bytes(2 * quantized.shape[0] * count)
+    return total
+
+
+def factored_bytes(factored: FactoredDelta) -> int:
+    """Bytes that `factored_record` takes in an image."""
+    rows, columns = factored.shape
+    levels = section_bytes(factored.rank * columns) + section_bytes(rows * factored.rank)
+    return levels + section_bytes(4 * factored.rank) + section_bytes(4 * rows)
 
 
 def factored_record(factored: FactoredDelta) -> Record:
@@ -71,14 +101,8 @@ def adapter_record(right_rK: torch.Tensor, left_Nr: torch.Tensor) -> Record:
 
 
 def vector_record(vector_N: torch.Tensor) -> Record:
-    """The record of a norm's own weight, or of a bias whose linear is the base's."""
-    return with_vector(Record({}, {}), vector_N)
-
-
-def with_vector(record: Record, vector_N: torch.Tensor) -> Record:
-    """A linear's record with the difference of its bias."""
-    vector = vector_N.float().contiguous().numpy()
-    return Record(record.numbers, record.sections | {Field.VECTOR: vector})
+    """The record of a norm's own weight, or of a bias's difference."""
+    return Record({}, {Field.VECTOR: vector_N.float().contiguous().numpy()})
 
 
 def row_map(rows_R: torch.Tensor, count: int) -> npt.NDArray[np.uint32]:
@@ -101,6 +125,11 @@ def _over_all_channels(quantized: QuantizedDelta) -> tuple[Bytes, float, torch.T
         zero, steps = float(DOUBLED_ZERO), steps / 2
     wide = torch.full((len(codes), quantized.shape[1]), int(zero), dtype=torch.uint8)
     return wide.index_copy_(1, quantized.channels_C, codes).numpy(), zero, steps
+
+
+def _is_shared(steps_R: torch.Tensor) -> bool:
+    """Whether all rows have the same step."""
+    return len(steps_R) > 0 and bool((steps_R == steps_R[0]).all())
 
 
 def _empty(rows: int, columns: int) -> Record:

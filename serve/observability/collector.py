@@ -16,7 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import REGISTRY, Collector
 
-from deltamux.compression.artifact.artifact import deltamux_version
+from deltamux.compression.artifact.manifest import deltamux_version
 from deltamux.serve import compat
 from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.names import BASE

@@ -14,11 +14,10 @@ from deltamux.compression.choice.depth import TILTS, depth_factors, progression
 from deltamux.compression.choice.evolution import Candidate, blend, evolve
 from deltamux.compression.choice.knapsack import convex_hull, fill, hull_steps, knapsack
 from deltamux.compression.choice.llm import FAILURES_BEFORE_GIVING_UP, LlmOperator
+from deltamux.compression.choice.methods import ALLOCATORS, allocate
 from deltamux.compression.choice.problem import (
-    ALLOCATORS,
     Curve,
     Rung,
-    allocate,
     keep_rungs,
     pareto_front,
     predicted_loss,

@@ -15,10 +15,11 @@ from deltamux.compression.image.layout import (
 from deltamux.compression.image.planes import row_stride, smallest_form
 from deltamux.compression.image.weights import (
     adapter_record,
+    coded_bytes,
     coded_record,
+    factored_bytes,
     factored_record,
     vector_record,
-    with_vector,
 )
 from deltamux.compression.rounding.low_rank import FactoredDelta
 from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
@@ -81,16 +82,42 @@ def test_a_form_costs_what_its_sections_take() -> None:
         assert record.num_bytes == smallest_form(counts, 64, 1000, 8.0).num_bytes
 
 
-def test_rows_and_channels_left_out_are_the_bases() -> None:
-    for scheme in (Scheme.INT2, Scheme.INT4, Scheme.SIGN):
-        rows, channels = torch.tensor([1, 4, 37, 69]), torch.tensor([0, 3, 4, 9, 11])
-        coded = random_codes(scheme, (4, 5))
-        quantized = QuantizedDelta(
-            scheme, (70, 12), coded.codes_RC, coded.steps_R, rows_R=rows, channels_C=channels
-        )
-        assert torch.equal(
-            served_delta(image_of(coded_record(quantized)), 1, 70, 12), quantized.dequantize()
-        )
+def sparse_codes(scheme: Scheme) -> QuantizedDelta:
+    """Codes of some rows and channels, and some channels in 16 bit."""
+    rows, channels = torch.tensor([1, 4, 37, 69]), torch.tensor([0, 3, 4, 9, 11])
+    coded = random_codes(scheme, (4, 5))
+    return QuantizedDelta(
+        scheme,
+        (70, 12),
+        coded.codes_RC,
+        coded.steps_R,
+        rows_R=rows,
+        channels_C=channels,
+        salient_channels_S=torch.tensor([2, 7]),
+        salient_values_NS=torch.randn(70, 2).bfloat16(),
+    )
+
+
+SCHEMES = [scheme for scheme in Scheme if scheme is not Scheme.INT8]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_rows_and_channels_left_out_are_the_bases(scheme: Scheme) -> None:
+    quantized = sparse_codes(scheme)
+    found = served_delta(image_of(coded_record(quantized)), 1, 70, 12)
+    assert torch.equal(found, quantized.dequantize())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_bytes_of_a_record_are_known_without_making_it(scheme: Scheme) -> None:
+    found = [sparse_codes(scheme), *(random_codes(scheme, shape) for shape in SHAPES)]
+    found += [laplace_codes(shape, width) for shape in SHAPES for width in (0.05, 0.6, 5.0)]
+    for quantized in found:
+        assert coded_bytes(quantized) == coded_record(quantized).num_bytes
+    factors = FactoredDelta(
+        random_codes(Scheme.INT8, (11, 3)), random_codes(Scheme.INT8, (3, 170))
+    )
+    assert factored_bytes(factors) == factored_record(factors).num_bytes
 
 
 def test_sixteen_bit_channels_are_added() -> None:
@@ -125,7 +152,9 @@ def test_adapters_keep_their_numbers(dtype: torch.dtype) -> None:
 
 def test_a_bias_stands_beside_the_weight() -> None:
     quantized, bias = random_codes(Scheme.INT4, (6, 8)), torch.randn(6)
-    reader = image_of(with_vector(coded_record(quantized), bias))
+    record = coded_record(quantized)
+    record.sections.update(vector_record(bias).sections)
+    reader = image_of(record)
     found = reader.section(1, Field.VECTOR, torch.float32, 6)
     assert found is not None
     assert torch.equal(found, bias)

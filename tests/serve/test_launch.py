@@ -58,7 +58,7 @@ def test_deltamuxs_settings_are_part_of_vllms_cache_key(tmp_path: Path) -> None:
     additional = json.loads(value(arguments, "--additional-config"))
     assert additional["mine"] == 1
     assert additional["deltamux"]["version"] == 1
-    assert additional["deltamux"]["slot"] == {"bytes": "auto", "rank": 64}
+    assert additional["deltamux"]["slot"] == {"bytes": "auto", "rank": "auto"}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltamux.compression.artifact.artifact import content_hash
+from deltamux.compression.artifact.manifest import content_hash
 from deltamux.compression.image.layout import HEADER_BYTES, head_bytes
 from deltamux.serve.names import versioned_path
 from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from deltamux.compression.artifact.artifact import read_manifest
+from deltamux.compression.artifact.manifest import read_manifest
 from deltamux.compression.image.layout import slot_size
 
 pytestmark = pytest.mark.vllm
