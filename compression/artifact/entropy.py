@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from deltamux.compression.artifact.code_classes import best_classes
-from deltamux.compression.artifact.pack import ShortestDeflate, inflate_bytes
+from deltamux.compression.artifact.deflate import ShortestDeflate, inflate_bytes
 from deltamux.compression.artifact.run_lengths import Alphabet, Bytes, from_symbols, to_symbols
 
 HEADER = struct.Struct("<IIBB")

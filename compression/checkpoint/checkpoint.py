@@ -18,9 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-CONFIG_FILE = "config.json"
+from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+
 # What a tokenizer, a chat template and generation defaults are kept in.
 SIDE_FILES = (
     "tokenizer.json",
@@ -183,10 +182,10 @@ def _tensor_files(root: Path, source: str) -> dict[str, Path]:
         if missing:
             raise ValueError(f"{source!r} names the shard {missing[0]!r}, which is not there")
         return {name: root / file for name, file in weight_map.items()}
-    single = root / SINGLE_FILE
+    single = root / WEIGHTS_FILE
     if not single.is_file():
         raise ValueError(
-            f"{source!r} has neither {SINGLE_FILE} nor {INDEX_FILE}: save it as safetensors first"
+            f"{source!r} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: save it as safetensors first"
         )
     with _open_safetensors(single) as file:
         return dict.fromkeys(file.keys(), single)

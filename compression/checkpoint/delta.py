@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from deltamux.compression.artifact.artifact import FORMAT
 from deltamux.compression.checkpoint.architecture import (
     EMBEDDING,
     LM_HEAD,
@@ -25,7 +24,8 @@ from deltamux.compression.checkpoint.architecture import (
     TensorSpec,
     tensor_specs,
 )
-from deltamux.compression.checkpoint.checkpoint import CONFIG_FILE, Checkpoint
+from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.compression.names import CONFIG_FILE, FORMAT
 
 # A norm weight that changes by more than this many times its smaller value is not folded: neither
 # the ratio nor the calibration energy, which is divided by its square, would mean anything.

@@ -7,7 +7,7 @@ from deltamux.compression.artifact.artifact import WEIGHTS_FILE, Artifact
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.recipe import PRESETS, load_recipe
 from deltamux.serve.cli import app
-from deltamux.serve.worker.host_cache import BaseHashes, open_artifact
+from deltamux.serve.worker.host_cache import BaseHashes, open_expert
 
 
 @pytest.fixture
@@ -108,4 +108,4 @@ def test_a_lossless_artifact_is_refused_where_slots_would_hold_it(compress, make
     artifact = compress("--lossless")
     hashes = BaseHashes(open_checkpoint(make_pair()[0]), tmp_path / "hashes.json")
     with pytest.raises(ValueError, match="compressed with --lossless, which no slot holds"):
-        open_artifact(str(artifact.root), hashes)
+        open_expert(str(artifact.root), hashes, max_rank=64)

@@ -1,6 +1,6 @@
 import re
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -8,16 +8,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deltamux.compression.artifact.artifact import WEIGHTS_FILE, Artifact
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.artifact.matrices import FactoredEntry
+from deltamux.compression.artifact.write import linear_weights, write_artifact
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.checkpoint.delta import Difference, compare
-from deltamux.compression.choice.budget import check_measurable, choose, importances, rate_curves
-from deltamux.compression.choice.draft import fixed_part, linear_weights, write_artifact
+from deltamux.compression.choice.candidates import Candidates
+from deltamux.compression.choice.choose import (
+    LOW_RANK_COST,
+    check_measurable,
+    choose_within,
+    importances,
+    rate_curves,
+)
+from deltamux.compression.choice.fixed import fixed_weights
 from deltamux.compression.choice.measure import measure
 from deltamux.compression.choice.problem import predicted_loss
+from deltamux.compression.choice.task import Task
 from deltamux.compression.choice.workspace import Workspace
 from deltamux.compression.compress import compress
 from deltamux.compression.evaluate import evaluate
+from deltamux.compression.names import WEIGHTS_FILE
 from deltamux.compression.recipe import (
     AllocationRecipe,
     EmbeddingRecipe,
@@ -31,6 +42,8 @@ from deltamux.compression.streaming.text import random_samples
 
 TEXT = random_samples(272, count=6, length=32)
 HELD_OUT = random_samples(272, count=10, length=32)[6:]
+# Records and padding take most of a slot of matrices so small.
+WIDE_SLOT = 20.0
 BITS = (0.05, 0.2, 0.5, 1.0, 2.0, 3.3, 8.0)
 
 
@@ -41,22 +54,30 @@ class Case:
     difference: Difference
     work: Workspace
     target: object
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe = Recipe(allocation={"slot_bits": WIDE_SLOT})
 
     def __post_init__(self):
-        self.measured = measure(self.difference, self.recipe, TEXT, self.work, progress=False)
-        self.fixed = fixed_part(self.difference, EmbeddingRecipe())
-        self.costs = importances(Importance.ENERGY, self.measured, self.difference.expert, TEXT)
-        self.curves = rate_curves(self.measured, self.costs)
+        ladders = measure(self.difference, self.recipe, TEXT, self.work, progress=False)
+        fixed = fixed_weights(self.difference, EmbeddingRecipe())
+        task = Task.of(self.difference, self.recipe, TEXT, HELD_OUT, progress=False)
+        self.candidates = Candidates(task, self.work, ladders, fixed)
+        costs = importances(Importance.ENERGY, ladders, self.difference.expert, TEXT)
+        self.curves = rate_curves(ladders, costs)
         self.target.mkdir()
 
-    def choose(self, attempt=lambda _choice: None, **limits):
-        allocation = AllocationRecipe(**limits)
-        return choose(allocation, self.difference, self.curves, self.fixed, attempt)
+    @property
+    def ladders(self):
+        return self.candidates.ladders
+
+    def choose(self, measured=lambda _choice: None, **limits):
+        allocation = AllocationRecipe(**({"slot_bits": WIDE_SLOT} | limits))
+        recipe = self.recipe.model_copy(update={"allocation": allocation})
+        task = replace(self.candidates.task, recipe=recipe)
+        return choose_within(replace(self.candidates, task=task), self.curves, measured)
 
     def written(self, choice):
-        draft = self.fixed.with_linears(self.work, self.measured, choice, {})
-        write_artifact(self.difference, self.recipe, draft, self.target)
+        weights = self.candidates.encoded(choice)
+        write_artifact(self.difference, self.recipe, weights, self.target)
         return Artifact(self.target)
 
     def file_bytes(self, choice):
@@ -82,7 +103,8 @@ def case(make_pair, tmp_path_factory):
 
 def run(pair, output, allocation, held_out=HELD_OUT, **settings):
     """Compress with a limit and verify."""
-    recipe = Recipe.model_validate({"allocation": allocation, **settings})
+    limits = {"slot_bits": WIDE_SLOT} | allocation
+    recipe = Recipe.model_validate({"allocation": limits, **settings})
     checkpoints = (open_checkpoint(root) for root in pair)
     return compress(
         *checkpoints, output, recipe, calibration=TEXT, held_out=held_out, progress=False
@@ -167,39 +189,66 @@ def test_a_file_of_a_tensor_or_none_stays_within_its_bytes(make_pair, tmp_path, 
 def test_a_fixed_width_has_one_rung_and_no_choice(make_pair, tmp_path):
     recipe = Recipe(linear=LinearRecipe(scheme="int2"))
     case = make_case(*make_pair(), tmp_path, recipe=recipe)
-    assert case.choose() == [1] * 14
+    assert choose_within(case.candidates, case.curves, lambda _choice: 0.0) == [1] * 14
 
 
-def test_errors_of_low_rank_rungs_count_more_but_in_adapters(case):
-    matrix = case.measured[0]
-    full = matrix.entries[-1]
-    reduced = full.model_copy(update={"rank": 2})
-    sketched = reduced.model_copy(update={"input_directions": 4})
+def test_errors_of_low_rank_rungs_count_more(case):
+    ladder = case.ladders[0]
+    full = ladder.entries[-1]
+    common = full.model_dump(exclude={"kind", "scheme", "rows", "channels", "salient"})
+    reduced = FactoredEntry(rank=2, **common)
+    curve = rate_curves([replace(ladder, entries=(full, reduced))], [1.0])[0]
+    assert [rung.error / full.error for rung in curve.rungs[1:]] == [1, LOW_RANK_COST]
+    assert [rung.slot_bytes for rung in curve.rungs] == [0, full.slot_bytes, full.slot_bytes]
 
-    def counted(*entries):
-        curve = rate_curves([replace(matrix, entries=entries)], [1.0])[0]
-        return [rung.error / full.error for rung in curve.rungs[1:]]
 
-    assert counted(full, reduced) == [1, 4]
-    assert counted(full, reduced, sketched) == [1, 0.25, 0.25]
+@pytest.mark.parametrize("slot_bits", [1.5, 2.5, 4.0, 6.0])
+def test_linears_never_take_more_bits_in_a_slot_than_told(case, slot_bits):
+    totals = case.written(case.choose(bits=4.0, slot_bits=slot_bits)).manifest.totals
+    assert 0.5 * slot_bits < totals.slot_bits_per_weight <= slot_bits
+
+
+def test_a_slot_without_room_for_its_records_is_refused_with_both_figures(case):
+    with pytest.raises(
+        ValueError, match=r"slot_bits 0\.1 cannot be kept: no less than 0\.\d+ bits .* raise slot_bits"
+    ):
+        case.choose(bits=1.0, slot_bits=0.1)
+
+
+def test_a_fixed_width_that_a_slot_has_no_room_for_is_refused_with_both_figures(
+    make_pair, tmp_path
+):
+    recipe = Recipe(linear=LinearRecipe(scheme="int4"), allocation={"slot_bits": 3.0})
+    with pytest.raises(ValueError, match=r"slot_bits 3 cannot be kept: no less than 4\.\d+ bits"):
+        case = make_case(*make_pair(), tmp_path, recipe=recipe)
+        choose_within(case.candidates, case.curves, lambda _choice: 0.0)
+
+
+def test_bytes_on_disk_that_the_slot_leaves_unused_are_told(case, caplog):
+    case.choose(bits=4.0, slot_bits=2.0)
+    assert re.search(r"slot_bits leave [\d,]+ of the [\d,]+ bytes on disk unused", caplog.text)
+    caplog.clear()
+    case.choose(bits=1.0)
+    assert caplog.text == ""
 
 
 def test_importance_by_weights_counts_them(case):
-    found = importances(Importance.WEIGHTS, case.measured, case.difference.expert, TEXT)
+    found = importances(Importance.WEIGHTS, case.ladders, case.difference.expert, TEXT)
     assert sum(found) == linear_weights(case.difference)
 
 
 def test_importance_by_energy_is_the_root_of_the_delta_s_output_energy(case):
-    assert [cost**2 for cost in case.costs] == pytest.approx(
-        [matrix.energy for matrix in case.measured]
+    found = importances(Importance.ENERGY, case.ladders, case.difference.expert, TEXT)
+    assert [cost**2 for cost in found] == pytest.approx(
+        [ladder.energy for ladder in case.ladders]
     )
 
 
 def test_importance_by_fisher_weighs_energies_by_what_predictions_feel(case):
     expert = case.difference.expert
     felt = output_sensitivity(expert, TEXT)
-    found = importances(Importance.FISHER, case.measured, expert, TEXT)
-    wanted = [matrix.energy * float(felt[matrix.name].mean()) for matrix in case.measured]
+    found = importances(Importance.FISHER, case.ladders, expert, TEXT)
+    wanted = [ladder.energy * float(felt[ladder.name].mean()) for ladder in case.ladders]
     assert [cost**2 for cost in found] == pytest.approx(wanted)
 
 
@@ -226,7 +275,7 @@ def test_a_looser_target_takes_fewer_bits(make_pair, tmp_path):
 
 
 def test_a_target_that_distillation_misses_is_met_without_it(make_pair, tmp_path, monkeypatch):
-    from deltamux.compression import compress as module
+    from deltamux.compression.choice import tune as module
 
     def spoil(student, *_):
         return dict.fromkeys(student.names, 2.0)
@@ -244,7 +293,7 @@ def test_a_target_that_distillation_misses_is_met_without_it(make_pair, tmp_path
 
 def test_a_target_out_of_reach_is_refused_with_what_is_in_reach(make_pair, tmp_path):
     with pytest.raises(
-        ValueError, match=r"target_kl 1e-09 cannot be met: the finest rungs reach 0\.\d+ nats"
+        ValueError, match=r"target_kl 1e-09 cannot be met: within 20 slot_bits .* reach 0\.\d+ nats"
     ):
         run(make_pair(), tmp_path / "artifact", {"target_kl": 1e-9})
     assert not (tmp_path / "artifact").exists()
@@ -269,13 +318,9 @@ def test_what_is_predicted_needs_no_text():
 def test_a_measured_objective_decides_between_tilts(case):
     asked = []
 
-    class Result:
-        def __init__(self, kl):
-            self.kl = kl
-
-    def attempt(choice):
+    def measured(choice):
         asked.append(choice)
-        return Result(kl=float(len(asked) != 3))
+        return float(len(asked) != 3)
 
-    choice = case.choose(attempt, method="atp", objective="measured", bits=1.0)
+    choice = case.choose(measured, method="atp", objective="measured", bits=1.0)
     assert choice == asked[2]
