@@ -73,7 +73,7 @@ def capacity(settings: PluginSettings, shapes: Shapes, on_cpu: bool) -> Capacity
     sources = list(_readable(settings))
     norms = {name for name in shapes if _may_always_change(name)}
     norms |= {name for source in sources for name in source.norms}
-    largest = max((source.slot_bytes for source in sources), default=largest_image(shapes))
+    largest = max((each.image_bytes(shapes) for each in sources), default=largest_image(shapes))
     size = largest if settings.slot.bytes == "auto" else int(settings.slot.bytes)
     rank = settings.slot.largest_rank
     if settings.slot.rank == "auto" and not on_cpu:

@@ -222,7 +222,7 @@ class ExpertManager:
     def _load(self, request: Any) -> None:
         start = time.perf_counter()
         source = open_expert(request.lora_path, self.hashes, self._largest_rank)
-        self.capacity.check(source, source.slot_bytes)
+        self.capacity.check(source, source.image_bytes(self.shapes))
         image = source.image(self.shapes)
         self.capacity.check(source, image.numel())
         for expert_id in self.host.put(request.lora_int_id, image):
