@@ -16,7 +16,9 @@ import torch
 
 from deltamux.serve.demo.data import Example
 
+# The label that PyTorch's cross entropy skips.
 IGNORED = -100
+# Examples of so many batches are sorted by length together. Chosen, not measured.
 BATCHES_PER_BUCKET = 8
 
 

@@ -22,7 +22,9 @@ SPECIALISTS = ("math", "sql", "shell")
 
 # The same in every domain, so that courtesy tells a router nothing.
 OPENINGS = ("Please help. ", "Quick question: ", "Hi! ", "Hello, ", "I need this today. ")
+# Chosen, not measured.
 OPENING_SHARE = 0.15
+# Draws after which a generator counts as exhausted. Chosen, not measured.
 DRAWS_PER_EXAMPLE = 50
 
 

@@ -45,7 +45,8 @@ COMPRESSION_ROWS = 40
 REQUESTS_PER_DOMAIN = 12
 # Everything is local: neither a hub nor vLLM's usage statistics are to be asked.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-# What the demo promises: the fall of the held-out loss, what survives compression, and its size.
+# What the demo promises: the fall of the held-out loss, what survives compression, and its size. Chosen well
+# below what is measured (0.9, 0.999 and 1.0), so that another machine's rounding does not fail it.
 LOSS_DROP = 0.3
 GAIN_KEPT = 0.97
 BITS_PER_WEIGHT = 2.3

@@ -56,25 +56,27 @@ def run_public(root: Path, base: str, sources: Sequence[str], serve: bool) -> No
     slots = min(MOST_SLOTS, len(names) - (len(names) > 2))
     config = write_config(root, base, list(names), slots)
     announce(f"serving {len(names)} experts in {slots} slots", "as long as vLLM takes to start")
-
-    def load(server: Server) -> dict[str, object]:
-        prompts = data.general_prompts(PROMPTS_PER_MODEL, SEED)
-        traffic = measure(server, dict.fromkeys((*names, BASE), prompts), BASE, routed=False)
-        show(traffic, {name: open_checkpoint(source).total_bytes() for name, source in names.items()})
-        if serve:
-            typer.echo(curl_line(server, next(iter(names)), prompts[0]))
-        return {
-            "experts": {
-                name: traffic.rows[name]
-                | {"bytes": Artifact(root / "compressed" / name).total_bytes()}
-                for name in names
-            },
-            "tokens_per_second": traffic.tokens_per_second,
-            "memory_bytes": traffic.memory_bytes,
-        }
-
-    result = with_server(config, root / "server.log", ENVIRONMENT, serve, load)
+    result = with_server(
+        config, root / "server.log", ENVIRONMENT, serve, lambda s: load(root, names, s, serve)
+    )
     typer.echo(json.dumps(result | {"seconds": round(time.perf_counter() - start, 1)}))
+
+
+def load(
+    root: Path, names: dict[str, str], server: Server, keeps_running: bool
+) -> dict[str, object]:
+    """Ask every model the same, print what the server counted, and return it for programs."""
+    prompts = data.general_prompts(PROMPTS_PER_MODEL, SEED)
+    traffic = measure(server, dict.fromkeys((*names, BASE), prompts), BASE, routed=False)
+    show(traffic, {name: open_checkpoint(source).total_bytes() for name, source in names.items()})
+    if keeps_running:
+        typer.echo(curl_line(server, next(iter(names)), prompts[0]))
+    sizes = {name: Artifact(root / "compressed" / name).total_bytes() for name in names}
+    return {
+        "experts": {name: traffic.rows[name] | {"bytes": sizes[name]} for name in names},
+        "tokens_per_second": traffic.tokens_per_second,
+        "memory_bytes": traffic.memory_bytes,
+    }
 
 
 def expert_names(sources: Sequence[str]) -> dict[str, str]:
