@@ -66,10 +66,10 @@ def compress(
     with tempfile.TemporaryDirectory(dir=work.root) as scratch:
         candidates = _candidates(task, work)
         choice = choose(candidates)
-        factors = tune(candidates, choice)
+        stretches = tune(candidates, choice)
         target = Path(scratch) / "artifact"
         target.mkdir()
-        weights = candidates.encoded(choice, factors)
+        weights = candidates.encoded(choice, stretches)
         manifest = write_artifact(task.difference, recipe, weights, target)
         manifest = finish_artifact(manifest, recipe, verify(task, target), target)
         if output.exists():

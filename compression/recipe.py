@@ -144,9 +144,9 @@ class EmbeddingRecipe(_SchemeRecipe):
 
 
 class DistillationRecipe(_Model):
-    """Training of the steps against the expert's predictions; none by default."""
+    """Training of the steps against the expert's predictions, in passes over the text; none by default."""
 
-    steps: int = Field(default=0, ge=0)
+    passes: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=1e-2, gt=0)
 
 

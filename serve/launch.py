@@ -9,9 +9,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any, NoReturn
 
 from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.serve import compat
@@ -24,13 +22,19 @@ logger = logging.getLogger("deltamux")
 LORA_RANK = 8
 
 
-def serve_command(
-    context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="deltamux.yaml")],
-    slots: Annotated[int | None, typer.Option(help="Experts resident on the device.")] = None,
-    host_cache: Annotated[str | None, typer.Option(help="Host cache, such as 8GiB.")] = None,
-) -> None:
-    """Serve a base and its experts; further flags go to `vllm serve` unchanged."""
+def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[str]) -> NoReturn:
+    """Become the server.
+
+    Args:
+        config: deltamux.yaml.
+        slots: Instead of the file's.
+        host_cache: Instead of the file's.
+        extra: Flags for `vllm serve`.
+
+    Raises:
+        ValueError: The configuration is wrong, or what it names is not there.
+        VllmError: No usable vLLM is installed.
+    """
     environment = dict(os.environ)
     if slots is not None:
         environment["DELTAMUX_SLOTS"] = str(slots)
@@ -40,7 +44,7 @@ def serve_command(
         raise ValueError(f"{str(config)!r} is not a file: name a deltamux.yaml")
     module, prefix = compat.server_command()
     settings = load_settings(config, environment)
-    arguments = vllm_arguments(settings, list(context.args))
+    arguments = vllm_arguments(settings, extra)
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN_NAME]))
     os.execv(sys.executable, [sys.executable, "-m", module, *prefix, *arguments])

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from deltamux.serve.names import BASE, NAME_PATTERN, check_expert_name
 
 ENVIRONMENT_PREFIX = "DELTAMUX_"
+# What vLLM's own LoRA takes at most by rule of thumb; chosen, not measured.
+DEFAULT_RANK = 64
 
 Size = Annotated[ByteSize, Field(ge=0)]
 ExpertName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -63,11 +65,17 @@ class SlotSettings(_Model):
 
     Attributes:
         bytes: Its size; "auto" is that of the largest configured expert.
-        rank: The largest rank of factors, a LoRA adapter's for instance.
+        rank: The largest rank of factors, a LoRA adapter's for instance; "auto" is 64 on a CPU, and on a GPU, where
+            factors cost launches, the largest of a configured expert.
     """
 
     bytes: Literal["auto"] | Size = "auto"
-    rank: int = Field(default=64, ge=0)
+    rank: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that an adapter may be opened with."""
+        return DEFAULT_RANK if self.rank == "auto" else self.rank
 
 
 class PluginSettings(_Model):

@@ -61,10 +61,10 @@ class Trial:
 
     def held_out(self, choice: Choice) -> tuple[Evaluation, float]:
         """The comparison on held-out text, and the bits per linear weight."""
-        factors = self.candidates.stretched(best_stretch(self.candidates, choice))
+        stretches = self.candidates.evenly(best_stretch(self.candidates, choice))
         linear_bytes, _ = self.bench.bytes_of(self.candidates, choice)
         bits = linear_bytes * 8 / linear_weights(self.bench.difference)
-        return self.bench.reference.compare(self.candidates.weights(choice, factors)), bits
+        return self.bench.reference.compare(self.candidates.weights(choice, stretches)), bits
 
 
 def allocations(bench: Bench, bits: float, searched: bool) -> Iterator[dict]:

@@ -53,7 +53,7 @@ from deltamux.compression.streaming.text import Sample, encode_rows, read_rows
 HEADLINE_BUDGETS = (2.1, 1.6, 1.05, 0.5)
 LOWER_BUDGETS = (0.25, 0.1)
 DISTILLED_BUDGETS = (0.25,)
-DISTILLATION = DistillationRecipe(steps=6, learning_rate=0.03)
+DISTILLATION = DistillationRecipe(passes=6, learning_rate=0.03)
 DISTILLATION_SAMPLES = 12
 MAX_TOKENS = 256
 PEERS_AT_OTHER_BUDGETS = {
@@ -186,10 +186,10 @@ def ours(bench: Bench) -> Iterator[Row]:
         recipe = Recipe(allocation=AllocationRecipe(bits=bits))
         candidates = bench.candidates(recipe, work, ladders)
         choice = choose(candidates)
-        factors = candidates.stretched(best_stretch(candidates, choice))
+        stretches = candidates.evenly(best_stretch(candidates, choice))
         sizes = bench.bytes_of(candidates, choice)
         spent = seconds + time.perf_counter() - before
-        result = bench.reference.compare(candidates.weights(choice, factors))
+        result = bench.reference.compare(candidates.weights(choice, stretches))
         name = f"deltamux@{bits:g}"
         yield bench.row(name, *sizes, spent, result)
         if bench.seed == 0 and bench.name in DISTILLED_EXPERTS and bits in DISTILLED_BUDGETS:

@@ -22,7 +22,7 @@ from deltamux.compression.choice.problem import (
     total_bytes,
     total_slot_bytes,
 )
-from deltamux.compression.choice.tune import STRETCHES
+from deltamux.compression.choice.tune import TRIED_STRETCHES
 from deltamux.compression.choice.workspace import Ladder
 from deltamux.compression.recipe import AllocationRecipe, Importance, ObjectiveKind, Recipe
 from deltamux.compression.streaming.fisher import output_sensitivity
@@ -99,7 +99,7 @@ def choose(candidates: Candidates) -> Choice:
         return min(found, key=lambda choice: total_bytes(curves, choice))
     if task.trial is None:
         return found[1]
-    return min(found, key=lambda choice: candidates.divergence(choice, STRETCHES[1]))
+    return min(found, key=lambda choice: candidates.divergence(choice, TRIED_STRETCHES[1]))
 
 
 def _choose_of(candidates: Candidates, curves: list[Curve], kept: list[list[int]]) -> Choice:

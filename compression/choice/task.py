@@ -45,7 +45,7 @@ class Task:
         progress: bool = True,
     ) -> "Task":
         """Share out the calibration text."""
-        count = len(calibration) // DISTILLATION_SHARE if recipe.distillation.steps else 0
+        count = len(calibration) // DISTILLATION_SHARE if recipe.distillation.passes else 0
         split = len(calibration) - count
         learned = calibration[split:] if count else calibration
         return cls(difference, recipe, calibration[:split], learned, held_out, progress)

@@ -109,9 +109,12 @@ class Adapter:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of its factors in an image, if all are float32: an upper bound."""
-        factors = [f"{module}{side}" for module in self.ranks for side in (RIGHT, LEFT)]
-        return sum(section_bytes(4 * math.prod(self._shape(name))) for name in factors)
+        """Bytes of its factors in an image."""
+        return sum(
+            section_bytes(self._itemsize(module) * math.prod(self._shape(f"{module}{side}")))
+            for module in self.ranks
+            for side in (RIGHT, LEFT)
+        )
 
     def records(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Callable[[], Record]]:
         """Readers of the records, by the name of the base's weight.
@@ -137,15 +140,22 @@ class Adapter:
                 f"{found[0]} by {found[1]} here"
             )
         scale = self.config.scale(module, rank)
+        kept = self._itemsize(module) == 2
 
         def read() -> Record:
             right_rK, left_Nr = self._get(f"{module}{RIGHT}"), self._get(f"{module}{LEFT}")
-            # A scale that is a power of two leaves bfloat16 exact; of others float32 loses nothing that shows.
-            exact = math.frexp(scale)[0] == 0.5
-            left_Nr = left_Nr * scale if exact else left_Nr.float() * scale
-            return adapter_record(right_rK, left_Nr)
+            if kept:
+                return adapter_record(right_rK, left_Nr * scale)
+            return adapter_record(right_rK.float(), left_Nr.float() * scale)
 
         return read
+
+    def _itemsize(self, module: str) -> int:
+        """Bytes of a factor's element: bfloat16 stays where the scale, a power of two, leaves it exact."""
+        sides = (f"{PREFIX}{module}{side}" for side in (RIGHT, LEFT))
+        narrow = all(self._weights.get_slice(name).get_dtype() == "BF16" for name in sides)
+        scale = self.config.scale(module, self.ranks[module])
+        return 2 if narrow and math.frexp(scale)[0] == 0.5 else 4
 
     def _read_config(self) -> AdapterConfig:
         path = self.root / CONFIG_FILE

@@ -27,6 +27,7 @@ from deltamux.compression.image.layout import (
     float_bits,
     section_bytes,
 )
+from deltamux.compression.image.unpack import count_codes, pack_codes
 
 CODES_PER_BYTE = 4
 ROW_MULTIPLE = 16  # bytes: one vector of 128 bits
@@ -115,26 +116,44 @@ def code_record(codes_RK: Bytes, zero: float) -> Record:
         Field.ZERO: float_bits(zero - form.window),
     }
     record = Record(numbers, {})
-    if form.planes == 2:
-        record.sections[Field.PLANE0] = pack_plane(codes_RK & np.uint8(3))
-        record.sections[Field.PLANE1] = pack_plane(codes_RK >> np.uint8(2))
-        return record
-    highest = form.window + (PLANE_CODES - 1 if form.planes else 0)
-    clipped_RK = codes_RK.clip(np.uint8(form.window), np.uint8(highest))
-    if form.planes == 1:
-        record.sections[Field.PLANE0] = pack_plane(clipped_RK - np.uint8(form.window))
+    planes, starts, escapes = _packed(codes_RK, form)
+    for field, plane in zip((Field.PLANE0, Field.PLANE1), planes, strict=False):
+        record.sections[field] = plane
     if form.escapes:
-        starts, escapes = _escapes(codes_RK, clipped_RK)
         record.sections[Field.STARTS] = starts
         record.sections[Field.ESCAPES] = escapes
     return record
 
 
+Packed = tuple[list[Bytes], npt.NDArray[np.uint32], npt.NDArray[np.uint16]]
+
+
+def _packed(codes_RK: Bytes, form: Form) -> Packed:
+    """Planes, starts and escapes of codes in a form."""
+    rows, columns = codes_RK.shape
+    starts = rows * blocks(columns) + 1 if form.escapes else 0
+    packed = pack_codes(
+        codes_RK, form.planes, form.window, row_stride(columns), starts, form.escapes
+    )
+    return packed or _packed_by_numpy(codes_RK, form)
+
+
+def _packed_by_numpy(codes_RK: Bytes, form: Form) -> Packed:
+    nothing = np.zeros(0, np.uint32), np.zeros(0, np.uint16)
+    if form.planes == 2:
+        return [pack_plane(codes_RK & np.uint8(3)), pack_plane(codes_RK >> np.uint8(2))], *nothing
+    highest = form.window + (PLANE_CODES - 1 if form.planes else 0)
+    clipped_RK = codes_RK.clip(np.uint8(form.window), np.uint8(highest))
+    planes = [pack_plane(clipped_RK - np.uint8(form.window))] if form.planes else []
+    return planes, *(_escapes(codes_RK, clipped_RK) if form.escapes else nothing)
+
+
 def code_counts(codes_RK: Bytes, levels: int) -> npt.NDArray[np.int64]:
     """How many elements have code 0, 1, …, levels − 1; passes over bytes are faster than one over wide numbers."""
-    counts = [np.count_nonzero(codes_RK == level) for level in range(levels)]
-    found: npt.NDArray[np.int64] = np.array(counts, np.int64)
-    return found
+    found = count_codes(codes_RK)
+    if found is None:
+        found = np.array([np.count_nonzero(codes_RK == level) for level in range(levels)], np.int64)
+    return found[:levels]
 
 
 def pack_plane(codes_RK: Bytes) -> Bytes:

@@ -15,6 +15,7 @@ from deltamux.compression.artifact.merge import check_base
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.image import adapter as lora
 from deltamux.compression.image.build import Shapes, adapter_image, artifact_image
+from deltamux.compression.image.layout import head_bytes
 
 
 class Source(Protocol):
@@ -27,7 +28,6 @@ class Source(Protocol):
         bits_per_weight: Of the base's linears.
         rank: The largest rank of its factors; 0: it has none.
         norms: The norm weights that it replaces.
-        slot_bytes: What its image takes.
     """
 
     root: Path
@@ -36,7 +36,6 @@ class Source(Protocol):
     bits_per_weight: float
     rank: int
     norms: frozenset[str]
-    slot_bytes: int
 
     def check_content(self) -> None:
         """Compare the weights with what the manifest says of them.
@@ -51,6 +50,9 @@ class Source(Protocol):
         Raises:
             ValueError: It was made for other weights than the base's.
         """
+
+    def image_bytes(self, shapes: Shapes) -> int:
+        """What its image takes, without making it."""
 
     def image(self, shapes: Shapes) -> torch.Tensor:
         """Its slot image (see `artifact_image`)."""
@@ -71,7 +73,7 @@ class CompressedExpert:
         totals = self._artifact.manifest.totals
         self.num_bytes = totals.weights_file_bytes
         self.bits_per_weight = totals.bits_per_weight
-        self.slot_bytes = totals.slot_bytes or 0
+        self._image_bytes = totals.slot_bytes or 0
         self.rank = self._artifact.manifest.rank
         self.norms = self._artifact.manifest.norms
 
@@ -82,6 +84,10 @@ class CompressedExpert:
     def check_base(self, base: Checkpoint, sha256: Callable[[str], str]) -> None:
         """Compare the base's tensors with the hashes in the manifest."""
         check_base(self._artifact, base, sha256)
+
+    def image_bytes(self, _shapes: Shapes) -> int:
+        """What the manifest says that its image takes."""
+        return self._image_bytes
 
     def image(self, shapes: Shapes) -> torch.Tensor:
         """Its slot image."""
@@ -108,13 +114,16 @@ class LoraExpert:
         self.num_bytes = self._adapter.num_bytes
         self.rank = max(self._adapter.ranks.values())
         self.bits_per_weight = self._adapter.bits_per_weight
-        self.slot_bytes = self._adapter.slot_bytes
 
     def check_content(self) -> None:
         """Nothing says what an adapter's content should be."""
 
     def check_base(self, base: Checkpoint, sha256: Callable[[str], str]) -> None:
         """An adapter does not say which weights it was made for: its shapes are checked with its image."""
+
+    def image_bytes(self, shapes: Shapes) -> int:
+        """What its image takes."""
+        return head_bytes(len(shapes)) + self._adapter.slot_bytes
 
     def image(self, shapes: Shapes) -> torch.Tensor:
         """Its slot image."""

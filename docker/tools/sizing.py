@@ -1,6 +1,6 @@
 """How many slots and how much KV cache fit on a card, from a model's own config.json.
 
-    python docker/tools/sizing.py                       the table of README.md
+    python docker/tools/sizing.py                       the table of docs/operations.md
     python docker/tools/sizing.py path/to/base --slots 4
 
     device = base + slots · slot + tokens · kv + workspace ≤ utilization · card

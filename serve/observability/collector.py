@@ -81,11 +81,10 @@ def _experts(sources: Sources, status: WorkerStatus) -> Iterator[Any]:
         "deltamux_expert_bytes", "Bytes of the compressed expert.", labels=["expert"]
     )
     for expert in list(sources.registry):
-        seen = expert.request and status.experts.get(expert.request.lora_int_id)
+        here = sources.registry.status_of(expert).tier
         size.add_metric([expert.name], expert.num_bytes)
         for tier in TIERS:
-            here = float(tier == (seen.tier if seen else "disk"))
-            resident.add_metric([expert.name, tier], here)
+            resident.add_metric([expert.name, tier], float(tier == here))
         for tier in TIERS[:2]:
             count = status.swaps.get(expert.name, {}).get(tier, 0)
             swaps.add_metric([expert.name, tier], count)

@@ -101,8 +101,8 @@ def _note_failure(record: RequestRecord, output: Any) -> None:
 
 def install() -> None:
     """Wrap vLLM's methods; harmless when called again."""
-    processor: Any = compat.symbol(compat.OUTPUT_MODULE, compat.OUTPUT_NAME)
-    stats: Any = compat.symbol(compat.STATS_MODULE, compat.STATS_NAME)
+    processor: Any = compat.symbol(*compat.OUTPUT)
+    stats: Any = compat.symbol(*compat.STATS)
     if hasattr(stats.update_from_output, "deltamux"):
         return
     processor.add_request = _marking(processor.add_request)

@@ -62,20 +62,23 @@ class Capacity:
             )
 
 
-def capacity(settings: PluginSettings, shapes: Shapes) -> Capacity:
+def capacity(settings: PluginSettings, shapes: Shapes, on_cpu: bool) -> Capacity:
     """The capacity that the settings ask for.
 
     Args:
         settings: Slot settings and configured experts; one that cannot be read is refused when it is loaded.
         shapes: Of the base's tensors.
+        on_cpu: Whether the slots are in host memory.
     """
     sources = list(_readable(settings))
     norms = {name for name in shapes if _may_always_change(name)}
     norms |= {name for source in sources for name in source.norms}
-    size = settings.slot.bytes
-    if size == "auto":
-        size = max((source.slot_bytes for source in sources), default=largest_image(shapes))
-    return Capacity(int(size), settings.slot.rank, frozenset(norms))
+    largest = max((each.image_bytes(shapes) for each in sources), default=largest_image(shapes))
+    size = largest if settings.slot.bytes == "auto" else int(settings.slot.bytes)
+    rank = settings.slot.largest_rank
+    if settings.slot.rank == "auto" and not on_cpu:
+        rank = max((source.rank for source in sources), default=0)
+    return Capacity(size, rank, frozenset(norms))
 
 
 def largest_image(shapes: Shapes) -> int:
@@ -98,7 +101,7 @@ def _readable(settings: PluginSettings) -> list[Source]:
     found = []
     for expert in settings.experts:
         try:
-            found.append(open_source(expert.path, settings.slot.rank))
+            found.append(open_source(expert.path, settings.slot.largest_rank))
         except (ValueError, OSError) as error:
             logger.debug("deltamux: %s does not count for slots: %s", expert.name, error)
     return found

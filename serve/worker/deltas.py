@@ -74,15 +74,14 @@ def base_bytes(model: Any) -> int:
     The CPU build keeps linear weights outside of the modules' parameters, in its kernels' layout.
     """
     linear, _, _ = compat.hooked_layers()
-    linears = [module for module in model.modules() if isinstance(module, linear)]
-    weights = sum(
+    linears: list[Any] = [module for module in model.modules() if isinstance(module, linear)]
+    weights: int = sum(
         sum(output_sizes(module)) * int(module.input_size_per_partition) * module.params_dtype.itemsize
         for module in linears
     )
     others = {id(each) for module in linears for each in module.parameters(recurse=False)}
-    return weights + sum(
-        each.numel() * each.element_size() for each in model.parameters() if id(each) not in others
-    )
+    rest = (each for each in model.parameters() if id(each) not in others)
+    return weights + sum(each.numel() * each.element_size() for each in rest)
 
 
 def output_sizes(module: Any) -> list[int]:
@@ -166,7 +165,7 @@ def _hook_logits(model: Any, hooks: Hooks) -> LayerDelta:
     entry = hooks.slots.index(EMBEDDING if hooks.tied else LM_HEAD)
     sizes = [int(head.org_vocab_size)], int(head.embedding_dim)
     rows = hooks.rows
-    delta = LinearDelta(hooks.slots, rows.samples, hooks.direct, [entry], *sizes)
+    delta = LinearDelta(hooks.slots, rows.samples, hooks.direct, [entry], *sizes, is_table=True)
     base_logits = model.logits_processor._get_logits
 
     def with_delta(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -56,10 +56,18 @@ class ExpertManager:
         # In the order of the base's list: a weight's place is its record's in every image.
         self.shapes = {spec.name: base.shape(spec.name) for spec in specs}
         self.hashes = BaseHashes(base)
+        self._largest_rank = settings.slot.largest_rank
         self.host = HostCache(settings.host_cache)
-        self.capacity = capacity(settings, self.shapes)
+        on_cpu = torch.device(device).type == "cpu"
+        self.capacity = capacity(settings, self.shapes, on_cpu)
         count = vllm_config.lora_config.max_loras
-        self.slots = Slots(count, self.capacity.num_bytes, list(self.shapes), torch.device(device))
+        self.slots = Slots(
+            count,
+            self.capacity.num_bytes,
+            list(self.shapes),
+            torch.device(device),
+            self.capacity.rank,
+        )
         max_rows = scheduler.max_num_batched_tokens + scheduler.max_num_seqs
         self.rows = Rows(*(RowMap(max_rows, count, torch.device(device)) for _ in range(2)))
         # Expert id → slot, least recently used first.
@@ -213,8 +221,8 @@ class ExpertManager:
 
     def _load(self, request: Any) -> None:
         start = time.perf_counter()
-        source = open_expert(request.lora_path, self.hashes, self.capacity.rank)
-        self.capacity.check(source, source.slot_bytes)
+        source = open_expert(request.lora_path, self.hashes, self._largest_rank)
+        self.capacity.check(source, source.image_bytes(self.shapes))
         image = source.image(self.shapes)
         self.capacity.check(source, image.numel())
         for expert_id in self.host.put(request.lora_int_id, image):

@@ -97,6 +97,7 @@ class LinearDelta(LayerDelta):
         entries: The record of each slice.
         sizes: Its output rows.
         columns: Input channels K.
+        is_table: Whether records may lack rows (lm_head, a tied embedding).
     """
 
     def __init__(
@@ -107,9 +108,10 @@ class LinearDelta(LayerDelta):
         entries: Sequence[int],
         sizes: Sequence[int],
         columns: int,
+        is_table: bool = False,
     ) -> None:
         super().__init__(slots, rows, direct)
-        self._add, self._multiply = linear_product(slots, entries, sizes, columns)
+        self._add, self._multiply = linear_product(slots, entries, sizes, columns, is_table)
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add to y [T, N] the delta's product with x [T, K]."""
@@ -188,7 +190,7 @@ Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, RowMap], t
 
 
 def linear_product(
-    slots: Slots, entries: Sequence[int], sizes: Sequence[int], columns: int
+    slots: Slots, entries: Sequence[int], sizes: Sequence[int], columns: int, is_table: bool
 ) -> tuple[Add, Multiply | None]:
     """The product of a linear's slots on their device, and where there is one, base and delta in one."""
     if slots.on_cpu:
@@ -198,7 +200,7 @@ def linear_product(
         return (lambda y, x, rows: add(y, x, rows.order, rows.starts)), None
     from deltamux.serve.worker import cuda
 
-    return cuda.linear_product(slots, entries, sizes)
+    return cuda.linear_product(slots, entries, sizes, is_table)
 
 
 def embedding_product(slots: Slots, entry: int, vocabulary: int, hidden: int) -> Add:

@@ -33,11 +33,18 @@ class Slots:
         num_bytes: What the largest image may take.
         names: The base's tensors in its own order.
         device: The model's device.
+        rank: The largest rank of factors that an expert may have; 0: none has any.
     """
 
     def __init__(
-        self, count: int, num_bytes: int, names: Sequence[str], device: torch.device
+        self,
+        count: int,
+        num_bytes: int,
+        names: Sequence[str],
+        device: torch.device,
+        rank: int = 0,
     ) -> None:
+        self.rank = rank
         self._index = {name: index for index, name in enumerate(names)}
         self._head = head_bytes(len(names))
         size = slot_size(max(num_bytes, self._head))

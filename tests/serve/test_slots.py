@@ -5,12 +5,7 @@ import torch
 
 from deltamux.compression.image.dense import served_delta
 from deltamux.compression.image.layout import ImageReader, Record, assemble
-from deltamux.compression.image.weights import (
-    adapter_record,
-    coded_record,
-    vector_record,
-    with_vector,
-)
+from deltamux.compression.image.weights import adapter_record, coded_record, vector_record
 from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
 from deltamux.serve.worker import ops
 from deltamux.serve.worker.rows import RowMap
@@ -34,8 +29,10 @@ def coded(rows: int, seed: int) -> QuantizedDelta:
 
 def images() -> list[torch.Tensor]:
     """An expert of codes and a bias, and one of a LoRA adapter and a norm."""
+    with_bias = coded_record(coded(12, 0))
+    with_bias.sections |= vector_record(torch.randn(12)).sections
     first: dict[int, Record] = {
-        0: with_vector(coded_record(coded(12, 0)), torch.randn(12)),
+        0: with_bias,
         2: coded_record(coded(20, 1)),
     }
     second: dict[int, Record] = {

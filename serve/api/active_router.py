@@ -1,4 +1,4 @@
-"""What decides at one time: a router, its shadow, and their figures; and what they read of a request."""
+"""The router in use, with its shadow and their figures; and what they read of a request."""
 
 import logging
 import time
@@ -18,8 +18,8 @@ logger = logging.getLogger("vllm.deltamux")
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What decides at one time.
+class ActiveRouter:
+    """What decides for `auto`; replaced as a whole.
 
     Attributes:
         router: Who decides.
@@ -41,7 +41,7 @@ class Generation:
         return any(router.asks_encoder for router in (self.router, self.shadow) if router)
 
 
-def load_generation(settings: RouterSettings, tokenizer_directory: Path) -> Generation:
+def load_active_router(settings: RouterSettings, tokenizer_directory: Path) -> ActiveRouter:
     """Load routers, every part checked.
 
     Raises:
@@ -51,7 +51,7 @@ def load_generation(settings: RouterSettings, tokenizer_directory: Path) -> Gene
     identity = tokenizer_sha256(tokenizer_directory)
     router = Router.load(settings.path, tokenizer_sha256=identity, features=settings.features)
     shadow = Router.load(settings.shadow, tokenizer_sha256=identity) if settings.shadow else None
-    return Generation(
+    return ActiveRouter(
         router=router,
         shadow=shadow,
         drift=routing_metrics.Drift(router.config),
@@ -60,15 +60,15 @@ def load_generation(settings: RouterSettings, tokenizer_directory: Path) -> Gene
     )
 
 
-def ask_shadow(generation: Generation, conversation: Conversation, decision: Decision) -> None:
+def ask_shadow(active: ActiveRouter, conversation: Conversation, decision: Decision) -> None:
     """Let the shadow router decide, and count whether it agrees. It never fails a request."""
-    if generation.shadow is None:
+    if active.shadow is None:
         return
     start = time.perf_counter()
     try:
         # Of its own: the two may read vectors of different encoders.
         own = Conversation(conversation.ids, conversation.texts)
-        agree = str(generation.shadow.decide_read(own).expert == decision.expert).lower()
+        agree = str(active.shadow.decide_read(own).expert == decision.expert).lower()
     except Exception:
         logger.exception("deltamux: the shadow router failed on a request")
         agree = "error"
