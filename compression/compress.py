@@ -59,6 +59,7 @@ def compress(
         ValueError: The output exists, is no artifact to replace, the two checkpoints have no delta
             (see `compare` and `Difference.check_finite`), or the recipe's limits cannot be kept.
     """
+    output = output.expanduser()
     _check_output(output, overwrite)
     task = prepare(base, expert, recipe, calibration, held_out, progress)
     work = _workspace(task, output)

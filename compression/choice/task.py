@@ -10,8 +10,7 @@ from deltamux.compression.streaming.text import Sample
 
 # The part of the calibration text that distillation has for itself: one in so many; chosen, not measured.
 DISTILLATION_SHARE = 4
-# Calibration conversations that choices are compared on; chosen, not measured: enough that two runs agree on the
-# better of two choices, few enough that comparing takes seconds.
+# Calibration conversations that choices are compared on; chosen, not measured.
 TRIAL_SAMPLES = 12
 
 

@@ -24,7 +24,7 @@ import torch
 from deltamux.compression.choice.knapsack import fill
 from deltamux.compression.choice.problem import Choice, Curve
 
-# Of Adam; chosen, not measured: places no longer move in the last steps.
+# Of Adam; chosen, not measured.
 LEARNING_RATE = 0.1
 NUM_STEPS = 200
 # Beyond this shift of a sigmoid's argument every ladder is at one of its ends.

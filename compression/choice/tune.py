@@ -13,8 +13,7 @@ from deltamux.compression.choice.candidates import Candidates
 from deltamux.compression.choice.distil import Student, distil
 from deltamux.compression.choice.problem import Choice
 
-# Stretches at which the divergence is measured, and the least and largest that is believed: chosen, not measured;
-# those of real experts were 1.00 to 1.09.
+# Stretches at which the divergence is measured, and the least and largest that is believed; chosen, not measured.
 TRIED_STRETCHES = (1.0, 1.05, 1.1)
 STRETCH_BOUNDS = (0.9, 1.2)
 

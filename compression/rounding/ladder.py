@@ -27,9 +27,8 @@ from deltamux.compression.rounding.gptq import Curvature, Grid, round_with_feedb
 from deltamux.compression.rounding.low_rank import FactoredDelta, factored_rungs
 from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme, search_steps
 
-# Steps of the entropy-coded rungs in units of the delta's effective deviation, √2 apart or closer: chosen, not
-# measured; their rates reach from 0.1 to 3.5 bits. The coarser the step, the fewer levels are in use, and the longer
-# runs of zeros one symbol of the entropy code holds.
+# Steps of the entropy-coded rungs in units of the delta's effective deviation, about √2 apart: chosen, not measured.
+# The coarser the step, the fewer levels are in use, and the longer runs of zeros one symbol of the entropy code holds.
 CODED_STEPS = (
     (Scheme.INT4, (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)),
     (Scheme.QUINARY, (2.8,)),

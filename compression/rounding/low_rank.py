@@ -38,12 +38,11 @@ PAYING_ENERGY = 0.2
 FARTHEST_LEVEL = 120
 # Directions that a slot takes by default (`slot.rank`).
 MOST_DIRECTIONS = 64
-# A delta has few directions if those that an eighth of its coefficients pay for leave out no more than this;
-# chosen, not measured: full fine-tunes leave out several times as much, merged adapters next to nothing.
+# A delta has few directions if those that an eighth of its coefficients pay for leave out no more than this; chosen,
+# not measured.
 FEW_DIRECTIONS = 1 / 8
 FEW_DIRECTIONS_REST = 0.02
-# A direction's width, as a share of the largest, below which its inputs are taken not to feel it: what float32
-# leaves of a direction that is not there.
+# A direction's width, as a share of the largest, below which its inputs are taken not to feel it; chosen, not measured.
 UNFELT = 1e-5
 
 
