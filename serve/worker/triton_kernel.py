@@ -60,8 +60,6 @@ def _tile_one(
     codes_N = tl.zeros([BN], tl.float32)
     planes = tl.load(record)
     zero = number(record, 6)
-    step_N = steps_of(image, record, row_N)
-    bias_N = vector_of(image, record, n_N, known_N)
     for p in tl.range(0, planes):
         plane = image + tl.load(record + 4 + p).to(tl.int64) * 64
         value_N, total = product_one(plane, x, row_N, K, BN, BJ, STAGES, ASSEMBLY)
@@ -69,6 +67,8 @@ def _tile_one(
             codes_N += value_N - zero * total
         else:
             codes_N += 4.0 * value_N
+    step_N = steps_of(image, record, row_N)
+    bias_N = vector_of(image, record, n_N, known_N)
     codes_N += escapes_one(image, record, x, row_N, known_N, K, BN)
     rest_N = channels_one(image, record, x, n_N, known_N, BN)
     return codes_N * step_N + rest_N + bias_N
@@ -84,8 +84,6 @@ def _tile_many(
     codes_NM = tl.zeros([BN, _WIDTH], tl.float32)
     planes = tl.load(record)
     zero = number(record, 6)
-    step_N = steps_of(image, record, row_N)
-    bias_N = vector_of(image, record, n_N, known_N)
     for p in tl.range(0, planes):
         plane = image + tl.load(record + 4 + p).to(tl.int64) * 64
         value_NM, total_M = product_many(
@@ -95,6 +93,8 @@ def _tile_many(
             codes_NM += value_NM - zero * total_M[None, :]
         else:
             codes_NM += 4.0 * value_NM
+    step_N = steps_of(image, record, row_N)
+    bias_N = vector_of(image, record, n_N, known_N)
     codes_NM += escapes_many(image, record, staged, row_N, known_N, K, BN)
     rest_NM = channels_many(image, record, staged, n_N, known_N, BN)
     return codes_NM * step_N[:, None] + rest_NM + bias_N[:, None]
@@ -139,10 +139,10 @@ def product_kernel(
     if count == 1:
         place = tl.load(order + first).to(tl.int64)
         y_at = y + place * y_stride + column + n_N
-        y_N = tl.load(y_at, mask=known_N, other=0.0)
         delta_N = _tile_one(
             image, record, x + place * x_stride, n_N, row_N, known_N, K, BN, BJ, STAGES, ASSEMBLY
         )
+        y_N = tl.load(y_at, mask=known_N, other=0.0)
         tl.store(y_at, (y_N.to(tl.float32) + delta_N).to(y_N.dtype), mask=known_N)
     elif MANY:
         base = group.to(tl.int64) * CHUNKS

@@ -58,7 +58,7 @@ def escapes_one(image, record, x, row_N, known_N, K: tl.constexpr, BN: tl.conste
 def escapes_many(image, record, staged, row_N, known_N, K: tl.constexpr, BN: tl.constexpr):
     """Σ d x over the escapes of each row, float32 [N, M], for a group."""
     blocks: tl.constexpr = (K + _BLOCK - 1) // _BLOCK
-    width: tl.constexpr = 4
+    width: tl.constexpr = 2
     m_M = tl.arange(0, _WIDTH)
     sum_NM = tl.zeros([BN, _WIDTH], tl.float32)
     starts, escapes, present = escape_table(image, record)
