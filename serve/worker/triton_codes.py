@@ -79,57 +79,95 @@ def dot(a, b, acc, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _column(acc, i, SHIFT: tl.constexpr):
-    """Column `i` of a [N, 8] accumulator, scaled, in place; nought elsewhere."""
-    return tl.where(tl.arange(0, 8)[None, :] == i, acc * (1.0 / (1 << SHIFT)), 0.0)
+def _scaled(acc, sum, i: tl.constexpr, at, SHIFT: tl.constexpr, OFFSET: tl.constexpr, zero):
+    """Where column `at` is i: what the product of code i is without OFFSET and zero."""
+    scale: tl.constexpr = 1.0 / (1 << SHIFT)
+    return tl.where(at == i, acc * scale - sum * (OFFSET * scale + zero), 0.0)
+
+
+@triton.jit
+def _starts_of(
+    plane, x, row_N, WORDS: tl.constexpr, RUN: tl.constexpr, BJ: tl.constexpr, SPLIT: tl.constexpr
+):
+    """Addresses of the first words and inputs, the words' places in their row, and i.
+
+    With SPLIT parts the words of a row are cut in as many runs, one for each warp.
+    """
+    j_J = tl.arange(0, BJ)
+    i_8 = tl.arange(0, 8)
+    words = plane.to(tl.pointer_type(tl.int16))
+    if SPLIT == 1:
+        w_at = words + row_N[:, None] * WORDS + j_J[None, :]
+        return w_at, x + j_J[:, None] * 8 + i_8[None, :], j_J[None, :], j_J[:, None], i_8[None, :]
+    else:
+        j_PJ = tl.arange(0, SPLIT)[:, None] * RUN + j_J[None, :]
+        w_at = words + row_N[None, :, None] * WORDS + j_PJ[:, None, :]
+        x_at = x + j_PJ[:, :, None] * 8 + i_8[None, None, :]
+        return w_at, x_at, j_PJ[:, None, :], j_PJ[:, :, None], i_8[None, None, :]
+
+
+@triton.jit
+def _inputs(x_at, j, j_x, i, K: tl.constexpr, EVEN: tl.constexpr):
+    """Inputs of a step; nought behind the last column."""
+    if EVEN:
+        return tl.load(x_at + j * 8)
+    elif K % 8 == 0:
+        return tl.load(x_at + j * 8, mask=(j + j_x < K // 8) & (i >= 0), other=0.0)
+    else:
+        return tl.load(x_at + j * 8, mask=(j + j_x) * 8 + i < K, other=0.0)
 
 
 @triton.jit
 def product_one(
-    plane, x, row_N, K: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, STAGES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    plane, x, zero, row_N, K: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
+    UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k codes x of one row of the batch, float32 [N], and Σ_k x.
+    """Σ_k (code − zero) x of one row of the batch, float32 [N].
 
     A tensor core's tile is eight columns wide: they hold the columns 8j..8j+7 of x. Eight products,
     one for each code of a word, of which column i is wanted of the i-th: so x is read as it lies.
+    A ninth, with ones, is Σ x.
     """
     words: tl.constexpr = (K + 63) // 64 * 8
+    step: tl.constexpr = BJ * UNROLL
+    run: tl.constexpr = (words + step * SPLIT - 1) // (step * SPLIT) * step
+    even: tl.constexpr = run * SPLIT == words
     dtype: tl.constexpr = x.dtype.element_ty
     offset: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
-    i_8 = tl.arange(0, 8)
-    j_J = tl.arange(0, BJ)
-    w_at = plane.to(tl.pointer_type(tl.int16)) + row_N[:, None] * words + j_J[None, :]
-    x_at = x + j_J[:, None] * 8 + i_8[None, :]
-    a0 = tl.zeros([BN, 8], tl.float32)
-    a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
-    sums_J8 = tl.zeros([BJ, 8], tl.float32)
-    for j in tl.range(0, words, BJ, num_stages=STAGES):
-        if words % BJ == 0:
-            w_NJ = tl.load(w_at + j)
-        else:
-            w_NJ = tl.load(w_at + j, mask=(j + j_J < words)[None, :], other=0)
-        if K % (8 * BJ) == 0:
-            x_J8 = tl.load(x_at + j * 8)
-        elif K % 8 == 0:
-            x_J8 = tl.load(x_at + j * 8, mask=(j + j_J < K // 8)[:, None], other=0.0)
-        else:
-            x_J8 = tl.load(x_at + j * 8, mask=(j + j_J)[:, None] * 8 + i_8 < K, other=0.0)
-        sums_J8 += x_J8.to(tl.float32)
-        c0, c1, c2, c3, c4, c5, c6, c7 = unpack(w_NJ, dtype, ASSEMBLY)
-        a0 = dot(c0, x_J8, a0, ASSEMBLY)
-        a1 = dot(c1, x_J8, a1, ASSEMBLY)
-        a2 = dot(c2, x_J8, a2, ASSEMBLY)
-        a3 = dot(c3, x_J8, a3, ASSEMBLY)
-        a4 = dot(c4, x_J8, a4, ASSEMBLY)
-        a5 = dot(c5, x_J8, a5, ASSEMBLY)
-        a6 = dot(c6, x_J8, a6, ASSEMBLY)
-        a7 = dot(c7, x_J8, a7, ASSEMBLY)
-    all_N8 = _column(a0, 0, 0) + _column(a1, 1, 2) + _column(a2, 2, 4) + _column(a3, 3, 0)
-    all_N8 += _column(a4, 4, 2) + _column(a5, 5, 4) + _column(a6, 6, 0) + _column(a7, 7, 2)
-    sums_8 = tl.sum(sums_J8, 0)
-    scale_8 = tl.where(i_8 % 3 == 0, 1.0, tl.where(i_8 % 3 == 1, 0.25, 0.0625))
-    return tl.sum(all_N8, 1) - offset * tl.sum(sums_8 * scale_8, 0), tl.sum(sums_8, 0)
+    w_at, x_at, j_w, j_x, i = _starts_of(plane, x, row_N, words, run, BJ, SPLIT)
+    if SPLIT == 1:
+        a0 = tl.zeros([BN, 8], tl.float32)
+        ones = tl.full([BN, BJ], 1.0, tl.float32).to(dtype)
+    else:
+        a0 = tl.zeros([SPLIT, BN, 8], tl.float32)
+        ones = tl.full([SPLIT, BN, BJ], 1.0, tl.float32).to(dtype)
+    a1, a2, a3, a4, a5, a6, a7, a8 = a0, a0, a0, a0, a0, a0, a0, a0
+    for k in tl.range(0, run, step, num_stages=STAGES):
+        for u in tl.static_range(UNROLL):
+            j = k + u * BJ
+            if even:
+                w = tl.load(w_at + j)
+            else:
+                w = tl.load(w_at + j, mask=j + j_w < words, other=0)
+            x_8 = _inputs(x_at, j, j_x, i, K, even and K % 64 == 0)
+            c0, c1, c2, c3, c4, c5, c6, c7 = unpack(w, dtype, ASSEMBLY)
+            a8 = dot(ones, x_8, a8, ASSEMBLY)
+            a0 = dot(c0, x_8, a0, ASSEMBLY)
+            a1 = dot(c1, x_8, a1, ASSEMBLY)
+            a2 = dot(c2, x_8, a2, ASSEMBLY)
+            a3 = dot(c3, x_8, a3, ASSEMBLY)
+            a4 = dot(c4, x_8, a4, ASSEMBLY)
+            a5 = dot(c5, x_8, a5, ASSEMBLY)
+            a6 = dot(c6, x_8, a6, ASSEMBLY)
+            a7 = dot(c7, x_8, a7, ASSEMBLY)
+    sum = _scaled(a0, a8, 0, i, 0, offset, zero) + _scaled(a1, a8, 1, i, 2, offset, zero)
+    sum += _scaled(a2, a8, 2, i, 4, offset, zero) + _scaled(a3, a8, 3, i, 0, offset, zero)
+    sum += _scaled(a4, a8, 4, i, 2, offset, zero) + _scaled(a5, a8, 5, i, 4, offset, zero)
+    sum += _scaled(a6, a8, 6, i, 0, offset, zero) + _scaled(a7, a8, 7, i, 2, offset, zero)
+    if SPLIT == 1:
+        return tl.sum(sum, 1)
+    else:
+        return tl.sum(tl.sum(sum, 2), 0)
 
 
 @triton.jit

@@ -54,7 +54,8 @@ def slice_of(
 @triton.jit
 def _tile_one(
     image, record, x, n_N, row_N, known_N, K: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
-    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+    UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """The delta of one row of the batch, float32 [N]."""
     codes_N = tl.zeros([BN], tl.float32)
@@ -62,14 +63,13 @@ def _tile_one(
     zero = number(record, 6)
     for p in tl.range(0, planes):
         plane = image + tl.load(record + 4 + p).to(tl.int64) * 64
-        value_N, total = product_one(plane, x, row_N, K, BN, BJ, STAGES, ASSEMBLY)
-        if p == 0:
-            codes_N += value_N - zero * total
-        else:
-            codes_N += 4.0 * value_N
+        value_N = product_one(
+            plane, x, tl.where(p == 0, zero, 0.0), row_N, K, BN, BJ, UNROLL, SPLIT, STAGES, ASSEMBLY
+        )
+        codes_N += value_N * tl.where(p == 0, 1.0, 4.0)
     step_N = steps_of(image, record, row_N)
     bias_N = vector_of(image, record, n_N, known_N)
-    codes_N += escapes_one(image, record, x, row_N, known_N, K, BN)
+    codes_N += escapes_one(image, record, x, row_N, known_N, K, BN, WIDTH)
     rest_N = channels_one(image, record, x, n_N, known_N, BN)
     return codes_N * step_N + rest_N + bias_N
 
@@ -77,8 +77,8 @@ def _tile_one(
 @triton.jit
 def _tile_many(
     image, record, staged, sums, n_N, row_N, known_N, K: tl.constexpr, BN: tl.constexpr,
-    BJ: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK_WIDTH: tl.constexpr,
+    BJ: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The delta of a group, float32 [N, M]."""
     codes_NM = tl.zeros([BN, _WIDTH], tl.float32)
@@ -95,9 +95,17 @@ def _tile_many(
             codes_NM += 4.0 * value_NM
     step_N = steps_of(image, record, row_N)
     bias_N = vector_of(image, record, n_N, known_N)
-    codes_NM += escapes_many(image, record, staged, row_N, known_N, K, BN)
+    codes_NM += escapes_many(image, record, staged, row_N, known_N, K, BN, WIDTH)
     rest_NM = channels_many(image, record, staged, n_N, known_N, BN)
     return codes_NM * step_N[:, None] + rest_NM + bias_N[:, None]
+
+
+@triton.jit
+def _write(at, delta, mask, ADD: tl.constexpr):
+    """Add a delta to what is at an address, or put it there."""
+    if ADD:
+        delta += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(at, delta.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3"])
@@ -106,9 +114,10 @@ def product_kernel(
     entry0, entry1, entry2, entry3,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr,
     SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK_WIDTH: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, STAGES: tl.constexpr,
-    BJ_MANY: tl.constexpr, STAGES_MANY: tl.constexpr, MANY: tl.constexpr, ROW_MAP: tl.constexpr,
-    ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+    CHUNK_WIDTH: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, UNROLL: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, BJ_MANY: tl.constexpr,
+    STAGES_MANY: tl.constexpr, WIDTH_MANY: tl.constexpr, MANY: tl.constexpr, ROW_MAP: tl.constexpr,
+    ADD: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """y[rows of s] += x Δ̂_sᵀ + bias_s; grid (tiles of all slices, groups).
 
@@ -118,6 +127,7 @@ def product_kernel(
         entry0: Record of the first slice.
         N0: Rows of the first slice; a slice that the layer lacks has none.
         MANY: Whether a slot may have more than one row.
+        ADD: Whether y holds the base's output; if not, the delta is put there, zeros included.
         WAIT: Whether the launch may begin before the one ahead of it has ended.
     """
     tile = tl.program_id(0)
@@ -130,7 +140,7 @@ def product_kernel(
         return
     image, record = record_of(slots, slot_bytes, slot, entry)
     present = tl.load(record) | tl.load(record + 10) | tl.load(record + 13) | tl.load(record + 22)
-    if present == 0:
+    if ADD and present == 0:
         return
     n_N = start + tl.arange(0, BN)
     row_N, known_N = coded_row(image, record, n_N, rows, ROW_MAP)
@@ -140,19 +150,18 @@ def product_kernel(
         place = tl.load(order + first).to(tl.int64)
         y_at = y + place * y_stride + column + n_N
         delta_N = _tile_one(
-            image, record, x + place * x_stride, n_N, row_N, known_N, K, BN, BJ, STAGES, ASSEMBLY
-        )
-        y_N = tl.load(y_at, mask=known_N, other=0.0)
-        tl.store(y_at, (y_N.to(tl.float32) + delta_N).to(y_N.dtype), mask=known_N)
+            image, record, x + place * x_stride, n_N, row_N, known_N, K, BN, BJ, UNROLL,
+            SPLIT, STAGES, WIDTH, ASSEMBLY,
+        )  # fmt: skip
+        _write(y_at, delta_N, known_N, ADD)
     elif MANY:
         base = group.to(tl.int64) * CHUNKS
         delta_NM = _tile_many(
             image, record, staged + base * (_CHUNK * _WIDTH), sums + base * (3 * _WIDTH), n_N,
-            row_N, known_N, K, BN, BJ_MANY, STAGES_MANY, ASSEMBLY, CHUNKS, CHUNK_WIDTH,
+            row_N, known_N, K, BN, BJ_MANY, STAGES_MANY, WIDTH_MANY, ASSEMBLY, CHUNKS, CHUNK_WIDTH,
         )  # fmt: skip
         m_M = tl.arange(0, _WIDTH)
         place_M = tl.load(order + first + m_M, mask=m_M < count, other=0).to(tl.int64)
         at = y + place_M[None, :] * y_stride + column + n_N[:, None]
         mask = known_N[:, None] & (m_M < count)[None, :]
-        y_NM = tl.load(at, mask=mask, other=0.0)
-        tl.store(at, (y_NM.to(tl.float32) + delta_NM).to(y_NM.dtype), mask=mask)
+        _write(at, delta_NM, mask, ADD)

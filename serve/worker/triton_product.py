@@ -20,23 +20,29 @@ MAX_SLICES = 4
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a launch is cut up.
+    """How a launch is cut up; a word is 16 bits, eight codes.
 
     Attributes:
         rows: Rows of the weight a program multiplies.
-        words: 16-bit words of a row (eight codes each) that a step reads, for single rows.
+        words: Words of a row that one load reads, for single rows.
+        unroll: Loads of a step.
+        split: Parts that a row is cut into, one for each warp.
         stages: Steps under way at once plus one.
-        words_many: As `words`, for groups.
-        stages_many: As `stages`, for groups.
+        width: Escapes of a row handled at once.
+        words_many: As `words`, for groups; likewise the two that follow.
         warps: Warps of a program.
         registers: Most registers of a thread; None: no limit.
     """
 
     rows: int = 32
     words: int = 64
+    unroll: int = 1
+    split: int = 1
     stages: int = 4
+    width: int = 16
     words_many: int = 32
     stages_many: int = 3
+    width_many: int = 2
     warps: int = 2
     registers: int | None = None
 
@@ -57,7 +63,7 @@ def groups_of(rows: int, slots: int, tile: int = GROUP) -> int:
 def choose_tiling(sizes: tuple[int, ...], groups: int) -> Tiling:
     """Smaller tiles where there would be too few programs for all multiprocessors."""
     programs = sum(-(-rows // 32) for rows in sizes) * groups
-    return Tiling() if programs >= 264 else Tiling(rows=16, warps=1)
+    return Tiling() if programs >= 264 else Tiling(rows=16, split=4, width=32, warps=4)
 
 
 def launch_product(
@@ -71,6 +77,7 @@ def launch_product(
     row_map: bool,
     capabilities: Capabilities,
     tiling: Tiling | None = None,
+    add: bool = True,
 ) -> None:
     """y[rows of s] += x Δ̂_sᵀ + bias_s: planes, escapes, channels and vector of every slot's record.
 
@@ -85,6 +92,7 @@ def launch_product(
         row_map: Whether the record may lack rows (embedding, lm_head).
         capabilities: What the kernels may use.
         tiling: How to cut the launch up; None: chosen by shape.
+        add: Whether y holds the base's output; if not, the rows of slots become the delta alone.
     """
     rows, columns = x_TK.shape
     count = slots.shape[0]
@@ -104,14 +112,15 @@ def launch_product(
     sizes = (*slice_rows, 0, 0, 0)[:MAX_SLICES]
     records = (*entries, 0, 0, 0)[:MAX_SLICES]
     tiles = sum(-(-size // tiling.rows) for size in slice_rows)
-    early = capabilities.early_start and many
+    early = capabilities.early_start
     options: dict[str, object] = {"launch_pdl": True} if early else {}
     product_kernel[(tiles, groups)](
         y_TN, y_TN.stride(0), x_TK, x_TK.stride(0), staged, sums, order, starts, slots,
         slots.stride(0), *records, *sizes, K=columns, SLOTS=count, SLOTS_WIDTH=width,
         CHUNKS=chunks, CHUNK_WIDTH=triton.next_power_of_2(chunks), BN=tiling.rows,
-        BJ=tiling.words, STAGES=tiling.stages, BJ_MANY=tiling.words_many,
-        STAGES_MANY=tiling.stages_many, MANY=many, ROW_MAP=row_map,
+        BJ=tiling.words, UNROLL=tiling.unroll, SPLIT=tiling.split, STAGES=tiling.stages,
+        WIDTH=tiling.width, BJ_MANY=tiling.words_many, STAGES_MANY=tiling.stages_many,
+        WIDTH_MANY=tiling.width_many, MANY=many, ROW_MAP=row_map, ADD=add,
         ASSEMBLY=capabilities.assembly, WAIT=early, num_warps=tiling.warps,
         maxnreg=tiling.registers, **options,
     )  # fmt: skip

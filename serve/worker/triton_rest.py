@@ -23,57 +23,86 @@ def escape_table(image, record):
 
 
 @triton.jit
-def _escapes_at(starts, escapes, place, end, row, BLOCKS: tl.constexpr):
-    """Column and d of the escapes at `place`; d is nought from `end` on."""
-    inside = place < end[:, None]
-    entry = tl.load(escapes + place, mask=inside, other=-32768).to(tl.int32) & 0xFFFF
+def escape_spans(starts, row_N, known_N, present, BLOCKS: tl.constexpr):
+    """Where each row's escapes begin and end; nought rows of them where there are none."""
+    begin_N = tl.zeros_like(row_N)
+    end_N = begin_N
+    if present:
+        begin_N = tl.load(starts + row_N * BLOCKS)
+        end_N = tl.load(starts + (row_N + 1) * BLOCKS)
+        end_N = tl.where(known_N, end_N, begin_N)
+    return begin_N, end_N
+
+
+@triton.jit
+def _entries(escapes, place, end_N):
+    """Escapes at `place`; with d nought from `end_N` on."""
+    return tl.load(escapes + place, mask=place < end_N[:, None], other=-32768)
+
+
+@triton.jit
+def _parts(entry, place, starts, row_N, BLOCKS: tl.constexpr):
+    """Column and d of escapes."""
+    entry = entry.to(tl.int32) & 0xFFFF
     column = entry & 4095
     for block in tl.static_range(1, BLOCKS):
-        edge = tl.load(starts + row * BLOCKS + block)
-        column += tl.where(place >= edge[:, None], _BLOCK, 0)
-    return column, (entry >> 12) - 8, inside
+        edge_N = tl.load(starts + row_N * BLOCKS + block)
+        column += tl.where(place >= edge_N[:, None], _BLOCK, 0)
+    return column, ((entry >> 12) - 8).to(tl.float32)
 
 
 @triton.jit
-def escapes_one(image, record, x, row_N, known_N, K: tl.constexpr, BN: tl.constexpr):
-    """Σ d x over the escapes of each row, float32 [N], for one row of the batch."""
+def escapes_one(
+    image, record, x, row_N, known_N, K: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Σ d x over the escapes of each row, float32 [N], for one row of the batch.
+
+    The next escapes are on their way while the inputs of these are read.
+    """
     blocks: tl.constexpr = (K + _BLOCK - 1) // _BLOCK
-    width: tl.constexpr = 16
-    sum_N = tl.zeros([BN], tl.float32)
     starts, escapes, present = escape_table(image, record)
-    if present:
-        begin_N = tl.load(starts + row_N * blocks)
-        end_N = tl.load(starts + (row_N + 1) * blocks)
-        end_N = tl.where(known_N, end_N, begin_N)
-        longest = tl.max(end_N - begin_N, 0)
-        for e in tl.range(0, longest, width):
-            place = begin_N[:, None] + (e + tl.arange(0, width))[None, :]
-            column, d, inside = _escapes_at(starts, escapes, place, end_N, row_N, blocks)
-            x_NE = tl.load(x + column, mask=inside, other=0.0)
-            sum_N += tl.sum(x_NE.to(tl.float32) * d.to(tl.float32), 1)
-    return sum_N
+    begin_N, end_N = escape_spans(starts, row_N, known_N, present, blocks)
+    sum_NE = tl.zeros([BN, WIDTH], tl.float32)
+    place = begin_N[:, None] + tl.arange(0, WIDTH)[None, :]
+    ahead = _entries(escapes, place, end_N)
+    for _ in tl.range(0, tl.max(end_N - begin_N, 0), WIDTH):
+        column, d = _parts(ahead, place, starts, row_N, blocks)
+        x_NE = tl.load(x + column, mask=place < end_N[:, None], other=0.0)
+        place += WIDTH
+        ahead = _entries(escapes, place, end_N)
+        sum_NE += x_NE.to(tl.float32) * d
+    return tl.sum(sum_NE, 1)
 
 
 @triton.jit
-def escapes_many(image, record, staged, row_N, known_N, K: tl.constexpr, BN: tl.constexpr):
-    """Σ d x over the escapes of each row, float32 [N, M], for a group."""
+def escapes_many(
+    image, record, staged, row_N, known_N, K: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Σ d x over the escapes of each row, float32 [N, M], for a group.
+
+    The inputs of the next escapes are on their way while these are multiplied, and so are the
+    escapes after them.
+    """
     blocks: tl.constexpr = (K + _BLOCK - 1) // _BLOCK
-    width: tl.constexpr = 2
     m_M = tl.arange(0, _WIDTH)
-    sum_NM = tl.zeros([BN, _WIDTH], tl.float32)
     starts, escapes, present = escape_table(image, record)
-    if present:
-        begin_N = tl.load(starts + row_N * blocks)
-        end_N = tl.load(starts + (row_N + 1) * blocks)
-        end_N = tl.where(known_N, end_N, begin_N)
-        longest = tl.max(end_N - begin_N, 0)
-        for e in tl.range(0, longest, width):
-            place = begin_N[:, None] + (e + tl.arange(0, width))[None, :]
-            column, d, inside = _escapes_at(starts, escapes, place, end_N, row_N, blocks)
-            at = staged + column[:, :, None] * _WIDTH + m_M[None, None, :]
-            x_NEM = tl.load(at, mask=inside[:, :, None], other=0.0)
-            sum_NM += tl.sum(x_NEM.to(tl.float32) * d[:, :, None].to(tl.float32), 1)
-    return sum_NM
+    begin_N, end_N = escape_spans(starts, row_N, known_N, present, blocks)
+    sum_NEM = tl.zeros([BN, WIDTH, _WIDTH], tl.float32)
+    place = begin_N[:, None] + tl.arange(0, WIDTH)[None, :]
+    column, d = _parts(_entries(escapes, place, end_N), place, starts, row_N, blocks)
+    at = staged + column[:, :, None] * _WIDTH + m_M[None, None, :]
+    x_NEM = tl.load(at, mask=(place < end_N[:, None])[:, :, None], other=0.0)
+    place += WIDTH
+    ahead = _entries(escapes, place, end_N)
+    for _ in tl.range(0, tl.max(end_N - begin_N, 0), WIDTH):
+        column, d_next = _parts(ahead, place, starts, row_N, blocks)
+        at = staged + column[:, :, None] * _WIDTH + m_M[None, None, :]
+        x_next = tl.load(at, mask=(place < end_N[:, None])[:, :, None], other=0.0)
+        place += WIDTH
+        ahead = _entries(escapes, place, end_N)
+        sum_NEM += x_NEM.to(tl.float32) * d[:, :, None]
+        x_NEM, d = x_next, d_next
+    return tl.sum(sum_NEM, 1)
 
 
 @triton.jit
