@@ -3,7 +3,7 @@
 A program has a tile of rows of one slice and one group of the batch (rows of one slot). It reads
 the slot's record, multiplies and adds its tile into y; programs without work return after one load.
 
-Shapes: T rows of the batch, N rows of the tile, M rows of the group, K columns, S slots.
+Shapes: N rows of the tile, M rows of the group, K columns, S slots.
 """
 
 import triton
@@ -16,7 +16,6 @@ from deltamux.serve.worker.triton_image import (
     group_of,
     number,
     record_of,
-    section,
     steps_of,
     vector_of,
 )
@@ -25,11 +24,10 @@ from deltamux.serve.worker.triton_rest import (
     channels_one,
     escapes_many,
     escapes_one,
+    first_escapes,
 )
-from deltamux.serve.worker.triton_stage import CHUNK
 
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
-_CHUNK: tl.constexpr = tl.constexpr(CHUNK)
 
 
 @triton.jit
@@ -52,116 +50,153 @@ def slice_of(
 
 
 @triton.jit
-def _tile_one(
-    image, record, x, n_N, row_N, known_N, K: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
-    UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+def fetch_ahead(image, record, row_N, K: tl.constexpr):
+    """Ask for the tile's bytes of plane 0 and starts of escapes to come into the L2 cache."""
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    blocks: tl.constexpr = (K + 4095) // 4096
+    lines: tl.constexpr = triton.next_power_of_2((bytes + 127) // 128)
+    plane = image + tl.load(record + 4).to(tl.int64) * 64
+    line_L = tl.minimum(tl.arange(0, lines) * 128, bytes - 1)
+    at = plane + row_N[:, None].to(tl.int64) * bytes + line_L[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+    starts = image + tl.load(record + 9).to(tl.int64) * 64 + row_N.to(tl.int64) * (4 * blocks)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [starts.to(tl.int64)], tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _row_parts(
+    at_N, image, record, n_N, row_N, known_N, K: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """The delta of one row of the batch, float32 [N]."""
+    """What a tile needs beside its codes: y, steps, vector, first escapes."""
+    y_N = tl.load(at_N, mask=known_N, other=0.0).to(tl.float32)
+    y_N += vector_of(image, record, n_N, known_N)
+    step_N = steps_of(image, record, row_N)
+    begin_N, end_N, ahead = first_escapes(image, record, row_N, known_N, K, WIDTH)
+    return y_N, step_N, begin_N, end_N, ahead
+
+
+@triton.jit
+def _tile_one(
+    at_N, image, record, digits, levels, meta, n_N, row_N, known_N, K: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, WIDTH: tl.constexpr, FETCH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WAIT: tl.constexpr,
+):  # fmt: skip
+    """Add the delta of one row of the batch to y at `at_N`."""
     codes_N = tl.zeros([BN], tl.float32)
     planes = tl.load(record)
-    zero = number(record, 6)
+    zero = tl.where(planes > 0, number(record, 6), 0.0)
+    if FETCH:
+        y_N, step_N, begin_N, end_N, ahead = _row_parts(
+            at_N, image, record, n_N, row_N, known_N, K, WIDTH
+        )
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     for p in tl.range(0, planes):
         plane = image + tl.load(record + 4 + p).to(tl.int64) * 64
-        value_N = product_one(
-            plane, x, tl.where(p == 0, zero, 0.0), row_N, K, BN, BJ, UNROLL, SPLIT, STAGES, ASSEMBLY
-        )
+        value_N = product_one(plane, digits, row_N, K, BN, BB, UNROLL, SPLIT, STAGES, ASSEMBLY)
         codes_N += value_N * tl.where(p == 0, 1.0, 4.0)
-    step_N = steps_of(image, record, row_N)
-    bias_N = vector_of(image, record, n_N, known_N)
-    codes_N += escapes_one(image, record, x, row_N, known_N, K, BN, WIDTH)
-    rest_N = channels_one(image, record, x, n_N, known_N, BN)
-    return codes_N * step_N + rest_N + bias_N
+    if not FETCH:
+        y_N, step_N, begin_N, end_N, ahead = _row_parts(
+            at_N, image, record, n_N, row_N, known_N, K, WIDTH
+        )
+    scale, total = tl.load(meta), tl.load(meta + 1)
+    codes_N += escapes_one(
+        image, record, levels, row_N, begin_N, end_N, ahead, K, BN, WIDTH
+    )  # fmt: skip
+    rest_N = channels_one(image, record, levels, n_N, known_N, BN)
+    y_N += ((codes_N - zero * total) * step_N + rest_N) * scale
+    tl.store(at_N, y_N.to(at_N.dtype.element_ty), mask=known_N)
 
 
 @triton.jit
 def _tile_many(
-    image, record, staged, sums, n_N, row_N, known_N, K: tl.constexpr, BN: tl.constexpr,
-    BJ: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, ASSEMBLY: tl.constexpr,
-    CHUNKS: tl.constexpr, CHUNK_WIDTH: tl.constexpr,
+    image, record, digits, columns, meta, count, n_N, row_N, known_N, K: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """The delta of a group, float32 [N, M]."""
     codes_NM = tl.zeros([BN, _WIDTH], tl.float32)
     planes = tl.load(record)
-    zero = number(record, 6)
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     for p in tl.range(0, planes):
         plane = image + tl.load(record + 4 + p).to(tl.int64) * 64
-        value_NM, total_M = product_many(
-            plane, staged, sums, row_N, K, BN, BJ, STAGES, ASSEMBLY, CHUNKS, CHUNK_WIDTH
-        )
-        if p == 0:
-            codes_NM += value_NM - zero * total_M[None, :]
-        else:
-            codes_NM += 4.0 * value_NM
+        value_NM = product_many(plane, digits, row_N, K, BN, BB, STAGES, ASSEMBLY)
+        codes_NM += value_NM * tl.where(p == 0, 1.0, 4.0)
     step_N = steps_of(image, record, row_N)
     bias_N = vector_of(image, record, n_N, known_N)
-    codes_NM += escapes_many(image, record, staged, row_N, known_N, K, BN, WIDTH)
-    rest_NM = channels_many(image, record, staged, n_N, known_N, BN)
-    return codes_NM * step_N[:, None] + rest_NM + bias_N[:, None]
-
-
-@triton.jit
-def _write(at, delta, mask, ADD: tl.constexpr):
-    """Add a delta to what is at an address, or put it there."""
-    if ADD:
-        delta += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, delta.to(at.dtype.element_ty), mask=mask)
+    m_M = tl.arange(0, _WIDTH)
+    scale_M = tl.load(meta + m_M * 2, mask=m_M < count, other=0.0)
+    total_M = tl.load(meta + m_M * 2 + 1, mask=m_M < count, other=0.0)
+    zero = tl.where(planes > 0, number(record, 6), 0.0)
+    codes_NM += escapes_many(image, record, columns, row_N, known_N, K, BN, WIDTH)
+    codes_NM -= zero * total_M[None, :]
+    rest_NM = channels_many(image, record, columns, n_N, known_N, BN)
+    return (codes_NM * step_N[:, None] + rest_NM) * scale_M[None, :] + bias_N[:, None]
 
 
 @triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3"])
 def product_kernel(
-    y, y_stride, x, x_stride, staged, sums, order, starts, slots, slot_bytes,
+    y, y_stride, digits, levels, columns, meta, order, starts, slots, slot_bytes,
     entry0, entry1, entry2, entry3,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr,
-    SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK_WIDTH: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, UNROLL: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, BJ_MANY: tl.constexpr,
-    STAGES_MANY: tl.constexpr, WIDTH_MANY: tl.constexpr, MANY: tl.constexpr, ROW_MAP: tl.constexpr,
-    ADD: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+    SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+    UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    BB_MANY: tl.constexpr, STAGES_MANY: tl.constexpr, WIDTH_MANY: tl.constexpr,
+    MANY: tl.constexpr, ROW_MAP: tl.constexpr, FETCH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """y[rows of s] += x Δ̂_sᵀ + bias_s; grid (tiles of all slices, groups).
 
     Args:
         y: [T, N of all slices], written in place.
-        staged: See `triton_stage.py`, like `sums`; read only where MANY.
+        digits: The batch's inputs: see `triton_digits.py`, like `levels`, `columns`, `meta`.
         entry0: Record of the first slice.
         N0: Rows of the first slice; a slice that the layer lacks has none.
         MANY: Whether a slot may have more than one row.
-        ADD: Whether y holds the base's output; if not, the delta is put there, zeros included.
+        FETCH: Whether to ask for the tile's bytes before the inputs are there.
         WAIT: Whether the launch may begin before the one ahead of it has ended.
     """
-    tile = tl.program_id(0)
-    group = tl.program_id(1)
+    bytes: tl.constexpr = (K + 63) // 64 * 16
     entry, start, rows, column = slice_of(
-        tile, entry0, entry1, entry2, entry3, N0, N1, N2, N3, BN
+        tl.program_id(0), entry0, entry1, entry2, entry3, N0, N1, N2, N3, BN
     )
+    group = tl.program_id(1)
     slot, first, count = group_of(starts, group, SLOTS, SLOTS_WIDTH, _WIDTH)
     if count == 0:
         return
     image, record = record_of(slots, slot_bytes, slot, entry)
     present = tl.load(record) | tl.load(record + 10) | tl.load(record + 13) | tl.load(record + 22)
-    if ADD and present == 0:
+    if present == 0:
         return
     n_N = start + tl.arange(0, BN)
     row_N, known_N = coded_row(image, record, n_N, rows, ROW_MAP)
-    if WAIT:
-        tl.extra.cuda.gdc_wait()
+    if FETCH and ASSEMBLY:
+        fetch_ahead(image, record, row_N, K)
+    place = group.to(tl.int64) * _WIDTH
+    digits += place * (8 * bytes)
+    meta += place * 2
     if count == 1:
-        place = tl.load(order + first).to(tl.int64)
-        y_at = y + place * y_stride + column + n_N
-        delta_N = _tile_one(
-            image, record, x + place * x_stride, n_N, row_N, known_N, K, BN, BJ, UNROLL,
-            SPLIT, STAGES, WIDTH, ASSEMBLY,
+        at_N = y + tl.load(order + first).to(tl.int64) * y_stride + column + n_N
+        _tile_one(
+            at_N, image, record, digits, levels + place * (4 * bytes), meta, n_N, row_N, known_N,
+            K, BN, BB, UNROLL, SPLIT, STAGES, WIDTH, FETCH, ASSEMBLY, WAIT,
         )  # fmt: skip
-        _write(y_at, delta_N, known_N, ADD)
     elif MANY:
-        base = group.to(tl.int64) * CHUNKS
         delta_NM = _tile_many(
-            image, record, staged + base * (_CHUNK * _WIDTH), sums + base * (3 * _WIDTH), n_N,
-            row_N, known_N, K, BN, BJ_MANY, STAGES_MANY, WIDTH_MANY, ASSEMBLY, CHUNKS, CHUNK_WIDTH,
+            image, record, digits, columns + place * (4 * bytes), meta, count, n_N,
+            row_N, known_N, K, BN, BB_MANY, STAGES_MANY, WIDTH_MANY, ASSEMBLY, WAIT,
         )  # fmt: skip
         m_M = tl.arange(0, _WIDTH)
-        place_M = tl.load(order + first + m_M, mask=m_M < count, other=0).to(tl.int64)
-        at = y + place_M[None, :] * y_stride + column + n_N[:, None]
         mask = known_N[:, None] & (m_M < count)[None, :]
-        _write(at, delta_NM, mask, ADD)
+        row_M = tl.load(order + first + m_M, mask=m_M < count, other=0).to(tl.int64)
+        at_NM = y + row_M[None, :] * y_stride + column + n_N[:, None]
+        delta_NM += tl.load(at_NM, mask=mask, other=0.0).to(tl.float32)
+        tl.store(at_NM, delta_NM.to(y.dtype.element_ty), mask=mask)
