@@ -20,7 +20,7 @@ test: check
 
 # The CPU image's steps without Docker, in an environment of their own: minutes, mostly downloads.
 test-image: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow tests/test_docker_walk.py
+	$(BIN)/python -m pytest -m slow tests/docker/test_walk.py
 
 check: lint types
 

@@ -1,6 +1,6 @@
 """What an expert costs a decoding step, and what a swap costs, inside one engine.
 
-    python benchmarks/decode_steps.py [--root .demo]    (after `make demo`)
+    python -m benchmarks.decode_steps [--root .demo]    (after `make demo`)
 
 Eight requests decode together: all for the base, all for one expert, half for each of two, and a
 quarter for each of two with half for the base. A step is the time of 33 tokens less the time of one,
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import record
+from benchmarks.record import record
 
 ROUNDS = 3
 STEPS = 32

@@ -1,6 +1,6 @@
 """Run the demo and keep its figures with the hardware and versions they were measured on.
 
-python benchmarks/demo.py [--root .demo]
+python -m benchmarks.demo [--root .demo]
 """
 
 import argparse
@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 
-from record import record
+from benchmarks.record import record
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What compressing costs on a real-size layer: Mistral-7B's shapes, random weights.
 
-    python benchmarks/layer_cost.py [--tokens 8192] [--hidden 4096] [--intermediate 14336]
+    python -m benchmarks.layer_cost [--tokens 8192] [--hidden 4096] [--intermediate 14336]
 
 One decoder layer with a random delta and correlated random inputs goes through the same steps as in
 `deltamux compress`: second moments, one factorization for every distinct input, all rungs of all
@@ -13,14 +13,14 @@ import time
 from dataclasses import dataclass
 
 import torch
-from record import record
 
-from deltamux.compression.architecture import Role, TensorSpec
-from deltamux.compression.feedback import curvature
-from deltamux.compression.forward import best_device, release_memory
-from deltamux.compression.ladder import Linear
-from deltamux.compression.measure import measure_linear
+from benchmarks.record import record
+from deltamux.compression.checkpoint.architecture import Role, TensorSpec
+from deltamux.compression.choice.measure import measure_linear
 from deltamux.compression.recipe import Recipe
+from deltamux.compression.rounding.gptq import curvature
+from deltamux.compression.rounding.ladder import Linear
+from deltamux.compression.streaming.forward import best_device, release_memory
 
 LAYERS = 32
 SPEC = TensorSpec("model.layers.0.linear.weight", Role.LINEAR, layer=0)

@@ -1,6 +1,6 @@
 """Fine-tune the experts that compression is measured on: real full fine-tunes of a real model.
 
-    python benchmarks/make_experts.py --data DIR [--only math sql] [--steps 64] [--seed 0]
+    python -m benchmarks.make_experts --data DIR [--only math sql] [--steps 64] [--seed 0]
 
 DIR holds DOMAIN/train.jsonl and DOMAIN/test.jsonl with `prompt` and `response`; any data will do
 (GSM8K, WikiSQL, NL2Bash, MedQuAD and MBPP were used for the committed figures). Five ordinary fine-tunes
@@ -19,10 +19,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from deltamux.compression.text import read_rows
-from deltamux.serve import demo_batches, demo_experts
-from deltamux.serve.demo_base import make_base
-from deltamux.serve.demo_data import Example
+from deltamux.compression.streaming.text import read_rows
+from deltamux.serve.demo import batches as demo_batches
+from deltamux.serve.demo import experts as demo_experts
+from deltamux.serve.demo.base import make_base
+from deltamux.serve.demo.data import Example
 
 CACHE = Path.home() / ".cache" / "deltamux" / "experts"
 BATCH_SIZE = 8

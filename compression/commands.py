@@ -9,15 +9,15 @@ import torch
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from deltamux.compression.architecture import EMBEDDING
-from deltamux.compression.artifact import Artifact, TensorEntry
-from deltamux.compression.checkpoint import Checkpoint, open_checkpoint
+from deltamux.compression.artifact.artifact import Artifact, TensorEntry
+from deltamux.compression.artifact.merge import check_base, merge
+from deltamux.compression.checkpoint.architecture import EMBEDDING
+from deltamux.compression.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from deltamux.compression.checkpoint.delta import compare
 from deltamux.compression.compress import compress
-from deltamux.compression.diff import compare
 from deltamux.compression.evaluate import evaluate, report, summary
 from deltamux.compression.recipe import PRESETS, CalibrationRecipe, Recipe, load_recipe
-from deltamux.compression.reconstruct import check_base, merge
-from deltamux.compression.text import (
+from deltamux.compression.streaming.text import (
     Sample,
     builtin_rows,
     encode_rows,

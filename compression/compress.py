@@ -1,7 +1,7 @@
 """Compress an expert: diff → calibrate → quantize → pack → write → verify.
 
 The decoder is measured layer by layer (`measure.py`): every linear in every way of its ladder. Then
-bytes are shared out among the matrices (`allocate.py`), what was chosen is written, and the result is
+bytes are shared out among the matrices (`problem.py`), what was chosen is written, and the result is
 read back and compared with the expert. The artifact is built in a hidden directory beside its final
 name and renamed when it is complete and verified: an interrupted run leaves nothing under the final
 name, and goes on from its last finished layer when it is started again.
@@ -10,18 +10,18 @@ name, and goes on from its last finished layer when it is started again.
 import tempfile
 from pathlib import Path
 
-from deltamux.compression.artifact import MANIFEST_FILE, Artifact, Manifest
-from deltamux.compression.budget import check_measurable
-from deltamux.compression.card import write_card
-from deltamux.compression.checkpoint import Checkpoint
-from deltamux.compression.diff import compare
-from deltamux.compression.distil import Student, distil
-from deltamux.compression.measure import measure, measure_key
+from deltamux.compression.artifact.artifact import MANIFEST_FILE, Artifact, Manifest
+from deltamux.compression.artifact.card import write_card
+from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.compression.checkpoint.delta import compare
+from deltamux.compression.choice.budget import check_measurable
+from deltamux.compression.choice.distil import Student, distil
+from deltamux.compression.choice.draft import exact_part, note_verification
+from deltamux.compression.choice.measure import measure, measure_key
+from deltamux.compression.choice.selection import Job, Rungs
+from deltamux.compression.choice.workspace import Workspace
 from deltamux.compression.recipe import Recipe
-from deltamux.compression.selection import Job, Rungs
-from deltamux.compression.text import Sample
-from deltamux.compression.workspace import Workspace
-from deltamux.compression.write import exact_part, note_verification
+from deltamux.compression.streaming.text import Sample
 
 # The part of the calibration text that distillation has for itself.
 DISTILLATION_SHARE = 4

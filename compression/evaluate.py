@@ -20,11 +20,11 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from deltamux.compression.artifact import Artifact, Manifest
-from deltamux.compression.checkpoint import Checkpoint
-from deltamux.compression.forward import StreamedModel, WeightSource, batches
-from deltamux.compression.reconstruct import reconstructed
-from deltamux.compression.text import Sample
+from deltamux.compression.artifact.artifact import Artifact, Manifest
+from deltamux.compression.artifact.merge import reconstructed
+from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.compression.streaming.forward import StreamedModel, WeightSource, batches
+from deltamux.compression.streaming.text import Sample
 
 BATCH_TOKENS = 8_192
 HEAD_CHUNK = 256

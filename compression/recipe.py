@@ -7,8 +7,8 @@ from typing import Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deltamux.compression.prune import Pattern, Score
-from deltamux.compression.quantize import Scheme
+from deltamux.compression.pruning.scores import Pattern, Score
+from deltamux.compression.rounding.quantize import Scheme
 
 CODED = "coded"
 DEFAULT_BITS = 1.0
@@ -18,7 +18,7 @@ LOW_RANK_BITS = 0.75
 
 
 class Method(StrEnum):
-    """How bytes are shared out among the matrices (see `allocate.py`)."""
+    """How bytes are shared out among the matrices (see `problem.py`)."""
 
     KNAPSACK = "knapsack"
     KNAPSACK_ATP = "knapsack-atp"

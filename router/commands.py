@@ -9,15 +9,15 @@ from typing import Annotated, cast
 
 import typer
 
-from deltamux.router.artifact import load_seen
 from deltamux.router.console import table, user_errors
-from deltamux.router.data import Dataset, parse_json, parse_turns, read_dataset
-from deltamux.router.decision import BASE_NAME, Decision
-from deltamux.router.messages import user_turns
-from deltamux.router.options import Features
-from deltamux.router.plots import draw, require_matplotlib
-from deltamux.router.router import Router
-from deltamux.router.tokenizer import Encode, load_tokenizer
+from deltamux.router.decide.artifact import load_seen
+from deltamux.router.decide.decision import BASE_NAME, Decision
+from deltamux.router.decide.messages import user_turns
+from deltamux.router.decide.router import Router
+from deltamux.router.decide.tokenizer import Encode, load_tokenizer
+from deltamux.router.fit.data import Dataset, parse_json, parse_turns, read_dataset
+from deltamux.router.fit.options import Features
+from deltamux.router.report.plots import draw, require_matplotlib
 
 router_app = typer.Typer(no_args_is_help=True, help="Fit and evaluate the router.")
 
@@ -50,7 +50,7 @@ def fit(  # noqa: PLR0917 - a command line, called by name
     as_json: JsonFlag = False,
 ) -> None:
     """Fit a router on labelled prompts."""
-    from deltamux.router.fit import fit_router
+    from deltamux.router.fit.fit import fit_router
 
     start = time.perf_counter()
     with user_errors():
@@ -112,7 +112,7 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate a router on labelled prompts."""
-    from deltamux.router.evaluate import evaluate_router
+    from deltamux.router.report.evaluate import evaluate_router
 
     with user_errors():
         if output is not None:

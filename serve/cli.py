@@ -11,7 +11,7 @@ from deltamux.compression.commands import (
     merge_command,
 )
 from deltamux.router.commands import route, router_app
-from deltamux.serve.demo import demo_command
+from deltamux.serve.demo.demo import demo_command
 from deltamux.serve.launch import serve_command
 
 app = typer.Typer(

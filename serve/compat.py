@@ -3,7 +3,7 @@
 Replaced (general plugin): the LoRA manager class that model runners create; an expert travels
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
 isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state`; for per-expert latencies
-`IterationStats.update_from_output` and `OutputProcessor.add_request` (`observe.py`); for traces
+`IterationStats.update_from_output` and `OutputProcessor.add_request` (`engine_stats.py`); for traces
 `OutputProcessor.do_tracing` (`spans.py`). On instances: `LogitsProcessor._get_logits` (`layers.py`),
 `show_available_models` and `model_name` of `openai_serving_models` (`endpoint.py`), and, on shallow
 copies of the handlers, template, sampling defaults and engine client (`handlers.py`).

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from deltamux.compression.artifact import Artifact
-from deltamux.compression.checkpoint import resolve_directory
-from deltamux.router.router import Router
-from deltamux.router.tokenizer import tokenizer_sha256
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.router.decide.router import Router
+from deltamux.router.decide.tokenizer import tokenizer_sha256
 from deltamux.serve.settings import Settings, load_settings
 
 KEY_VARIABLE = "DELTAMUX_API_KEY"

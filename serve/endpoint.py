@@ -14,19 +14,21 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from deltamux.compression.checkpoint import resolve_directory
-from deltamux.router.decision import Decision
-from deltamux.serve import collector, compat, ready, spans
-from deltamux.serve.autoroute import AutoRoute
-from deltamux.serve.expert import Expert, ExpertError
-from deltamux.serve.experts import ExpertRegistry
-from deltamux.serve.handlers import ARRIVAL, Gateway, RoutedHandler, error_response
-from deltamux.serve.journal import Journal
-from deltamux.serve.memory import Memory
-from deltamux.serve.routing_api import routing_router
+from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.router.decide.decision import Decision
+from deltamux.serve import compat
+from deltamux.serve.api import ready
+from deltamux.serve.api.autoroute import AutoRoute
+from deltamux.serve.api.expert import Expert, ExpertError
+from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.api.handlers import ARRIVAL, Gateway, RoutedHandler, error_response
+from deltamux.serve.api.router_api import routing_router
+from deltamux.serve.observability import collector, spans
+from deltamux.serve.observability.journal import Journal
+from deltamux.serve.observability.memory import Memory
 from deltamux.serve.settings import AUTO, BASE, RESERVED_NAMES, ExpertName, plugin_settings
 from deltamux.serve.status import read_status
-from deltamux.serve.store import public_name
+from deltamux.serve.worker.host_cache import public_name
 
 router = APIRouter(prefix="/v1")
 HEADER_PREFIX = b"x-deltamux-"

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deltamux.compression.artifact import linear_entries, read_manifest
-from deltamux.compression.checkpoint import resolve_directory
+from deltamux.compression.artifact.artifact import linear_entries, read_manifest
+from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.plugin import PLUGIN_NAME
 from deltamux.serve.settings import Settings, load_settings

@@ -19,6 +19,6 @@ def register() -> None:
 
     compat.check_vllm()
     status_directory()
-    from deltamux.serve.manager import ExpertManager
+    from deltamux.serve.worker.manager import ExpertManager
 
     compat.replace_manager(ExpertManager)

@@ -152,10 +152,10 @@ def checkpoints() -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def compress_pair(text_file: Path) -> Callable[..., Path]:
     """Compress an expert; calibrated and, where `verify` is set, verified on `text_file`."""
-    from deltamux.compression.checkpoint import open_checkpoint
+    from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.compression.compress import compress
     from deltamux.compression.recipe import Recipe
-    from deltamux.compression.text import encode_rows, read_rows
+    from deltamux.compression.streaming.text import encode_rows, read_rows
 
     def run(
         base: Path,
@@ -268,8 +268,8 @@ def _span_attributes(span: Any) -> dict[str, Any]:
 
 def write_parts(folder: Path, text_file: Path, names: tuple[str, ...] = LIVE_NAMES) -> Path:
     """A tiny base (returned), experts, a damaged one and a router, below a folder."""
-    from deltamux.router.data import read_dataset
-    from deltamux.router.fit import fit_router
+    from deltamux.router.fit.data import read_dataset
+    from deltamux.router.fit.fit import fit_router
 
     base = save_base(folder / "base")
     for seed, name in enumerate(names, start=1):
@@ -294,10 +294,10 @@ def write_parts(folder: Path, text_file: Path, names: tuple[str, ...] = LIVE_NAM
 
 def compress_tiny(base: Path, tuned: Path, output: Path, text_file: Path) -> None:
     """Compress with the defaults, unverified."""
-    from deltamux.compression.checkpoint import open_checkpoint
+    from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.compression.compress import compress
     from deltamux.compression.recipe import Recipe
-    from deltamux.compression.text import encode_rows, read_rows
+    from deltamux.compression.streaming.text import encode_rows, read_rows
 
     samples = encode_rows(read_rows(text_file), tuned, 128)
     pair = open_checkpoint(base), open_checkpoint(tuned)
@@ -358,7 +358,7 @@ class Live:
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator[Live]:
     """A server for the tests of metrics, logs, traces, Prometheus and dashboards."""
-    from deltamux.serve.demo_server import deltamux_serve, running_server
+    from deltamux.serve.demo.server import deltamux_serve, running_server
 
     folder = tmp_path_factory.mktemp("live")
     write_parts(folder, text_file)

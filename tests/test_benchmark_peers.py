@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 ROWS, COLUMNS = 64, 96
 NAMES = [
     "bitdelta",
@@ -27,18 +27,18 @@ NAMES = [
 
 def _load(name: str) -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        patch.setattr(sys, "path", [str(ROOT), *sys.path])
         yield importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[ModuleType]:
-    yield from _load("peers")
+    yield from _load("benchmarks.peers.methods")
 
 
 @pytest.fixture(scope="module")
 def feedback() -> Iterator[ModuleType]:
-    yield from _load("peers_feedback")
+    yield from _load("benchmarks.peers.feedback")
 
 
 def random_matrix(peers, rows=ROWS, columns=COLUMNS, seed=0):

@@ -16,13 +16,17 @@ def pyproject() -> dict[str, object]:
 
 
 def test_the_declared_packages_are_the_folders_with_code() -> None:
-    declared = pyproject()["tool"]["setuptools"]["package-dir"]  # type: ignore[index]
+    setuptools = pyproject()["tool"]["setuptools"]  # type: ignore[index]
     folders = {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests", "benchmarks"}
-    assert set(declared.values()) == PACKAGES == folders
+    assert set(setuptools["package-dir"].values()) == PACKAGES == folders
+    rooms = {path.parent for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
+    names = {".".join(("deltamux", *room.relative_to(ROOT).parts)) for room in rooms}
+    assert set(setuptools["packages"]) == names
 
 
 def test_no_folder_is_a_bare_package() -> None:
-    assert not list(ROOT.glob("*/__init__.py"))
+    folders = (*PACKAGES, "tests", "benchmarks")
+    assert not [path for folder in folders for path in (ROOT / folder).rglob("__init__.py")]
 
 
 def test_every_entry_point_loads() -> None:
@@ -40,7 +44,10 @@ def test_the_wheel_holds_the_packages_and_their_data_under_one_root(tmp_path: Pa
     names = zipfile.ZipFile(wheel).namelist()
     roots = {name.split("/")[0] for name in names}
     assert {root for root in roots if not root.endswith(".dist-info")} == {"deltamux"}
-    assert "deltamux/compression/calibration.jsonl" in names
+    assert {
+        "deltamux/compression/streaming/calibration.jsonl",
+        "deltamux/router/decide/wordpiece.txt",
+    } <= set(names)
     assert {f"deltamux/{package}/py.typed" for package in PACKAGES} <= set(names)
     assert not [name for name in names if "test" in name]
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from deltamux.serve.ops import padded_shape
-from deltamux.serve.slots import MatrixSlots, SlotPlan, slot_bytes
+from deltamux.serve.worker.ops import padded_shape
+from deltamux.serve.worker.slots import MatrixSlots, SlotPlan, slot_bytes
 
 GIB = 2**30
 CARDS = (24, 48, 80)

@@ -1,0 +1,153 @@
+"""From a base and an artifact back to whole weights: W_base + Δ̂."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.checkpoint.architecture import EMBEDDING, Role
+from deltamux.compression.checkpoint.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    save_tensors,
+)
+
+SHARD_BYTES = 2 * 1024**3
+
+
+def check_base(
+    artifact: Artifact, base: Checkpoint, sha256: Callable[[str], str] | None = None
+) -> None:
+    """Compare the base's tensors with the hashes in the manifest.
+
+    Args:
+        artifact: The compressed expert.
+        base: The base it is to be applied to.
+        sha256: Tensor name to hash, where the caller keeps them; None hashes the tensors here.
+
+    Raises:
+        ValueError: A tensor is missing or differs: the artifact belongs to another base.
+    """
+    sha256 = sha256 or base.sha256
+    identity = artifact.manifest.base
+    for name, expected in identity.sha256.items():
+        if name not in base or sha256(name) != expected:
+            raise ValueError(
+                f"{str(artifact.root)!r} was made for the base {identity.source!r}; tensor "
+                f"{name!r} of {base.source!r} differs: use that base or compress the expert again"
+            )
+
+
+def reconstructed(
+    artifact: Artifact, base: Checkpoint, factors: dict[str, float] | None = None
+) -> Callable[[str], torch.Tensor]:
+    """A weight source of the decompressed expert: float32 where it differs from the base.
+
+    Args:
+        artifact: The compressed expert.
+        base: Its base.
+        factors: On the steps of linears, by weight name; what is not named keeps its own.
+    """
+    factors = factors or {}
+
+    def load(name: str) -> torch.Tensor:
+        weight = base.load(name)
+        entry = artifact.entries.get(name)
+        if entry is None:
+            return weight
+        if entry.exact:
+            return artifact.exact(name, weight)
+        if entry.role is Role.NORM:
+            return artifact.vector(name)
+        if entry.role is Role.BIAS:
+            return weight.float() + artifact.vector(name)
+        return weight.float() + artifact.quantized(name).dequantize(factors.get(name, 1.0))
+
+    return load
+
+
+def merge(
+    base: Checkpoint,
+    artifact: Artifact,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> None:
+    """Write the decompressed expert as an ordinary checkpoint.
+
+    Args:
+        base: The base the artifact was made for.
+        artifact: The compressed expert.
+        output: A directory that does not exist yet.
+        dtype: Of the written weights; None keeps each base tensor's own. bfloat16 rounds away the
+            small parts of a delta: float32 keeps all of it.
+        progress: Show a bar.
+
+    Raises:
+        ValueError: The output exists, or the base is another one.
+    """
+    if output.exists():
+        raise ValueError(f"{str(output)!r} exists already: name a new directory")
+    check_base(artifact, base)
+    artifact.check_content()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    load = reconstructed(artifact, base)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        target = Path(scratch) / "checkpoint"
+        target.mkdir()
+        _write_shards(base, load, dtype, target, progress)
+        written = dtype or base.dtype(EMBEDDING)
+        _write_side_files(artifact, written, target)
+        target.rename(output)
+
+
+def _write_shards(
+    base: Checkpoint,
+    load: Callable[[str], torch.Tensor],
+    dtype: torch.dtype | None,
+    target: Path,
+    progress: bool,
+) -> None:
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    weight_map: dict[str, str] = {}
+    size, total = 0, 0
+
+    def flush() -> None:
+        file = f"model-{len(shards):05d}.safetensors"
+        save_tensors(shards[-1], target / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(shards[-1], file))
+        shards[-1].clear()
+
+    for name in tqdm(sorted(base.files), desc="merge", unit="tensor", disable=not progress):
+        tensor = load(name).to(dtype or base.dtype(name)).contiguous()
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + num_bytes > SHARD_BYTES:
+            flush()
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size, total = size + num_bytes, total + num_bytes
+    flush()
+    if len(shards) == 1:
+        (target / "model-00001.safetensors").rename(target / SINGLE_FILE)
+        return
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (target / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+def _write_side_files(artifact: Artifact, dtype: torch.dtype, target: Path) -> None:
+    config = json.loads((artifact.root / CONFIG_FILE).read_text())
+    config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+    as_checkpoint = Checkpoint(artifact.root, str(artifact.root), None, {})
+    for path in as_checkpoint.side_files():
+        shutil.copy2(path, target)

@@ -1,0 +1,154 @@
+"""Scale distillation: codes stay, steps learn from the expert's predictions.
+
+The divergence KL(expert ‖ compressed) on calibration text is lowered over one factor for every
+matrix's steps (ME-Switch, arXiv 2406.09041, and BitDelta, arXiv 2402.10193, train scales against the
+expert's outputs). With y = (W + e^θ Δ̂) x the gradient is
+
+    ∂KL/∂θ = Σ_t ⟨∂KL/∂y_t , e^θ Δ̂ x_t⟩ .
+
+What the layer-wise stretch of `ladder.py` cannot see, because errors meet in later layers and on text that
+was not calibrated on, is learned here. A few passes of Adam (Kingma & Ba 2014, arXiv 1412.6980) suffice,
+as the factors start close to one. Base, codes and expert stream layer by layer, so that memory holds
+one layer and the activations between layers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from deltamux.compression.artifact.artifact import Artifact, linear_entries
+from deltamux.compression.artifact.merge import reconstructed
+from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.compression.recipe import DistillationRecipe
+from deltamux.compression.rounding.low_rank import FactoredDelta
+from deltamux.compression.rounding.quantize import QuantizedDelta
+from deltamux.compression.streaming.backward import Activated, final_gradients, layer_gradients
+from deltamux.compression.streaming.forward import StreamedModel, WeightSource, batches
+from deltamux.compression.streaming.text import Sample
+
+BATCH_TOKENS = 2_048
+# A factor outside of these bounds would mean another fine-tune, not a better scale.
+MAX_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Student:
+    """A compressed expert whose steps are to be learned.
+
+    Attributes:
+        scaled: Factors on the linears' steps, by weight name, to the weights with them.
+        delta: The part of a linear's delta that its steps scale, float32 [N, K].
+        names: Those linears.
+    """
+
+    scaled: Callable[[dict[str, float]], WeightSource]
+    delta: WeightSource
+    names: list[str]
+
+    @classmethod
+    def of(cls, artifact: Artifact, base: Checkpoint) -> "Student":
+        """An artifact over its base."""
+        return cls(
+            scaled=lambda factors: reconstructed(artifact, base, factors),
+            delta=lambda name: _coded_part(artifact.quantized(name)),
+            names=[entry.name for entry in linear_entries(artifact.manifest)],
+        )
+
+
+def distil(
+    student: Student,
+    expert: Checkpoint,
+    samples: list[Sample],
+    recipe: DistillationRecipe,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Learn a factor for the steps of every matrix of the decoder.
+
+    Args:
+        student: What learns.
+        expert: The teacher.
+        samples: Conversations to learn from, best ones that the codes were not fitted to.
+        recipe: Passes over the samples, and Adam's first learning rate.
+        progress: Show a bar.
+
+    Returns:
+        Weight name to factor: that of the pass with the lowest divergence.
+    """
+    teacher = _Teacher(expert, list(batches(samples, BATCH_TOKENS)))
+    logs = torch.zeros(len(student.names), requires_grad=True)
+    optimizer = torch.optim.Adam([logs], lr=recipe.learning_rate)
+    best, best_kl = dict.fromkeys(student.names, 1.0), math.inf
+    with tqdm(total=recipe.steps + 1, desc="distil", unit="pass", disable=not progress) as bar:
+        for step in range(recipe.steps + 1):
+            factors = dict(zip(student.names, logs.detach().exp().tolist(), strict=True))
+            kl, slopes = _gradient(student, factors, teacher, expert)
+            if kl < best_kl:
+                best, best_kl = factors, kl
+            bar.update()
+            bar.set_postfix(kl=f"{kl:.5f}")
+            logs.grad = torch.tensor([slopes[name] for name in student.names])
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / (recipe.steps + 1))
+            optimizer.step()
+            with torch.no_grad():
+                logs.clamp_(-math.log(MAX_FACTOR), math.log(MAX_FACTOR))
+    return best
+
+
+def _coded_part(quantized: QuantizedDelta | FactoredDelta) -> torch.Tensor:
+    """Δ̂ without the channels' 16-bit parts, which have no step."""
+    if isinstance(quantized, FactoredDelta):
+        return quantized.dequantize()
+    return quantized.without_salient().dequantize()
+
+
+class _Teacher:
+    """The expert's final hidden states on every batch."""
+
+    def __init__(self, expert: Checkpoint, plan: list[list[Sample]]) -> None:
+        model = StreamedModel(expert.root, expert.load, torch.float32, expert.tied)
+        self.plan = plan
+        self.head_VH = model.head()
+        counts = [sum(len(sample.predicted) for sample in batch) for batch in plan]
+        self.hidden = model.hidden_states(plan).split(counts)
+
+    def log_probabilities(self, batch: int) -> torch.Tensor:
+        return functional.log_softmax(self.hidden[batch] @ self.head_VH.T, dim=-1)
+
+
+def _gradient(
+    student: Student, factors: dict[str, float], teacher: _Teacher, expert: Checkpoint
+) -> tuple[float, dict[str, float]]:
+    """KL in nats per predicting position, and its slope in the logarithm of every factor."""
+    model = StreamedModel(expert.root, student.scaled(factors), torch.float32, expert.tied)
+    run = Activated.through(model, teacher.plan)
+    positions = sum(len(state.targets_P) for state in run.states)
+    head_VH = model.head()
+    total = 0.0
+
+    def at(final_PH: torch.Tensor, batch: int) -> torch.Tensor:
+        nonlocal total
+        wanted = teacher.log_probabilities(batch)
+        log = functional.log_softmax(final_PH @ head_VH.T, dim=-1)
+        total += float(functional.kl_div(log, wanted, log_target=True, reduction="sum"))
+        return (log.exp() - wanted.exp()) @ head_VH / positions
+
+    gradients = final_gradients(run, at)
+    slopes = dict.fromkeys(factors, 0.0)
+    deltas: dict[str, torch.Tensor] = {}
+
+    def add_slope(name: str, x_BTK: torch.Tensor, gradient_BTN: torch.Tensor) -> None:
+        if name not in factors:
+            return
+        if name not in deltas:
+            deltas[name] = student.delta(name).to(x_BTK.device)
+        product_BTN = x_BTK @ deltas[name].T
+        slopes[name] += factors[name] * float((product_BTN * gradient_BTN).sum())
+
+    for layer in reversed(range(model.num_layers)):
+        gradients = layer_gradients(run, layer, gradients, add_slope)
+        deltas.clear()
+    return total / positions, slopes

@@ -1,0 +1,149 @@
+"""Labelled prompts from JSON lines.
+
+Accepted layouts:
+
+- a file: every row has `domain`, and `prompt` or `messages`;
+- a folder of files `NAME.jsonl`: a row without `domain` belongs to NAME;
+- a folder of folders, each with `train.jsonl` (and `test.jsonl` to evaluate): a row without `domain`
+  belongs to the folder's name. Folders without such a file are left out.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from deltamux.router.decide.messages import user_turns
+
+Fingerprints = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The user's turns of one row, oldest first, and its domain."""
+
+    turns: tuple[str, ...]
+    domain: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled prompts and what was noticed while reading them.
+
+    Attributes:
+        prompts: Without exact duplicates within a domain.
+        files: The files that were read.
+        num_duplicates: Rows dropped because their domain already had the same prompt.
+        conflicts: Prompts that occur under more than one domain; they are kept.
+    """
+
+    prompts: list[Prompt]
+    files: list[Path]
+    num_duplicates: int
+    conflicts: list[tuple[str, ...]]
+
+
+def read_dataset(path: Path, splits: Sequence[str] = ("train",)) -> Dataset:
+    """Read labelled prompts.
+
+    Args:
+        path: A file or a folder, as above.
+        splits: In a folder of folders, the file stems to look for; the first one found is read.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        ValueError: No file or no row is there, or a row is malformed (named by file and line).
+    """
+    sources = _sources(path, splits)
+    prompts: dict[Prompt, None] = {}
+    num_rows = 0
+    for file, domain in sources:
+        for prompt in _rows(file, domain):
+            prompts[prompt] = None
+            num_rows += 1
+    if not prompts:
+        raise ValueError(
+            f"no prompts in {path}; give a .jsonl file, or a folder with one .jsonl file or one "
+            f"sub-folder with {splits[0]}.jsonl for each domain"
+        )
+    domains: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
+    for prompt in prompts:
+        domains[prompt.turns].add(prompt.domain)
+    conflicts = [turns for turns, names in domains.items() if len(names) > 1]
+    files = [file for file, _ in sources]
+    return Dataset(list(prompts), files, num_rows - len(prompts), conflicts)
+
+
+def fingerprints(prompts: Sequence[Prompt]) -> Fingerprints:
+    """Return 64 bits of a hash of each prompt's words, uint64 [N]; case and spaces do not count."""
+    words = [" ".join(" ".join(prompt.turns).lower().split()) for prompt in prompts]
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in words]
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def parse_turns(row: object) -> list[str]:
+    """Return the user turns of one row.
+
+    Raises:
+        ValueError: The row is not an object with a string `prompt` or a list `messages`.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("a row must be a JSON object")
+    if isinstance(row.get("prompt"), str):
+        return user_turns(row["prompt"])
+    if isinstance(row.get("messages"), list):
+        return user_turns(row["messages"])
+    raise ValueError("a row needs 'prompt' (a string) or 'messages' (a list)")
+
+
+def parse_json(line: bytes) -> object:
+    """Read one JSON value.
+
+    Raises:
+        ValueError: It is not valid UTF-8 or JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise ValueError("the value is nested too deeply") from error
+
+
+def _sources(path: Path, splits: Sequence[str]) -> list[tuple[Path, str | None]]:
+    """Files to read, each with the domain of rows that name none."""
+    if path.is_file():
+        return [(path, None)]
+    if not path.is_dir():
+        raise FileNotFoundError(f"no file or folder {path}; give the labelled prompts")
+    files: list[tuple[Path, str | None]] = [(file, file.stem) for file in path.glob("*.jsonl")]
+    for folder in filter(Path.is_dir, path.iterdir()):
+        found = [folder / f"{split}.jsonl" for split in splits]
+        files += [(file, folder.name) for file in found if file.is_file()][:1]
+    return sorted(files)
+
+
+def _rows(file: Path, default_domain: str | None) -> Iterator[Prompt]:
+    """Prompts of one file; blank lines are skipped."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield _prompt(parse_json(line), default_domain)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}") from error
+
+
+def _prompt(row: object, default_domain: str | None) -> Prompt:
+    """One row, checked."""
+    turns = parse_turns(row)
+    if not turns:
+        raise ValueError("the row holds no text of a user")
+    domain = row.get("domain", default_domain) if isinstance(row, dict) else None
+    if not isinstance(domain, str) or not domain.strip():
+        raise ValueError(f"'domain' must be a non-empty string, got {domain!r}")
+    return Prompt(tuple(turns), domain.strip())

@@ -1,0 +1,156 @@
+"""What a fit works on: domains and their experts, the base's tokenizer, examples as token ids."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from deltamux.router.decide.config import FALLBACK_DOMAINS
+from deltamux.router.decide.decision import BASE_NAME
+from deltamux.router.decide.features import Ids, bounded_ids
+from deltamux.router.decide.policy import Mask
+from deltamux.router.decide.tokenizer import build_encode, read_tokenizer
+from deltamux.router.fit.augment import Example, augment
+from deltamux.router.fit.base_directory import resolve_base
+from deltamux.router.fit.crossval import Examples, context_groups
+from deltamux.router.fit.data import Dataset, Prompt
+from deltamux.router.fit.embedding import EmbeddingRows, find_embedding
+from deltamux.router.fit.options import Options
+
+#: Fewest different prompts of a domain.
+MIN_PROMPTS: Final = 5
+#: Prompts of one domain that are fitted on; more cost time and change little.
+MAX_PROMPTS: Final = 1500
+#: Domain that is added where the user's prompts have none that the base answers.
+IMPLICIT_DOMAIN: Final = "general"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a fit works on; N examples, of which the first `num_labelled` are the user's.
+
+    Attributes:
+        experts: Domain to expert, sorted; None for domains that the base answers.
+        tokenizer: Bytes of the base's `tokenizer.json`.
+        vocab_size: At least the embedding's rows and every token id.
+        embedding: The base's input embedding; None where the base has no weights.
+        examples: Labelled prompts, then what was added.
+        numbers: The same as numbers.
+        ids: Bounded token ids of each example.
+        num_labelled: Labelled prompts that are fitted on.
+    """
+
+    experts: dict[str, str | None]
+    tokenizer: bytes
+    vocab_size: int
+    embedding: EmbeddingRows | None
+    examples: list[Example]
+    numbers: Examples
+    ids: list[Ids]
+    num_labelled: int
+
+    @property
+    def labels(self) -> list[str]:
+        """Domains in the order of the scores."""
+        return list(self.experts)
+
+    @property
+    def specialists(self) -> Mask:
+        """Bool [D], True where a domain has an expert."""
+        return np.array([expert is not None for expert in self.experts.values()], dtype=np.bool_)
+
+
+def prepare(dataset: Dataset, base: str, options: Options) -> Material:
+    """Read the base, choose and add examples, tokenize.
+
+    Raises:
+        FileNotFoundError: The base has no tokenizer.
+        ValueError: The data or the names cannot make a router.
+    """
+    experts = assign_experts(dataset, options)
+    directory = resolve_base(base)
+    tokenizer = read_tokenizer(directory)
+    embedding = find_embedding(directory)
+    encode, vocab_size = build_encode(tokenizer)
+    vocab_size = max(vocab_size, embedding.num_rows if embedding else 0)
+    prompts = _subset(dataset.prompts, MAX_PROMPTS, options.seed)
+    examples = augment(prompts, experts, options.descriptions, options.seed)
+    ids = [
+        bounded_ids([encode(turn) for turn in example.prompt.turns], vocab_size)
+        for example in examples
+    ]
+    return Material(
+        experts=experts,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        embedding=embedding,
+        examples=examples,
+        numbers=_numbers(examples, prompts, list(experts)),
+        ids=ids,
+        num_labelled=len(prompts),
+    )
+
+
+def assign_experts(dataset: Dataset, options: Options) -> dict[str, str | None]:
+    """Give every domain of the data its expert, sorted by domain.
+
+    Raises:
+        ValueError: The data or the names cannot make a router.
+    """
+    counts = Counter(prompt.domain for prompt in dataset.prompts)
+    if len(counts) < 2:
+        raise ValueError(f"a router needs prompts of two domains or more, got {sorted(counts)}")
+    for domain, count in counts.items():
+        if count < MIN_PROMPTS:
+            raise ValueError(
+                f"domain {domain!r} has {count} different prompts; {MIN_PROMPTS} are the least that "
+                "can be cross-validated, 16 a start, and 64 a sensible number"
+            )
+    for names in (options.experts, options.descriptions, options.minimums):
+        if unknown := set(names) - set(counts):
+            raise ValueError(
+                f"no prompts of the domains {sorted(unknown)}; known: {sorted(counts)}"
+            )
+    mapping = _map(counts, options.experts)
+    if not any(mapping.values()):
+        raise ValueError(f"no domain of {sorted(counts)} has an expert; name one: DOMAIN=EXPERT")
+    if all(mapping.values()) and IMPLICIT_DOMAIN not in mapping:
+        # Everything that is no expert's needs a place, and deltamux has prompts for it.
+        mapping = dict(sorted({**mapping, IMPLICIT_DOMAIN: None}.items()))
+    return mapping
+
+
+def _map(counts: Mapping[str, int], experts: Mapping[str, str]) -> dict[str, str | None]:
+    """Domain to expert, sorted by domain."""
+    mapping: dict[str, str | None] = {}
+    for domain in sorted(counts):
+        expert = experts.get(domain, BASE_NAME if domain in FALLBACK_DOMAINS else domain)
+        mapping[domain] = None if expert == BASE_NAME else expert
+    return mapping
+
+
+def _subset(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
+    """At most `limit` prompts of each domain, in their order."""
+    rng = np.random.default_rng(seed)
+    domains = np.array([prompt.domain for prompt in prompts])
+    kept = [
+        rng.permutation(np.flatnonzero(domains == domain))[:limit] for domain in np.unique(domains)
+    ]
+    return [prompts[index] for index in np.sort(np.concatenate(kept))]
+
+
+def _numbers(
+    examples: Sequence[Example], prompts: Sequence[Prompt], labels: Sequence[str]
+) -> Examples:
+    """Examples as numbers; each generated prompt is a context of its own."""
+    origins = np.array([example.origin for example in examples], dtype=np.int64)
+    groups = context_groups(prompts)
+    num_own = int(origins.max()) + 1 - len(prompts)
+    return Examples(
+        truth=np.array([labels.index(e.prompt.domain) for e in examples], dtype=np.int64),
+        weights=np.array([example.weight for example in examples]),
+        origins=origins,
+        groups=np.concatenate([groups, groups.max() + 1 + np.arange(num_own)]),
+    )

@@ -1,0 +1,212 @@
+"""Decide who answers a request: the model that was named, or, for `auto`, the router's choice.
+
+A router that cannot be loaded or fails on a request is no reason to turn the request away: the
+fallback answers, with reason `router-error`. Router, shadow router and their figures form one
+generation, which is replaced as a whole: a request keeps the generation that it started with.
+
+The router reads the user's turns, and an expert's own chat template makes the engine's token ids of
+them, so for text these ids exist only after the decision: the turns are tokenized for the router,
+and that time is part of `deltamux_router_seconds`. A prompt that comes as token ids is read as it is.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from deltamux.router.decide.conversation import Conversation
+from deltamux.router.decide.decision import (
+    REASON_EXPLICIT,
+    REASON_ROUTER_ERROR,
+    Decision,
+)
+from deltamux.router.decide.explain import explain
+from deltamux.router.decide.router import Router
+from deltamux.router.decide.tokenizer import Encode
+from deltamux.serve.api.pick import (
+    Generation,
+    ask_shadow,
+    load_generation,
+    request_ids,
+    request_texts,
+)
+from deltamux.serve.observability import routing_metrics
+from deltamux.serve.settings import BASE, RouterSettings
+
+logger = logging.getLogger("vllm.deltamux")
+
+
+def explicit(expert: str | None) -> Decision:
+    """The decision of a client that named the model itself."""
+    return Decision(expert, expert or BASE, 1.0, REASON_EXPLICIT, {})
+
+
+class AutoRoute:
+    """The router of a server.
+
+    Args:
+        settings: Where it lies and who answers when it abstains; None: no router.
+        tokenizer_directory: The served model's, to check that the router was made for it.
+        encode: Text to token ids, without special tokens.
+        serves: Whether an expert of a name can answer.
+        residents: The names of the experts in a slot; None: nobody knows.
+    """
+
+    def __init__(
+        self,
+        settings: RouterSettings | None,
+        tokenizer_directory: Path,
+        encode: Encode,
+        serves: Callable[[str], bool],
+        residents: Callable[[], Collection[str]] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.error: str | None = None
+        self._tokenizer_directory = tokenizer_directory
+        self._encode = encode
+        self._serves = serves
+        self._residents = residents
+        self._generation: Generation | None = None
+        self._reported: set[str] = set()
+        if settings is None:
+            self.error = "no router is configured"
+            return
+        try:
+            self._put(load_generation(settings, self._tokenizer_directory))
+        except (ValueError, OSError) as error:
+            self.error = str(error)
+            logger.error("deltamux: the router is not usable: %s", error)
+
+    @property
+    def router(self) -> Router | None:
+        """The router in use, None where it could not be loaded."""
+        return self._generation.router if self._generation else None
+
+    @property
+    def fallback(self) -> str | None:
+        """The expert that answers where the router does not; None is the base."""
+        name = self.settings.fallback if self.settings else BASE
+        return name if name != BASE and self._serves(name) else None
+
+    @property
+    def generation(self) -> Generation | None:
+        """What decides now; None where no router is usable."""
+        return self._generation
+
+    def reload(self, path: Path | None = None, shadow: Path | None = None) -> Generation:
+        """Load the router again, or another one, and put it in the place of the old one.
+
+        Args:
+            path: Its directory; None for the one in use.
+            shadow: Of the shadow router; None for the one in use, if any.
+
+        Raises:
+            OSError: A file is missing.
+            ValueError: No router is configured and none is given, or a directory holds no usable
+                router. The old one stays in both cases.
+        """
+        settings = self.settings
+        if settings is None and path is None:
+            raise ValueError("no router is configured; give 'path', the directory of one")
+        settings = settings or RouterSettings(path=Path(str(path)))
+        changes = {"path": path or settings.path, "shadow": shadow or settings.shadow}
+        try:
+            fresh = load_generation(settings.model_copy(update=changes), self._tokenizer_directory)
+        except (ValueError, OSError):
+            routing_metrics.reloads_total.labels("refused").inc()
+            raise
+        self._put(fresh)
+        routing_metrics.reloads_total.labels("done").inc()
+        return fresh
+
+    def decide(self, request: Any, observe: bool = True) -> tuple[Decision, float]:
+        """Route one request.
+
+        Args:
+            request: A chat, completions, responses or messages request of vLLM, or a dict.
+            observe: Count the decision among those that drift is measured of.
+
+        Returns:
+            The decision, and the seconds it took, tokenization included.
+        """
+        start = time.perf_counter()
+        generation = self._generation
+        decision, conversation = self._decide(generation, request)
+        if decision.expert and not self._serves(decision.expert):
+            self._report(decision.expert)
+            decision = replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
+        chosen = decision
+        if decision.expert is None and self.fallback:
+            decision = replace(decision, expert=self.fallback)
+        seconds = time.perf_counter() - start
+        if observe and generation is not None and conversation is not None:
+            generation.drift.observe(chosen)
+            ask_shadow(generation, conversation, chosen)
+        return decision, seconds
+
+    async def decide_aside(self, request: Any, observe: bool = True) -> tuple[Decision, float]:
+        """Route one request on the event loop; in a thread where a sentence encoder is asked.
+
+        The tables take less than going to a thread and back does. Arguments and result are those of
+        `decide`.
+        """
+        if self._generation is None or not self._generation.asks_encoder:
+            return self.decide(request, observe)
+        return await run_in_threadpool(self.decide, request, observe)
+
+    def explain(self, request: Any) -> dict[str, Any] | None:
+        """Why the router decides as it does; None where it cannot decide."""
+        generation = self._generation
+        if generation is None:
+            return None
+        try:
+            conversation = self._read(generation.router, request)
+            return explain(generation.router, conversation, generation.decode)
+        except Exception:
+            logger.exception("deltamux: the router cannot explain a request")
+            return None
+
+    def _put(self, generation: Generation) -> None:
+        """Let a generation decide from now on: one assignment, so no request sees a mixture."""
+        self._generation = generation
+        self.settings = generation.settings
+        self.error = None
+        routing_metrics.collector.drift = generation.drift
+
+    def _report(self, expert: str) -> None:
+        if expert not in self._reported:
+            self._reported.add(expert)
+            logger.error("deltamux: the router chooses %r, which is not served", expert)
+
+    def _decide(
+        self, generation: Generation | None, request: Any
+    ) -> tuple[Decision, Conversation | None]:
+        """The router's decision, and what it read; without the latter the router failed."""
+        failed = Decision(None, BASE, 0.0, REASON_ROUTER_ERROR, {})
+        if generation is None:
+            return failed, None
+        router, margin = generation.router, generation.settings.resident_margin
+        try:
+            conversation = self._read(router, request)
+            resident = None
+            if margin > 0 and self._residents is not None:
+                resident = self._residents().__contains__
+            return router.decide_read(conversation, resident, margin), conversation
+        except Exception:
+            # Whatever the client sent, it gets an answer; the log keeps what was wrong.
+            logger.exception("deltamux: the router failed on a request")
+            return failed, None
+
+    def _read(self, router: Router, request: Any) -> Conversation:
+        """The request as the router reads it."""
+        ids = request_ids(request)
+        routing_metrics.token_source.labels("text" if ids is None else "ids").inc()
+        return (
+            router.read(request_texts(request), self._encode)
+            if ids is None
+            else router.read_ids([ids])
+        )

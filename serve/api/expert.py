@@ -1,0 +1,135 @@
+"""One version of one expert, as the API process reads it from its artifact."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltamux.compression.artifact.artifact import Artifact, content_hash
+
+
+class ExpertError(Exception):
+    """An expert cannot answer; the message says why, for the client."""
+
+
+@dataclass
+class Expert:
+    """One version of one expert.
+
+    Attributes:
+        name: What clients call it.
+        path: The artifact.
+        content: Hash of the artifact's content.
+        request: Its LoRA request, None if it was refused.
+        error: Why it was refused, else None.
+        num_bytes: Size of the artifact's weights file.
+        bits_per_weight: Of the decoder's linears.
+        generation: Its own generation_config.json.
+        stop_ids: End-of-sequence ids of its own.
+        chat_template: Its own template, None where it has none.
+        variants: vLLM's handlers speaking for this expert, by method name.
+        pinned: Whether it is to keep a slot.
+        last_used: Unix time of its last request, None before the first.
+        holds: Requests between admission and the engine.
+        running: Generations in the engine.
+    """
+
+    name: str
+    path: Path
+    content: str = ""
+    request: Any = None
+    error: str | None = None
+    num_bytes: int = 0
+    bits_per_weight: float = 0.0
+    generation: dict[str, Any] = field(default_factory=dict)
+    stop_ids: list[int] = field(default_factory=list)
+    chat_template: str | None = None
+    variants: dict[str, Any] = field(default_factory=dict)
+    pinned: bool = False
+    last_used: float | None = None
+    holds: int = 0
+    running: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A request is on its way to the engine."""
+        self.holds += 1
+        try:
+            yield
+        finally:
+            self.holds -= 1
+            self.changed.set()
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """A generation runs."""
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self.changed.set()
+
+    async def drained(self) -> None:
+        """Wait until no request needs this version any more."""
+        while self.holds or self.running:
+            self.changed.clear()
+            await self.changed.wait()
+
+    def same_weights(self, other: "Expert") -> bool:
+        """Whether another reading found the same weights in the same place."""
+        mine, theirs = self.path.absolute(), other.path.absolute()
+        return (mine, self.content) == (theirs, other.content)
+
+    def take_over(self, read: "Expert") -> None:
+        """Take template and generation settings that changed beside the same weights."""
+        self.generation, self.stop_ids = read.generation, read.stop_ids
+        self.chat_template = read.chat_template
+        self.variants.clear()
+
+
+def read_expert(name: str, path: Path) -> Expert:
+    """Read an artifact's sizes, template and generation settings; checks its content.
+
+    Raises:
+        ValueError: The artifact is damaged or newer than this version.
+    """
+    artifact = Artifact(path)
+    artifact.check_servable()
+    artifact.check_content()
+    totals = artifact.manifest.totals
+    generation = _read_json(path / "generation_config.json")
+    stop = generation.get("eos_token_id")
+    return Expert(
+        name=name,
+        path=path,
+        content=content_hash(path),
+        num_bytes=totals.weights_file_bytes,
+        bits_per_weight=totals.bits_per_weight,
+        generation=generation,
+        stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
+        chat_template=_chat_template(path),
+    )
+
+
+def _chat_template(path: Path) -> str | None:
+    """An artifact's own chat template: a file, or in its tokenizer's configuration."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    embedded = _read_json(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(embedded, list):
+        named = {each["name"]: each["template"] for each in embedded}
+        embedded = named.get("default")
+    return embedded
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

@@ -1,0 +1,212 @@
+"""The experts a server offers, as its API process knows them.
+
+An expert reaches the engine as a LoRA request whose name and path carry a hash of the artifact's
+content, so that vLLM's prefix cache (which keys on the name before 0.32, on name and path since)
+never serves keys of an older version under the same name. Updating an expert loads the new version
+beside the old one, swaps the name, and drops the old one when its last request has ended.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from deltamux.serve.api.expert import Expert, ExpertError, read_expert
+from deltamux.serve.settings import check_expert_name
+from deltamux.serve.status import read_status
+from deltamux.serve.worker.host_cache import artifact_path, versioned_name, versioned_path
+
+_WORKER_ERROR = re.compile(r"failed with error '(.*)', please check", re.DOTALL)
+logger = logging.getLogger("vllm.deltamux")
+
+
+class ExpertRegistry:
+    """Experts by name, over vLLM's own table of LoRA requests.
+
+    Args:
+        engine: vLLM's engine client.
+        models: `app.state.openai_serving_models`.
+    """
+
+    def __init__(self, engine: Any, models: Any) -> None:
+        self._engine = engine
+        self._models = models
+        self._experts: dict[str, Expert] = {}
+        # Every version that the engine may still be running, by LoRA id.
+        self._versions: dict[int, Expert] = {}
+        self._lock = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Any:
+        return iter(self._experts.values())
+
+    def get(self, name: str) -> Expert | None:
+        """An expert by name, None if there is none."""
+        return self._experts.get(name)
+
+    def version(self, lora_id: int) -> Expert | None:
+        """The version of an expert behind a LoRA id."""
+        return self._versions.get(lora_id)
+
+    def serves(self, name: str) -> bool:
+        """Whether an expert can answer."""
+        expert = self._experts.get(name)
+        return expert is not None and expert.error is None
+
+    def residents(self) -> frozenset[str]:
+        """The names of the experts that are in a slot, as the worker last said."""
+        status = read_status()
+        seen = {e.name: e.request and status.experts.get(e.request.lora_int_id) for e in self}
+        return frozenset(name for name, found in seen.items() if found and found.tier == "slot")
+
+    async def adopt(self) -> None:
+        """Take over what `--lora-modules` loaded, under versioned names."""
+        for name, request in list(self._models.lora_requests.items()):
+            await self.register(name, artifact_path(request.lora_path))
+            await self._engine.remove_lora(request.lora_int_id)
+
+    async def offer(self, name: str, path: Path, pin: bool) -> Expert:
+        """Register an expert from the configuration; a refused one is kept with its reason.
+
+        Raises:
+            ValueError: The name is the base model's.
+        """
+        if self._models.is_base_model(name):
+            raise ValueError(f"the expert {name!r} is called like the base model: rename one")
+        try:
+            expert = await self.register(name, path)
+        except ExpertError as error:
+            logger.error("deltamux: expert %r is refused: %s", name, error)
+            self._experts[name] = Expert(name, path, error=str(error))
+            return self._experts[name]
+        try:
+            if pin:
+                await self.pin(name)
+        except ExpertError as error:
+            logger.error("deltamux: expert %r is not pinned: %s", name, error)
+        return expert
+
+    async def register(self, name: str, path: Path, pin: bool = False) -> Expert:
+        """Load an expert, or a new version of one; a pin passes on to the new version.
+
+        Raises:
+            ExpertError: The artifact is refused, or the name is taken by a base model.
+        """
+        if self._models.is_base_model(name):
+            raise ExpertError(f"{name!r} is the base model's name: choose another")
+        try:
+            check_expert_name(name)
+        except ValueError as error:
+            raise ExpertError(str(error)) from error
+        async with self._lock:
+            try:
+                expert = await asyncio.to_thread(read_expert, name, path)
+            except (ValueError, OSError) as error:
+                raise ExpertError(str(error)) from error
+            previous = self._experts.get(name)
+            if previous and previous.request and previous.same_weights(expert):
+                previous.take_over(expert)
+                expert, previous = previous, None
+            else:
+                expert.request = self._request(expert)
+                await self._load(expert)
+                self._experts[name] = expert
+                self._versions[expert.request.lora_int_id] = expert
+                self._models.lora_requests[name] = expert.request
+        if previous and previous.request:
+            expert.pinned = pin or previous.pinned
+            self._in_background(self._succeed(previous, expert))
+        elif pin:
+            await self.pin(name)
+        return expert
+
+    async def admit(self, expert: Expert) -> float:
+        """Make sure that an expert is in the host cache before its request reaches the engine.
+
+        Returns:
+            Seconds that it took to load it, 0.0 if it was there.
+
+        Raises:
+            ExpertError: It was refused, or has gone bad on disk.
+        """
+        if expert.error:
+            raise ExpertError(f"expert {expert.name!r} is not available: {expert.error}")
+        seen = read_status().experts.get(expert.request.lora_int_id)
+        start = time.monotonic()
+        absent = seen is None or seen.tier == "disk" or bool(seen.error)
+        if absent:
+            await self._load(expert)
+        if seen is not None and seen.error:
+            # What ran while it was gone left the base's keys in the cache under its name.
+            await self._engine.reset_prefix_cache()
+        return time.monotonic() - start if absent else 0.0
+
+    async def pin(self, name: str) -> None:
+        """Keep an expert in a slot.
+
+        Raises:
+            ExpertError: There is no such expert, or no slot to spare.
+        """
+        expert = self._experts.get(name)
+        if expert is None:
+            raise ExpertError(f"there is no expert {name!r}")
+        await self.admit(expert)
+        try:
+            await self._engine.pin_lora(expert.request.lora_int_id)
+        except Exception as error:
+            raise ExpertError(_reason(error)) from error
+        expert.pinned = True
+
+    async def delete(self, name: str) -> None:
+        """Stop offering an expert; its running requests end first.
+
+        Raises:
+            ExpertError: There is no such expert.
+        """
+        expert = self._experts.pop(name, None)
+        if expert is None:
+            raise ExpertError(f"there is no expert {name!r}")
+        self._models.lora_requests.pop(name, None)
+        if expert.request:
+            await self._drop(expert)
+
+    def _request(self, expert: Expert) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        lora_id = self._models.lora_id_counter.inc(1)
+        return LoRARequest(
+            lora_name=versioned_name(expert.name, expert.content, lora_id),
+            lora_int_id=lora_id,
+            lora_path=versioned_path(expert.path.absolute(), expert.content),
+            base_model_name=self._models.base_model_paths[0].name,
+        )
+
+    async def _load(self, expert: Expert) -> None:
+        try:
+            await self._engine.add_lora(expert.request)
+        except Exception as error:
+            raise ExpertError(_reason(error)) from error
+
+    async def _succeed(self, previous: Expert, expert: Expert) -> None:
+        """Retire a version; then its successor can have its pin."""
+        await self._drop(previous)
+        if expert.pinned and self._experts.get(expert.name) is expert:
+            await self.pin(expert.name)
+
+    async def _drop(self, expert: Expert) -> None:
+        await expert.drained()
+        await self._engine.remove_lora(expert.request.lora_int_id)
+        self._versions.pop(expert.request.lora_int_id, None)
+
+    def _in_background(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _reason(error: Exception) -> str:
+    """The worker's own message: vLLM wraps it on its way through executor and engine core."""
+    found = _WORKER_ERROR.search(str(error))
+    return found[1] if found else str(error) or type(error).__name__

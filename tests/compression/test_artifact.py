@@ -1,0 +1,333 @@
+import json
+import shutil
+import zipfile
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from deltamux.compression.artifact.artifact import (
+    SCHEME_BITS,
+    Artifact,
+    content_hash,
+    encode_matrix,
+    linear_entries,
+    read_manifest,
+)
+from deltamux.compression.artifact.merge import check_base
+from deltamux.compression.checkpoint.architecture import Role, TensorSpec
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.choice.measure import matrix_entry
+from deltamux.compression.rounding.low_rank import FactoredDelta
+from deltamux.compression.rounding.noise_shaping import sketch_inputs
+from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
+
+METADATA = {"format": "deltamux", "format_version": "1"}
+LINEAR = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def copied(make_artifact, tmp_path):
+    """An artifact that a test may damage."""
+    return shutil.copytree(make_artifact("qwen2"), tmp_path / "artifact")
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(root, change, metadata=METADATA):
+    path = root / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata=metadata)
+
+
+def write_matrix(root, quantized):
+    """An artifact of one matrix, in the frame of another artifact."""
+    tensors = encode_matrix(LINEAR, quantized)
+    save_file(tensors, root / "model.safetensors", metadata=METADATA)
+    spec = TensorSpec(LINEAR, Role.LINEAR, layer=0)
+    entry = matrix_entry(spec, quantized, tensors, error=0.0)
+    edit_json(root / "delta_config.json", tensors=[entry.model_dump(mode="json")])
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["codes", "all-parts"])
+@pytest.mark.parametrize(
+    ("scheme", "deflated"),
+    # Five levels, and the factors' 256, are stored under an entropy code only.
+    [*((s, True) for s in Scheme), *((s, False) for s in Scheme if s in {*SCHEME_BITS, "ternary"})],
+)
+def test_a_matrix_is_read_back_as_it_was_written(copied, scheme, deflated, everything):
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 7) if everything else (10, 33)
+    quantized = QuantizedDelta(
+        scheme,
+        (10, 33),
+        torch.randint(scheme.levels, shape, generator=generator, dtype=torch.uint8),
+        torch.rand(shape[0], generator=generator).bfloat16(),
+        rows_R=torch.tensor([0, 4, 9]) if everything else None,
+        channels_C=torch.tensor([0, 1, 5, 8, 30, 31, 32]) if everything else None,
+        salient_channels_S=torch.tensor([2, 31]) if everything else None,
+        salient_values_NS=(
+            torch.randn(10, 2, generator=generator).bfloat16() if everything else None
+        ),
+        deflated=deflated,
+    )
+    write_matrix(copied, quantized)
+    found = Artifact(copied).quantized(LINEAR)
+    for field, value in vars(quantized).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(found, field), value), field
+            assert getattr(found, field).dtype == value.dtype, field
+        else:
+            assert getattr(found, field) == value, field
+
+
+def random_factor(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(256, (rows, columns), generator=generator, dtype=torch.uint8)
+    steps = torch.rand(rows, generator=generator).bfloat16()
+    return QuantizedDelta(Scheme.INT8, (rows, columns), codes, steps, deflated=True)
+
+
+def random_product(sketched=True):
+    left, right = random_factor(10, 3, 0), random_factor(3, 33, 1)
+    inputs = torch.randn(50, 33, generator=torch.Generator().manual_seed(2))
+    return FactoredDelta(left, right, sketch_inputs(inputs.T @ inputs, 4) if sketched else None)
+
+
+@pytest.mark.parametrize("sketched", [False, True])
+def test_a_product_of_factors_is_read_back_as_it_was_written(copied, sketched):
+    product = random_product(sketched)
+    write_matrix(copied, product)
+    found = Artifact(copied).quantized(LINEAR)
+    assert (found.shape, found.rank) == ((10, 33), 3)
+    assert torch.equal(found.dequantize(), product.dequantize())
+
+
+@pytest.mark.parametrize("part", ["left", "right", "inputs"])
+@pytest.mark.parametrize("kind", ["deflated", "steps"])
+def test_a_missing_factor_is_named(copied, part, kind):
+    suffix = f"{part}.{kind}"
+    write_matrix(copied, random_product())
+    edit_weights(copied, lambda weights: weights.pop(f"{LINEAR}.{suffix}"))
+    with pytest.raises(ValueError, match=rf"{LINEAR!r} but holds no {suffix} for it"):
+        Artifact(copied)
+
+
+def test_norms_are_stored_as_the_expert_s_own_and_biases_as_differences(make_pair, make_artifact):
+    base, expert = (open_checkpoint(root) for root in make_pair("qwen2"))
+    artifact = Artifact(make_artifact("qwen2"))
+    norm = "model.norm.weight"
+    bias = "model.layers.1.self_attn.k_proj.bias"
+    assert torch.equal(artifact.vector(norm), expert.load(norm))
+    assert torch.equal(artifact.vector(bias), expert.load(bias) - base.load(bias))
+
+
+@pytest.mark.parametrize("version", [2, 10])
+def test_a_newer_manifest_is_refused_with_the_command_that_helps(copied, version):
+    edit_json(copied / "delta_config.json", format_version=version, of_the_future=True)
+    with pytest.raises(ValueError, match=f"format_version {version}, .* pip install --upgrade"):
+        Artifact(copied)
+
+
+def test_a_newer_weights_file_is_refused_with_the_command_that_helps(copied):
+    edit_weights(copied, lambda weights: None, METADATA | {"format_version": "2"})
+    with pytest.raises(ValueError, match=r"safetensors' has format_version 2, .* pip install"):
+        Artifact(copied)
+
+
+def test_truncated_weights_are_refused(copied):
+    path = copied / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors' is missing or truncated"):
+        Artifact(copied)
+
+
+def test_missing_weights_are_refused(copied):
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors' is missing or truncated"):
+        Artifact(copied)
+
+
+def test_another_safetensors_file_is_refused(copied):
+    edit_weights(copied, lambda weights: None, {"format": "pt"})
+    with pytest.raises(ValueError, match="is not a deltamux artifact"):
+        Artifact(copied)
+
+
+def test_an_altered_byte_is_found(copied):
+    path = copied / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"has SHA-256 .* its manifest says"):
+        Artifact(copied).check_content()
+
+
+def test_untouched_content_passes(copied):
+    Artifact(copied).check_content()
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        (LINEAR, "codes"),
+        (LINEAR, "steps"),
+        (LINEAR, "salient_channels"),
+        (LINEAR, "salient_values"),
+        ("model.norm.weight", "replacement"),
+        ("model.layers.0.self_attn.q_proj.bias", "delta"),
+    ],
+)
+def test_a_missing_tensor_is_named(copied, name, suffix):
+    edit_weights(copied, lambda weights: weights.pop(f"{name}.{suffix}"))
+    with pytest.raises(ValueError, match=f"lists {name!r} but holds no {suffix} for it"):
+        Artifact(copied)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "changes"),
+    [("rows", {"rows": 3}), ("channels", {"classes": {"coded": 1, "salient": 0, "dropped": 9}})],
+)
+def test_a_missing_index_is_named(copied, suffix, changes):
+    path = copied / "delta_config.json"
+    manifest = json.loads(path.read_text())
+    next(entry for entry in manifest["tensors"] if entry["name"] == LINEAR).update(changes)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"holds no {suffix} for it"):
+        Artifact(copied)
+
+
+def test_a_directory_without_manifest_is_no_artifact(make_pair):
+    with pytest.raises(ValueError, match=r"has no delta_config\.json"):
+        Artifact(make_pair()[0])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "other"}'])
+def test_what_is_not_a_manifest_is_refused(copied, content):
+    (copied / "delta_config.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a manifest"):
+        Artifact(copied)
+
+
+def test_an_unknown_key_of_the_manifest_is_refused(copied):
+    edit_json(copied / "delta_config.json", surprise=1)
+    with pytest.raises(ValueError, match="surprise"):
+        read_manifest(copied)
+
+
+def test_the_own_base_is_accepted(make_pair, make_artifact):
+    check_base(Artifact(make_artifact("qwen2")), open_checkpoint(make_pair("qwen2")[0]))
+
+
+def test_a_base_with_one_other_value_is_refused_by_the_tensor_s_name(
+    make_pair, make_artifact, tmp_path
+):
+    root = shutil.copytree(make_pair("qwen2")[0], tmp_path / "base")
+    weights = load_file(root / "model.safetensors")
+    weights[LINEAR][0, 0] += 1
+    save_file(weights, root / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{LINEAR!r} of .* differs: use that base"):
+        check_base(Artifact(make_artifact("qwen2")), open_checkpoint(root))
+
+
+def test_a_base_of_another_architecture_is_refused(make_pair, make_artifact):
+    with pytest.raises(ValueError, match="differs: use that base"):
+        check_base(Artifact(make_artifact("qwen2")), open_checkpoint(make_pair("llama")[0]))
+
+
+def test_the_base_s_hashes_may_come_from_the_caller(make_pair, make_artifact):
+    asked = []
+
+    def sha256(name):
+        asked.append(name)
+        return artifact.manifest.base.sha256[name]
+
+    artifact = Artifact(make_artifact("qwen2"))
+    base = open_checkpoint(make_pair("qwen2")[0])
+    check_base(artifact, base, sha256)
+    assert set(asked) == set(base.files)
+
+
+def test_the_configuration_names_the_quantization_method(make_artifact):
+    config = json.loads((make_artifact() / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "deltamux", "format_version": 1}
+
+
+def test_the_weights_file_names_format_and_version(make_artifact):
+    with safe_open(make_artifact() / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == METADATA
+
+
+def test_files_are_safetensors_text_and_json_only(make_artifact):
+    files = sorted(path.name for path in make_artifact().iterdir())
+    assert files == [
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "delta_config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "recipe.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    # What torch.save writes is a zip archive with a pickle inside.
+    assert not any(zipfile.is_zipfile(path) for path in make_artifact().iterdir())
+
+
+def test_total_bytes_are_the_sizes_on_disk(make_artifact):
+    artifact = Artifact(make_artifact())
+    sizes = {path.name: path.stat().st_size for path in artifact.root.iterdir()}
+    assert artifact.total_bytes() == sum(sizes.values())
+    assert artifact.manifest.totals.weights_file_bytes == sizes["model.safetensors"]
+
+
+@pytest.mark.parametrize("scheme", ["sign", "ternary", "int2", "int3", "int4"])
+def test_bits_per_weight_count_every_stored_byte_of_the_linears(make_pair, make_artifact, scheme):
+    root = make_artifact("qwen2", scheme=scheme)
+    linears = {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes(make_pair("qwen2")[0]).items()
+        if name.endswith("_proj.weight")
+    }
+    stored = sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in load_file(root / "model.safetensors").items()
+        if name.split(".weight.")[0] in linears and ".weight." in name
+    )
+    weights = sum(rows * columns for rows, columns in linears.values())
+    totals = Artifact(root).manifest.totals
+    assert totals.linear_weights == weights
+    assert totals.linear_bytes == stored
+    assert totals.bits_per_weight == stored * 8 / weights
+
+
+def shapes(root):
+    return {name: tensor.shape for name, tensor in load_file(root / "model.safetensors").items()}
+
+
+def test_bytes_of_all_weights_add_up_to_the_stored_tensors(make_artifact):
+    manifest = Artifact(make_artifact("qwen2")).manifest
+    tensors = load_file(make_artifact("qwen2") / "model.safetensors").values()
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    totals = manifest.totals
+    assert sum(entry.bytes for entry in manifest.tensors) == stored
+    assert totals.linear_bytes + totals.embedding_bytes + totals.other_bytes == stored
+
+
+def test_linear_entries_are_the_decoder_s_linears(make_artifact):
+    entries = list(linear_entries(Artifact(make_artifact()).manifest))
+    assert len(entries) == 14
+    assert {entry.role for entry in entries} == {Role.LINEAR}
+
+
+def test_the_content_hash_is_stable_and_follows_the_weights(copied, make_artifact):
+    before = content_hash(copied)
+    assert before == content_hash(make_artifact("qwen2"))
+    assert len(before) == 16
+    edit_json(copied / "delta_config.json", weights_sha256="0" * 64)
+    assert content_hash(copied) != before

@@ -1,0 +1,325 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deltamux.compression.checkpoint.architecture import Role
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.checkpoint.delta import compare
+
+MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
+IDS = torch.arange(48).view(2, 24) * 5 % 272
+NORM = "model.layers.0.input_layernorm.weight"
+LINEAR = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def copies(make_pair, tmp_path):
+    """A pair that a test may change."""
+
+    def copy(model_type="llama", tied=False):
+        return tuple(
+            shutil.copytree(root, tmp_path / name)
+            for root, name in zip(make_pair(model_type, tied), ("base", "expert"), strict=True)
+        )
+
+    return copy
+
+
+def edit_config(root, *removed, **changes):
+    path = root / "config.json"
+    config = json.loads(path.read_text())
+    for key in removed:
+        del config[key]
+    path.write_text(json.dumps(config | changes))
+
+
+def edit_weights(root, change):
+    path = root / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
+
+
+def compare_roots(pair):
+    return compare(*(open_checkpoint(root) for root in pair))
+
+
+@torch.no_grad()
+def logits(root, replace_weights=None):
+    """Logits of transformers' own model in float64, over other weights where given."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float64)
+    if replace_weights:
+        model.load_state_dict(replace_weights, strict=False)
+    return model(IDS).logits
+
+
+def served_weights(difference):
+    """The base's weights plus the deltas, as a server applies them."""
+    base, expert = difference.base, difference.expert
+    weights = {}
+    for spec in difference.specs:
+        weights[spec.name] = base.load(spec.name)
+        if spec.role is not Role.NORM:
+            weights[spec.name] = weights[spec.name].double() + difference.delta(spec)
+        elif spec.name in difference.replaced:
+            weights[spec.name] = expert.load(spec.name)
+    return weights
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_base_plus_delta_with_the_base_norms_computes_as_the_expert(make_pair, model_type, tied):
+    pair = make_pair(model_type, tied)
+    difference = compare_roots(pair)
+    # The ratio and the difference are rounded to float32: 2^-23 of a weight, a few layers deep.
+    torch.testing.assert_close(
+        logits(pair[0], served_weights(difference)), logits(pair[1]), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_norms_in_front_of_linears_are_folded_and_all_others_replaced(make_pair, model_type):
+    difference = compare_roots(make_pair(model_type))
+    assert {name.split(".")[-2] for name in difference.folded} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+    }
+    expected = {"norm", "q_norm", "k_norm"} if model_type == "qwen3" else {"norm"}
+    assert {name.split(".")[-2] for name in difference.replaced} == expected
+
+
+def test_a_norm_that_did_not_change_is_neither_folded_nor_replaced(copies):
+    base, expert = copies()
+    norm = load_file(base / "model.safetensors")[NORM]
+    edit_weights(expert, lambda weights: weights.update({NORM: norm}))
+    difference = compare_roots((base, expert))
+    assert NORM not in difference.folded | difference.replaced
+
+
+def test_a_norm_that_is_zero_in_the_base_only_is_replaced_not_folded(copies):
+    pair = copies()
+
+    def zero_one_channel(weights):
+        weights[NORM][3] = 0
+
+    edit_weights(pair[0], zero_one_channel)
+    difference = compare_roots(pair)
+    assert NORM in difference.replaced
+    torch.testing.assert_close(
+        logits(pair[0], served_weights(difference)), logits(pair[1]), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_norm_that_is_zero_in_both_is_folded(copies):
+    pair = copies()
+
+    def zero_one_channel(weights):
+        weights[NORM][3] = 0
+
+    for root in pair:
+        edit_weights(root, zero_one_channel)
+    difference = compare_roots(pair)
+    assert NORM in difference.folded
+    torch.testing.assert_close(
+        logits(pair[0], served_weights(difference)), logits(pair[1]), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_served_moment_is_that_of_the_base_norm(copies):
+    pair = copies()
+    norm = load_file(pair[0] / "model.safetensors")[NORM]
+    ratio = torch.rand(64) + 0.5
+    edit_weights(pair[1], lambda weights: weights.update({NORM: norm * ratio}))
+    difference = compare_roots(pair)
+    spec = next(spec for spec in difference.specs if spec.norm == NORM)
+    inputs = torch.randn(100, 64)
+    # Of one normalized activation, the base's norm gives 1 / ratio of what the expert's gives.
+    served = inputs / ratio
+    torch.testing.assert_close(
+        difference.served_moment(spec, inputs.T @ inputs),
+        served.T @ served,
+        # Float32 sums of 100 products in another order, and a ratio that is rounded twice.
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
+def test_the_served_moment_of_a_linear_behind_no_norm_is_the_expert_s(make_pair):
+    difference = compare_roots(make_pair())
+    spec = next(spec for spec in difference.specs if spec.name.endswith("o_proj.weight"))
+    moment = torch.rand(128, 128)
+    assert torch.equal(difference.served_moment(spec, moment), moment)
+
+
+def test_another_shape_is_refused_by_the_tensor_s_name(copies):
+    pair = copies()
+    edit_weights(pair[1], lambda weights: weights.update({LINEAR: torch.ones(95, 64)}))
+    with pytest.raises(ValueError, match=rf"{LINEAR!r} has shape \(96, 64\) .* and \(95, 64\)"):
+        compare_roots(pair)
+
+
+def test_another_vocabulary_size_is_refused_by_the_embedding_s_name(copies):
+    pair = copies(tied=True)
+    name = "model.embed_tokens.weight"
+    edit_weights(pair[1], lambda weights: weights.update({name: torch.ones(280, 64)}))
+    edit_config(pair[1], vocab_size=280)
+    with pytest.raises(ValueError, match=rf"{name!r} has shape \(272, 64\) .* \(280, 64\)"):
+        compare_roots(pair)
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["base", "expert"])
+def test_a_missing_tensor_is_named(copies, side):
+    pair = copies()
+    edit_weights(pair[side], lambda weights: weights.pop(LINEAR))
+    with pytest.raises(ValueError, match=f"{LINEAR!r} is missing"):
+        compare_roots(pair)
+
+
+def test_a_bias_that_only_the_expert_has_is_named(copies):
+    pair = copies()
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    edit_weights(pair[1], lambda weights: weights.update({bias: torch.ones(128)}))
+    with pytest.raises(ValueError, match=f"{bias!r} of the expert is missing from the base"):
+        compare_roots(pair)
+
+
+def test_a_bias_that_only_the_base_has_is_named(copies):
+    pair = copies()
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    edit_weights(pair[0], lambda weights: weights.update({bias: torch.ones(128)}))
+    with pytest.raises(ValueError, match=f"{bias!r} is missing"):
+        compare_roots(pair)
+
+
+def test_a_tensor_that_the_architecture_does_not_have_is_named(copies):
+    pair = copies()
+    edit_weights(pair[1], lambda weights: weights.update({"model.adapter.weight": torch.ones(2)}))
+    with pytest.raises(ValueError, match=r"'model\.adapter\.weight' is not part of a llama"):
+        compare_roots(pair)
+
+
+def test_rope_frequencies_of_old_checkpoints_are_ignored(copies):
+    pair = copies()
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(pair[0], lambda weights: weights.update({name: torch.ones(16)}))
+    assert name not in {spec.name for spec in compare_roots(pair).specs}
+
+
+def test_another_rope_base_is_refused(copies):
+    pair = copies()
+    edit_config(pair[1], rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    with pytest.raises(ValueError, match=r"'rope_theta' is 10000\.0 .* 500000\.0"):
+        compare_roots(pair)
+
+
+def test_another_rope_scaling_is_refused(copies):
+    pair = copies()
+    scaling = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
+    edit_config(pair[1], rope_parameters=scaling)
+    with pytest.raises(ValueError, match=r"'rope_scaling' is \{\} in the base"):
+        compare_roots(pair)
+
+
+@pytest.mark.parametrize(
+    ("nested", "legacy"),
+    [
+        (
+            {"rope_theta": 10000.0, "rope_type": "default"},
+            {"rope_theta": 10000, "rope_scaling": None},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0},
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0},
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0},
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0},
+            },
+        ),
+    ],
+    ids=["default", "scaled", "old-type-key", "both-type-keys"],
+)
+def test_equal_rope_settings_in_two_spellings_are_accepted(copies, nested, legacy):
+    pair = copies()
+    edit_config(pair[0], "rope_parameters", **legacy)
+    edit_config(pair[1], rope_parameters=nested)
+    assert compare_roots(pair).specs
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("num_attention_heads", 8), ("rms_norm_eps", 1e-5), ("head_dim", 16)]
+)
+def test_another_setting_is_refused_by_its_name(copies, setting, value):
+    pair = copies()
+    edit_config(pair[1], **{setting: value})
+    with pytest.raises(ValueError, match=f"setting {setting!r} is"):
+        compare_roots(pair)
+
+
+def test_an_unsupported_architecture_is_refused_by_its_name(copies):
+    pair = copies()
+    for root in pair:
+        edit_config(root, model_type="gpt2")
+    with pytest.raises(ValueError, match=r"model_type must be one of llama, .* got 'gpt2'"):
+        compare_roots(pair)
+
+
+def test_two_architectures_are_refused(make_pair):
+    with pytest.raises(ValueError, match="'model_type' is 'llama' in the base and 'qwen3'"):
+        compare_roots((make_pair("llama")[0], make_pair("qwen3")[1]))
+
+
+def test_a_tied_base_and_an_untied_expert_are_refused(make_pair):
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' is tied to .* in one of"):
+        compare_roots((make_pair(tied=True)[0], make_pair(tied=False)[1]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_its_name(copies, value):
+    pair = copies()
+
+    def spoil(weights):
+        weights[LINEAR][5, 7] = value
+
+    edit_weights(pair[1], spoil)
+    difference = compare_roots(pair)
+    spec = next(spec for spec in difference.specs if spec.name == LINEAR)
+    with pytest.raises(ValueError, match=f"{LINEAR!r} holds NaN or infinity"):
+        difference.delta(spec)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_refused_before_any_long_work(copies, value):
+    pair = copies()
+
+    def spoil(weights):
+        weights[NORM][5] = value
+
+    edit_weights(pair[1], spoil)
+    with pytest.raises(ValueError, match=f"{NORM!r} holds NaN or infinity"):
+        compare_roots(pair)
+
+
+def test_an_attention_window_on_one_side_only_is_refused(copies):
+    base, expert = copies("mistral")
+    edit_config(base, sliding_window=None)
+    edit_config(expert, sliding_window=4096)
+    with pytest.raises(ValueError, match="'sliding_window' is None in the base and 4096"):
+        compare_roots((base, expert))
+
+
+def test_a_norm_weight_that_the_expert_zeroes_is_replaced(copies):
+    base, expert = copies()
+    edit_weights(expert, lambda weights: weights[NORM].index_fill_(0, torch.tensor([3]), 0))
+    assert NORM in compare_roots((base, expert)).replaced

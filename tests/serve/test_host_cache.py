@@ -1,0 +1,119 @@
+"""Host cache, versioned paths, base hashes, and the status file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.serve import status
+from deltamux.serve.worker.host_cache import (
+    BaseHashes,
+    HostCache,
+    HostExpert,
+    artifact_path,
+    host_expert,
+    versioned_path,
+)
+from deltamux.serve.worker.slots import NormPayload
+
+
+def expert(num_bytes: int) -> HostExpert:
+    return HostExpert({}, num_bytes)
+
+
+def test_the_least_recently_used_expert_leaves_first() -> None:
+    cache = HostCache(100)
+    assert cache.put(1, expert(40)) == []
+    assert cache.put(2, expert(40)) == []
+    cache.get(1)
+    assert cache.put(3, expert(40)) == [2]
+    assert (1 in cache, 2 in cache, 3 in cache) == (True, False, True)
+    assert cache.num_bytes == 80
+
+
+def test_pinned_experts_and_the_newest_stay_whatever_the_budget() -> None:
+    cache = HostCache(50)
+    cache.put(1, expert(40))
+    cache.pin(1)
+    assert cache.put(2, expert(500)) == []
+    assert 1 in cache
+    assert cache.put(3, expert(10)) == [2]
+    cache.remove(1)
+    assert cache.bytes_of(1) == 0
+    assert cache.put(4, expert(45)) == [3]
+
+
+def test_an_experts_size_counts_its_tensors() -> None:
+    assert host_expert({"norm": NormPayload(torch.zeros(10))}).num_bytes == 40
+
+
+@pytest.mark.parametrize("path", ["/experts/math", "/home/a@b/math", "relative/math"])
+def test_a_versioned_path_leads_back_to_its_directory(path: str) -> None:
+    assert artifact_path(versioned_path(Path(path), "0123abcd")) == Path(path)
+    assert artifact_path(path) == Path(path)
+
+
+def test_base_hashes_are_kept_until_the_weights_change(
+    tmp_path: Path, make_pair: Callable[..., tuple[Path, Path]]
+) -> None:
+    base = open_checkpoint(make_pair()[0])
+    cache = tmp_path / "hashes.json"
+    name = "model.norm.weight"
+    assert BaseHashes(base, cache).sha256(name) == base.sha256(name)
+    stored = json.loads(cache.read_text())
+    (identity,) = stored
+    stored[identity][name] = "kept"
+    cache.write_text(json.dumps(stored))
+    assert BaseHashes(base, cache).sha256(name) == "kept"
+    other = open_checkpoint(make_pair("llama", tied=True)[0])
+    assert BaseHashes(other, cache).sha256(name) == other.sha256(name)
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    tmp_path: Path, make_pair: Callable[..., tuple[Path, Path]]
+) -> None:
+    base = open_checkpoint(make_pair()[0])
+    (tmp_path / "file").write_text("")
+    hashes = BaseHashes(base, tmp_path / "file" / "hashes.json")
+    assert hashes.sha256("model.norm.weight") == base.sha256("model.norm.weight")
+
+
+def test_the_status_is_read_as_it_was_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(status.STATUS_DIRECTORY_VARIABLE, str(tmp_path))
+    assert status.read_status() == status.WorkerStatus()
+    sent = status.WorkerStatus(evictions=3, memory_bytes={"base": 7})
+    sent.experts[4] = status.ExpertStatus(tier="slot", slot=1)
+    sent.swaps["math"] = {"slot": 2}
+    sent.swap_seconds["slot"] = status.Histogram()
+    for seconds in (0.0005, 0.02, 100.0):
+        sent.swap_seconds["slot"].observe(seconds)
+    status.publish(sent)
+    assert status.read_status() == sent
+    counts = sent.swap_seconds["slot"].counts
+    assert (counts[0], counts[3], counts[-1], sum(counts)) == (1, 1, 1, 3)
+
+
+def test_a_full_disk_makes_the_status_stale_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv(status.STATUS_DIRECTORY_VARIABLE, str(tmp_path))
+    status.publish(status.WorkerStatus(evictions=1))
+    monkeypatch.setattr(Path, "write_text", full)
+    status.publish(status.WorkerStatus(evictions=2))
+    assert status.read_status().evictions == 1
+
+
+def test_publishing_after_the_folder_is_gone_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(status.STATUS_DIRECTORY_VARIABLE, str(tmp_path / "gone"))
+    status.publish(status.WorkerStatus())
+    assert status.read_status() == status.WorkerStatus()
