@@ -1,8 +1,8 @@
 """Decide who answers a request: the model that was named, or, for `auto`, the router's choice.
 
 A router that cannot be loaded or fails on a request is no reason to turn the request away: the
-fallback answers, with reason `router-error`. Router, shadow router and their figures form one
-generation, which is replaced as a whole: a request keeps the generation that it started with.
+fallback answers, with reason `router-error`. Router, shadow router and their figures are replaced
+as a whole: a request keeps those that it started with.
 
 The router reads the user's turns, and an expert's own chat template makes the engine's token ids of
 them, so for text these ids exist only after the decision: the turns are tokenized for the router,
@@ -27,15 +27,16 @@ from deltamux.router.decide.decision import (
 from deltamux.router.decide.explain import explain
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode
-from deltamux.serve.api.pick import (
-    Generation,
+from deltamux.serve.api.active_router import (
+    ActiveRouter,
     ask_shadow,
-    load_generation,
+    load_active_router,
     request_ids,
     request_texts,
 )
+from deltamux.serve.names import BASE
 from deltamux.serve.observability import routing_metrics
-from deltamux.serve.settings import BASE, RouterSettings
+from deltamux.serve.settings import RouterSettings
 
 logger = logging.getLogger("vllm.deltamux")
 
@@ -70,13 +71,13 @@ class AutoRoute:
         self._encode = encode
         self._serves = serves
         self._residents = residents
-        self._generation: Generation | None = None
+        self._active: ActiveRouter | None = None
         self._reported: set[str] = set()
         if settings is None:
             self.error = "no router is configured"
             return
         try:
-            self._put(load_generation(settings, self._tokenizer_directory))
+            self._put(load_active_router(settings, self._tokenizer_directory))
         except (ValueError, OSError) as error:
             self.error = str(error)
             logger.error("deltamux: the router is not usable: %s", error)
@@ -84,7 +85,7 @@ class AutoRoute:
     @property
     def router(self) -> Router | None:
         """The router in use, None where it could not be loaded."""
-        return self._generation.router if self._generation else None
+        return self._active.router if self._active else None
 
     @property
     def fallback(self) -> str | None:
@@ -93,11 +94,11 @@ class AutoRoute:
         return name if name != BASE and self._serves(name) else None
 
     @property
-    def generation(self) -> Generation | None:
+    def active(self) -> ActiveRouter | None:
         """What decides now; None where no router is usable."""
-        return self._generation
+        return self._active
 
-    def reload(self, path: Path | None = None, shadow: Path | None = None) -> Generation:
+    def reload(self, path: Path | None = None, shadow: Path | None = None) -> ActiveRouter:
         """Load the router again, or another one, and put it in the place of the old one.
 
         Args:
@@ -115,7 +116,7 @@ class AutoRoute:
         settings = settings or RouterSettings(path=Path(str(path)))
         changes = {"path": path or settings.path, "shadow": shadow or settings.shadow}
         try:
-            fresh = load_generation(settings.model_copy(update=changes), self._tokenizer_directory)
+            fresh = load_active_router(settings.model_copy(update=changes), self._tokenizer_directory)
         except (ValueError, OSError):
             routing_metrics.reloads_total.labels("refused").inc()
             raise
@@ -123,19 +124,19 @@ class AutoRoute:
         routing_metrics.reloads_total.labels("done").inc()
         return fresh
 
-    def decide(self, request: Any, observe: bool = True) -> tuple[Decision, float]:
+    def decide(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
         """Route one request.
 
         Args:
             request: A chat, completions, responses or messages request of vLLM, or a dict.
-            observe: Count the decision among those that drift is measured of.
+            counted: Count the decision among those that drift is measured of.
 
         Returns:
             The decision, and the seconds it took, tokenization included.
         """
         start = time.perf_counter()
-        generation = self._generation
-        decision, conversation = self._decide(generation, request)
+        active = self._active
+        decision, conversation = self._decide(active, request)
         if decision.expert and not self._serves(decision.expert):
             self._report(decision.expert)
             decision = replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
@@ -143,39 +144,39 @@ class AutoRoute:
         if decision.expert is None and self.fallback:
             decision = replace(decision, expert=self.fallback)
         seconds = time.perf_counter() - start
-        if observe and generation is not None and conversation is not None:
-            generation.drift.observe(chosen)
-            ask_shadow(generation, conversation, chosen)
+        if counted and active is not None and conversation is not None:
+            active.drift.observe(chosen)
+            ask_shadow(active, conversation, chosen)
         return decision, seconds
 
-    async def decide_aside(self, request: Any, observe: bool = True) -> tuple[Decision, float]:
+    async def decide_aside(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
         """Route one request on the event loop; in a thread where a sentence encoder is asked.
 
         The tables take less than going to a thread and back does. Arguments and result are those of
         `decide`.
         """
-        if self._generation is None or not self._generation.asks_encoder:
-            return self.decide(request, observe)
-        return await run_in_threadpool(self.decide, request, observe)
+        if self._active is None or not self._active.asks_encoder:
+            return self.decide(request, counted)
+        return await run_in_threadpool(self.decide, request, counted)
 
     def explain(self, request: Any) -> dict[str, Any] | None:
         """Why the router decides as it does; None where it cannot decide."""
-        generation = self._generation
-        if generation is None:
+        active = self._active
+        if active is None:
             return None
         try:
-            conversation = self._read(generation.router, request)
-            return explain(generation.router, conversation, generation.decode)
+            conversation = self._read(active.router, request)
+            return explain(active.router, conversation, active.decode)
         except Exception:
             logger.exception("deltamux: the router cannot explain a request")
             return None
 
-    def _put(self, generation: Generation) -> None:
-        """Let a generation decide from now on: one assignment, so no request sees a mixture."""
-        self._generation = generation
-        self.settings = generation.settings
+    def _put(self, active: ActiveRouter) -> None:
+        """Let it decide from now on: one assignment, so no request sees a mixture."""
+        self._active = active
+        self.settings = active.settings
         self.error = None
-        routing_metrics.collector.drift = generation.drift
+        routing_metrics.collector.drift = active.drift
 
     def _report(self, expert: str) -> None:
         if expert not in self._reported:
@@ -183,13 +184,13 @@ class AutoRoute:
             logger.error("deltamux: the router chooses %r, which is not served", expert)
 
     def _decide(
-        self, generation: Generation | None, request: Any
+        self, active: ActiveRouter | None, request: Any
     ) -> tuple[Decision, Conversation | None]:
         """The router's decision, and what it read; without the latter the router failed."""
         failed = Decision(None, BASE, 0.0, REASON_ROUTER_ERROR, {})
-        if generation is None:
+        if active is None:
             return failed, None
-        router, margin = generation.router, generation.settings.resident_margin
+        router, margin = active.router, active.settings.resident_margin
         try:
             conversation = self._read(router, request)
             resident = None

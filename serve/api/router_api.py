@@ -15,7 +15,8 @@ from starlette.concurrency import run_in_threadpool
 
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.handlers import error_response
-from deltamux.serve.api.pick import Generation
+from deltamux.serve.api.active_router import ActiveRouter
+from deltamux.serve.api.state import server_state
 
 routing_router = APIRouter(prefix="/v1")
 
@@ -41,24 +42,23 @@ class ReloadBody(BaseModel):
 
 
 def _route(request: Request) -> AutoRoute:
-    route: AutoRoute = request.app.state.deltamux_route
-    return route
+    return server_state(request).route
 
 
-def _describe(generation: Generation) -> dict[str, Any]:
-    """A generation, for people."""
-    config = generation.router.config
-    shadow = generation.settings.shadow
+def _describe(active: ActiveRouter) -> dict[str, Any]:
+    """The router in use, for people."""
+    config = active.router.config
+    shadow = active.settings.shadow
     return {
         "object": "router",
-        "path": str(generation.settings.path),
+        "path": str(active.settings.path),
         "shadow": str(shadow) if shadow else None,
         "features": config.features,
         "labels": config.labels,
         "experts": config.experts,
-        "thresholds": generation.router.thresholds(),
+        "thresholds": active.router.thresholds(),
         "heldout": config.heldout.model_dump(),
-        "drift": generation.drift.figures(),
+        "drift": active.drift.figures(),
     }
 
 
@@ -67,7 +67,7 @@ async def decide(body: RouteBody, request: Request) -> JSONResponse:
     """The decision that `model="auto"` would take, without generating."""
     route = _route(request)
     asked = body.model_dump(exclude_none=True, exclude={"explain"})
-    decision, seconds = await route.decide_aside(asked, observe=False)
+    decision, seconds = await route.decide_aside(asked, counted=False)
     content: dict[str, Any] = decision.to_json() | {
         "probabilities": decision.probabilities,
         "seconds": seconds,
@@ -81,10 +81,10 @@ async def decide(body: RouteBody, request: Request) -> JSONResponse:
 @routing_router.get("/router")
 async def show(request: Request) -> JSONResponse:
     """The router in use, and how its decisions compare with its fit."""
-    generation = _route(request).generation
-    if generation is None:
+    active = _route(request).active
+    if active is None:
         return _refusal(str(_route(request).error), HTTPStatus.NOT_FOUND, "NotFoundError")
-    return JSONResponse(_describe(generation))
+    return JSONResponse(_describe(active))
 
 
 @routing_router.post("/router/reload")
