@@ -10,7 +10,9 @@ Shapes: N rows of a tile, B bytes of a step, P parts of a row, M rows of the bat
 import triton
 import triton.language as tl
 
-from deltamux.serve.worker.triton_image import GROUP
+from deltamux.serve.worker.triton_image import (
+    GROUP,
+)
 
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
 _MASKS: tl.constexpr = tl.constexpr(

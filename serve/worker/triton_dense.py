@@ -11,17 +11,29 @@ import torch
 import triton
 import triton.language as tl
 
+from deltamux.compression.image.planes import BLOCK_COLUMNS
 from deltamux.serve.worker.triton_image import (
-    BLOCK_COLUMNS,
+    BLOCK,
+    CHANNELS,
+    CHANNEL_INDEX,
+    CHANNEL_VALUES,
+    FACTOR_KIND,
+    PLANE0,
+    PLANE1,
+    PLANES,
+    RANK,
+    RIGHT,
+    RIGHT_STEPS,
+    ZERO,
     coded_row,
     number,
     record_of,
+    section,
     steps_of,
     vector_of,
 )
 from deltamux.serve.worker.triton_rest import escape_table
 
-_BLOCK: tl.constexpr = tl.constexpr(BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -31,11 +43,11 @@ def level_of(image, record, planes, zero, row, column, STRIDE: tl.constexpr, mas
     shift = column % 4 * 2
     level = tl.zeros_like(at).to(tl.float32)
     if planes > 0:
-        plane = image + tl.load(record + 4).to(tl.int64) * 64
+        plane = section(image, record, PLANE0, tl.uint8)
         code = (tl.load(plane + at, mask=mask, other=0).to(tl.int32) >> shift) & 3
         level += code.to(tl.float32) - zero
     if planes > 1:
-        plane = image + tl.load(record + 5).to(tl.int64) * 64
+        plane = section(image, record, PLANE1, tl.uint8)
         code = (tl.load(plane + at, mask=mask, other=0).to(tl.int32) >> shift) & 3
         level += 4.0 * code.to(tl.float32)
     return level
@@ -44,15 +56,14 @@ def level_of(image, record, planes, zero, row, column, STRIDE: tl.constexpr, mas
 @triton.jit
 def _factor(image, record, KIND: tl.constexpr, SIDE: tl.constexpr, at, line, mask):
     """Elements `at` of a factor, float32; `line`: which step of kind 3 they have."""
-    address = image + tl.load(record + 18 + SIDE).to(tl.int64) * 64
+    address = section(image, record, RIGHT + SIDE, tl.int8)
     if KIND == 1:
         value = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + at, mask=mask, other=0.0)
     elif KIND == 2:
         value = tl.load(address.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
     else:
-        steps = image + tl.load(record + 20 + SIDE).to(tl.int64) * 64
-        step = tl.load(steps.to(tl.pointer_type(tl.float32)) + line)
-        level = tl.load(address.to(tl.pointer_type(tl.int8)) + at, mask=mask, other=0)
+        step = tl.load(section(image, record, RIGHT_STEPS + SIDE, tl.float32) + line, mask=mask, other=0.0)
+        level = tl.load(address + at, mask=mask, other=0)
         value = level.to(tl.float32) * step
     return value.to(tl.float32)
 
@@ -60,7 +71,7 @@ def _factor(image, record, KIND: tl.constexpr, SIDE: tl.constexpr, at, line, mas
 @triton.jit
 def factor_element(image, record, SIDE: tl.constexpr, at, line, mask):
     """As `_factor`, of the kind that the record names. SIDE 0: A [r, K]; 1: B [N, r]."""
-    kind = tl.load(record + 17)
+    kind = tl.load(record + FACTOR_KIND)
     value = tl.zeros_like(at).to(tl.float32)
     if kind == 1:
         value = _factor(image, record, 1, SIDE, at, line, mask)
@@ -74,7 +85,7 @@ def factor_element(image, record, SIDE: tl.constexpr, at, line, mask):
 @triton.jit
 def low_rank(image, record, n_N, known_N, k_K, inside_K, K: tl.constexpr):
     """(B A) at rows `n_N` and columns `k_K`, float32."""
-    rank = tl.load(record + 16)
+    rank = tl.load(record + RANK)
     sum_NK = tl.zeros_like(n_N)[:, None].to(tl.float32) + tl.zeros_like(k_K)[None, :]
     for r in tl.range(0, rank):
         line = tl.zeros_like(k_K) + r
@@ -89,10 +100,10 @@ def _write_escapes(
     out, base, image, record, n_N, row_N, known_N, block, K: tl.constexpr, HAS_BASE: tl.constexpr
 ):
     """Weights that have escapes, once more, with them: the first escape of a column writes all."""
-    blocks: tl.constexpr = (K + _BLOCK - 1) // _BLOCK
+    blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     stride: tl.constexpr = (K + 63) // 64 * 16
     starts, escapes, present = escape_table(image, record)
-    planes, zero = tl.load(record), number(record, 6)
+    planes, zero = tl.load(record + PLANES), number(record, ZERO)
     step_N = steps_of(image, record, row_N)
     if present:
         begin_N = tl.load(starts + row_N * blocks + block)
@@ -102,7 +113,7 @@ def _write_escapes(
             place = begin_N[:, None] + (e + tl.arange(0, 16))[None, :]
             inside = place < end_N[:, None]
             entry = tl.load(escapes + place, mask=inside, other=0).to(tl.int32) & 0xFFFF
-            column = (entry & 4095) + block * _BLOCK
+            column = (entry & 4095) + block * BLOCK
             prior = inside & (place > begin_N[:, None])
             before = tl.load(escapes + place - 1, mask=prior, other=0).to(tl.int32)
             first = inside & ~(prior & (((before ^ entry) & 4095) == 0))
@@ -126,7 +137,7 @@ def _write_escapes(
 @triton.jit
 def _rank_at(image, record, n_N, column, mask, K: tl.constexpr):
     """(B A) at single places [N, E], float32."""
-    rank = tl.load(record + 16)
+    rank = tl.load(record + RANK)
     value = tl.zeros_like(column).to(tl.float32)
     n = n_N[:, None] + tl.zeros_like(column)
     for r in tl.range(0, rank):
@@ -139,7 +150,7 @@ def _rank_at(image, record, n_N, column, mask, K: tl.constexpr):
 @triton.jit(do_not_specialize=["slot", "entry", "rows"])
 def dense_kernel(
     out, base, bias_out, bias, slots, slot_bytes, slot, entry, rows,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROW_MAP: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MAPPED: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """out = base + Δ̂ [rows, K], bias_out = bias + vector [rows]; grid (row tiles, blocks)."""
@@ -147,10 +158,10 @@ def dense_kernel(
     block = tl.program_id(1)
     image, record = record_of(slots, slot_bytes, slot, entry)
     n_N = tl.program_id(0) * BN + tl.arange(0, BN)
-    row_N, known_N = coded_row(image, record, n_N, rows, ROW_MAP)
-    planes, zero = tl.load(record), number(record, 6)
+    row_N, known_N = coded_row(image, record, n_N, rows, MAPPED)
+    planes, zero = tl.load(record + PLANES), number(record, ZERO)
     step_N = tl.where(known_N, steps_of(image, record, row_N), 0.0)
-    for k in tl.range(block * _BLOCK, min(K, block * _BLOCK + _BLOCK), BK):
+    for k in tl.range(block * BLOCK, min(K, block * BLOCK + BLOCK), BK):
         k_K = k + tl.arange(0, BK)
         mask = (n_N < rows)[:, None] & (k_K < K)[None, :]
         level = level_of(
@@ -175,12 +186,12 @@ def dense_kernel(
 @triton.jit
 def _add_channels(out, image, record, n_N, known_N, block, K: tl.constexpr):
     """Add the 16-bit channels that lie in a block of columns."""
-    count = tl.load(record + 13)
-    index = (image + tl.load(record + 14).to(tl.int64) * 64).to(tl.pointer_type(tl.int32))
-    values = (image + tl.load(record + 15).to(tl.int64) * 64).to(tl.pointer_type(tl.bfloat16))
+    count = tl.load(record + CHANNELS)
+    index = section(image, record, CHANNEL_INDEX, tl.int32)
+    values = section(image, record, CHANNEL_VALUES, tl.bfloat16)
     for c in tl.range(0, count):
         channel = tl.load(index + c)
-        if channel // _BLOCK == block:
+        if channel // BLOCK == block:
             at = out + n_N.to(tl.int64) * K + channel
             value_N = tl.load(values + n_N.to(tl.int64) * count + c, mask=known_N, other=0.0)
             sum_N = tl.load(at, mask=known_N, other=0.0).to(tl.float32) + value_N.to(tl.float32)
@@ -213,6 +224,6 @@ def launch_dense(
     written, given = (out_NK, out_NK) if bias is None else bias
     dense_kernel[grid](
         out_NK, out_NK if base_NK is None else base_NK, written, given, slots, slots.stride(0),
-        slot, entry, rows, K=columns, BN=tile, BK=256, ROW_MAP=row_map,
+        slot, entry, rows, K=columns, BN=tile, BK=256, MAPPED=row_map,
         HAS_BASE=base_NK is not None, HAS_BIAS=bias is not None, num_warps=4,
     )  # fmt: skip

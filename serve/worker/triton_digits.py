@@ -13,7 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from deltamux.serve.worker.triton_image import GROUP, group_of
+from deltamux.serve.worker.triton_image import (
+    GROUP,
+    group_of,
+)
 
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
 # Largest q whose digits are in range: 127 · 256 + 127.
@@ -27,9 +30,9 @@ def _power(exponent):
     return (field << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "skipped"])
 def digits_kernel(
-    digits, levels, columns, meta, x, x_stride, order, starts,
+    digits, levels, columns, meta, x, x_stride, order, starts, most, skipped,
     SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, K: tl.constexpr, BYTES: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -44,12 +47,14 @@ def digits_kernel(
         x_stride: Elements from row to row.
         order: Rows of the batch by slot.
         starts: Where each slot's begin.
+        most: Slots with more rows are left out.
+        skipped: Groups in front of the first.
         EARLY: Whether the next launch may begin before this one has ended.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     m, group = tl.program_id(0), tl.program_id(1)
-    _, first, count = group_of(starts, group, SLOTS, SLOTS_WIDTH, _WIDTH)
+    _, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
     if m >= count:
         return
     place = group.to(tl.int64) * _WIDTH + m
@@ -105,7 +110,7 @@ def launch_digits(
     order: torch.Tensor,
     starts: torch.Tensor,
     slots: int,
-    groups: int,
+    groups: tuple[int, int, int],
     early: bool,
 ) -> Digits:
     """The digits of the rows of slots, in groups.
@@ -115,15 +120,16 @@ def launch_digits(
         order: Rows of the batch by slot.
         starts: Where each slot's begin.
         slots: S.
-        groups: Most groups that the batch can have.
+        groups: Groups of the launch, groups in front of them, most rows of a slot.
         early: Whether the next launch may begin before this one has ended.
     """
     rows, columns = x_TK.shape
-    made = Digits(groups, columns, rows > 1, x_TK.device)
+    count, skipped, most = groups
+    made = Digits(count, columns, rows > 1, x_TK.device)
     block = triton.next_power_of_2(made.bytes)
-    digits_kernel[(min(rows, GROUP), groups)](
+    digits_kernel[(min(rows, GROUP), count)](
         made.digits, made.levels, made.columns, made.meta, x_TK, x_TK.stride(0), order, starts,
-        SLOTS=slots, SLOTS_WIDTH=triton.next_power_of_2(slots), K=columns, BYTES=made.bytes,
+        most, skipped, SLOTS=slots, SLOTS_WIDTH=triton.next_power_of_2(slots), K=columns, BYTES=made.bytes,
         BLOCK=block, EARLY=early, num_warps=max(1, min(16, block // 128)),
     )  # fmt: skip
     return made

@@ -11,11 +11,19 @@ import triton.language as tl
 
 from deltamux.serve.worker.triton_codes import product_many, product_one
 from deltamux.serve.worker.triton_image import (
+    CHANNELS,
+    ESCAPES,
     GROUP,
+    PLANE0,
+    PLANES,
+    STARTS,
+    VECTOR,
+    ZERO,
     coded_row,
     group_of,
     number,
     record_of,
+    section,
     steps_of,
     vector_of,
 )
@@ -35,18 +43,18 @@ def slice_of(
     tile, entry0, entry1, entry2, entry3, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     N3: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Entry, first row, rows and first column of y of the slice that a tile lies in."""
+    """Entry, first row, rows, first column of y and number of the slice that a tile lies in."""
     tiles0: tl.constexpr = (N0 + BN - 1) // BN
     tiles1: tl.constexpr = tiles0 + (N1 + BN - 1) // BN
     tiles2: tl.constexpr = tiles1 + (N2 + BN - 1) // BN
-    entry, start, rows, column = entry0, tile * BN, N0, 0
+    entry, start, rows, column, part = entry0, tile * BN, N0, 0, 0
     if N1 > 0 and tile >= tiles0:
-        entry, start, rows, column = entry1, (tile - tiles0) * BN, N1, N0
+        entry, start, rows, column, part = entry1, (tile - tiles0) * BN, N1, N0, 1
     if N2 > 0 and tile >= tiles1:
-        entry, start, rows, column = entry2, (tile - tiles1) * BN, N2, N0 + N1
+        entry, start, rows, column, part = entry2, (tile - tiles1) * BN, N2, N0 + N1, 2
     if N3 > 0 and tile >= tiles2:
-        entry, start, rows, column = entry3, (tile - tiles2) * BN, N3, N0 + N1 + N2
-    return entry, start, rows, column
+        entry, start, rows, column, part = entry3, (tile - tiles2) * BN, N3, N0 + N1 + N2, 3
+    return entry, start, rows, column, part
 
 
 @triton.jit
@@ -55,14 +63,14 @@ def fetch_ahead(image, record, row_N, K: tl.constexpr):
     bytes: tl.constexpr = (K + 63) // 64 * 16
     blocks: tl.constexpr = (K + 4095) // 4096
     lines: tl.constexpr = triton.next_power_of_2((bytes + 127) // 128)
-    plane = image + tl.load(record + 4).to(tl.int64) * 64
+    plane = section(image, record, PLANE0, tl.uint8)
     line_L = tl.minimum(tl.arange(0, lines) * 128, bytes - 1)
     at = plane + row_N[:, None].to(tl.int64) * bytes + line_L[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32,
         is_pure=False, pack=1,
     )  # fmt: skip
-    starts = image + tl.load(record + 9).to(tl.int64) * 64 + row_N.to(tl.int64) * (4 * blocks)
+    starts = section(image, record, STARTS, tl.int32) + row_N * blocks
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [starts.to(tl.int64)], tl.int32,
         is_pure=False, pack=1,
@@ -90,8 +98,8 @@ def _tile_one(
 ):  # fmt: skip
     """Add the delta of one row of the batch to y at `at_N`."""
     codes_N = tl.zeros([BN], tl.float32)
-    planes = tl.load(record)
-    zero = tl.where(planes > 0, number(record, 6), 0.0)
+    planes = tl.load(record + PLANES)
+    zero = tl.where(planes > 0, number(record, ZERO), 0.0)
     if FETCH:
         y_N, step_N, begin_N, end_N, ahead = _row_parts(
             at_N, image, record, n_N, row_N, known_N, K, WIDTH
@@ -99,7 +107,7 @@ def _tile_one(
     if WAIT:
         tl.extra.cuda.gdc_wait()
     for p in tl.range(0, planes):
-        plane = image + tl.load(record + 4 + p).to(tl.int64) * 64
+        plane = section(image, record, PLANE0 + p, tl.uint8)
         value_N = product_one(plane, digits, row_N, K, BN, BB, UNROLL, SPLIT, STAGES, ASSEMBLY)
         codes_N += value_N * tl.where(p == 0, 1.0, 4.0)
     if not FETCH:
@@ -123,11 +131,11 @@ def _tile_many(
 ):  # fmt: skip
     """The delta of a group, float32 [N, M]."""
     codes_NM = tl.zeros([BN, _WIDTH], tl.float32)
-    planes = tl.load(record)
+    planes = tl.load(record + PLANES)
     if WAIT:
         tl.extra.cuda.gdc_wait()
     for p in tl.range(0, planes):
-        plane = image + tl.load(record + 4 + p).to(tl.int64) * 64
+        plane = section(image, record, PLANE0 + p, tl.uint8)
         value_NM = product_many(plane, digits, row_N, K, BN, BB, STAGES, ASSEMBLY)
         codes_NM += value_NM * tl.where(p == 0, 1.0, 4.0)
     step_N = steps_of(image, record, row_N)
@@ -135,22 +143,22 @@ def _tile_many(
     m_M = tl.arange(0, _WIDTH)
     scale_M = tl.load(meta + m_M * 2, mask=m_M < count, other=0.0)
     total_M = tl.load(meta + m_M * 2 + 1, mask=m_M < count, other=0.0)
-    zero = tl.where(planes > 0, number(record, 6), 0.0)
+    zero = tl.where(planes > 0, number(record, ZERO), 0.0)
     codes_NM += escapes_many(image, record, columns, row_N, known_N, K, BN, WIDTH)
     codes_NM -= zero * total_M[None, :]
     rest_NM = channels_many(image, record, columns, n_N, known_N, BN)
     return (codes_NM * step_N[:, None] + rest_NM) * scale_M[None, :] + bias_N[:, None]
 
 
-@triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3"])
+@triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3", "most", "skipped"])
 def product_kernel(
     y, y_stride, digits, levels, columns, meta, order, starts, slots, slot_bytes,
-    entry0, entry1, entry2, entry3,
+    entry0, entry1, entry2, entry3, most, skipped,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr,
     SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
     UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
     BB_MANY: tl.constexpr, STAGES_MANY: tl.constexpr, WIDTH_MANY: tl.constexpr,
-    MANY: tl.constexpr, ROW_MAP: tl.constexpr, FETCH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    MANY: tl.constexpr, MAPPED: tl.constexpr, FETCH: tl.constexpr, ASSEMBLY: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
     """y[rows of s] += x Δ̂_sᵀ + bias_s; grid (tiles of all slices, groups).
@@ -159,25 +167,27 @@ def product_kernel(
         y: [T, N of all slices], written in place.
         digits: The batch's inputs: see `triton_digits.py`, like `levels`, `columns`, `meta`.
         entry0: Record of the first slice.
+        most: Slots with more rows are left out.
+        skipped: Groups in front of the first.
         N0: Rows of the first slice; a slice that the layer lacks has none.
         MANY: Whether a slot may have more than one row.
-        FETCH: Whether to ask for the tile's bytes before the inputs are there.
+        FETCH: Whether to ask for all that a tile needs before the inputs are there.
         WAIT: Whether the launch may begin before the one ahead of it has ended.
     """
     bytes: tl.constexpr = (K + 63) // 64 * 16
-    entry, start, rows, column = slice_of(
+    entry, start, rows, column, _ = slice_of(
         tl.program_id(0), entry0, entry1, entry2, entry3, N0, N1, N2, N3, BN
     )
     group = tl.program_id(1)
-    slot, first, count = group_of(starts, group, SLOTS, SLOTS_WIDTH, _WIDTH)
+    slot, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
     if count == 0:
         return
     image, record = record_of(slots, slot_bytes, slot, entry)
-    present = tl.load(record) | tl.load(record + 10) | tl.load(record + 13) | tl.load(record + 22)
+    present = tl.load(record + PLANES) | tl.load(record + ESCAPES) | tl.load(record + CHANNELS) | tl.load(record + VECTOR)
     if present == 0:
         return
     n_N = start + tl.arange(0, BN)
-    row_N, known_N = coded_row(image, record, n_N, rows, ROW_MAP)
+    row_N, known_N = coded_row(image, record, n_N, rows, MAPPED)
     if FETCH and ASSEMBLY:
         fetch_ahead(image, record, row_N, K)
     place = group.to(tl.int64) * _WIDTH

@@ -7,18 +7,25 @@ An escape adds d to the code of one weight: 12 bits of column in a block of 4,09
 import triton
 import triton.language as tl
 
-from deltamux.serve.worker.triton_image import BLOCK_COLUMNS, GROUP
+from deltamux.serve.worker.triton_image import (
+    BLOCK,
+    CHANNELS,
+    CHANNEL_INDEX,
+    CHANNEL_VALUES,
+    ESCAPES,
+    GROUP,
+    STARTS,
+    section,
+)
 
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
-_BLOCK: tl.constexpr = tl.constexpr(BLOCK_COLUMNS)
 
 
 @triton.jit
 def escape_table(image, record):
-    """Addresses of the escapes' starts (int32) and of the escapes (int16); whether there are any."""
-    offset = tl.load(record + 10)
-    starts = (image + tl.load(record + 9).to(tl.int64) * 64).to(tl.pointer_type(tl.int32))
-    return starts, (image + offset.to(tl.int64) * 64).to(tl.pointer_type(tl.int16)), offset != 0
+    """Addresses of the escapes' starts and of the escapes; whether there are any."""
+    starts = section(image, record, STARTS, tl.int32)
+    return starts, section(image, record, ESCAPES, tl.int16), tl.load(record + ESCAPES) != 0
 
 
 @triton.jit
@@ -46,14 +53,14 @@ def _parts(entry, place, starts, row, BLOCKS: tl.constexpr):
     column = entry & 4095
     for block in tl.static_range(1, BLOCKS):
         edge = tl.load(starts + row * BLOCKS + block)
-        column += tl.where(place >= edge, _BLOCK, 0)
+        column += tl.where(place >= edge, BLOCK, 0)
     return column, (entry >> 12) - 8
 
 
 @triton.jit
 def first_escapes(image, record, row_N, known_N, K: tl.constexpr, WIDTH: tl.constexpr):
     """Where each row's escapes begin and end [N], and the first WIDTH of each row [N, E]."""
-    blocks: tl.constexpr = (K + _BLOCK - 1) // _BLOCK
+    blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     starts, escapes, present = escape_table(image, record)
     begin_N, end_N = escape_spans(starts, row_N, known_N, present, blocks)
     at = begin_N[:, None] + tl.arange(0, WIDTH)[None, :]
@@ -69,7 +76,7 @@ def escapes_one(
 
     The next escapes are on their way while the inputs of these are read; the first are given.
     """
-    blocks: tl.constexpr = (K + _BLOCK - 1) // _BLOCK
+    blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     starts, escapes, _ = escape_table(image, record)
     sum_NE = tl.zeros([BN, WIDTH], tl.int32)
     at = begin_N[:, None] + tl.arange(0, WIDTH)[None, :]
@@ -94,7 +101,7 @@ def escapes_many(
     The inputs of the next escapes are on their way while these are multiplied, and so are the
     escapes after them.
     """
-    blocks: tl.constexpr = (K + _BLOCK - 1) // _BLOCK
+    blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     m_M = tl.arange(0, _WIDTH)
     starts, escapes, present = escape_table(image, record)
     begin_N, end_N = escape_spans(starts, row_N, known_N, present, blocks)
@@ -124,10 +131,10 @@ def _column(columns, column, m_M):
 def channels_one(image, record, levels, n_N, known_N, BN: tl.constexpr):
     """Σ_c values q[channel c], float32 [N], for one row of the batch."""
     sum_N = tl.zeros([BN], tl.float32)
-    count = tl.load(record + 13)
+    count = tl.load(record + CHANNELS)
     if count > 0:
-        index = (image + tl.load(record + 14).to(tl.int64) * 64).to(tl.pointer_type(tl.int32))
-        values = (image + tl.load(record + 15).to(tl.int64) * 64).to(tl.pointer_type(tl.bfloat16))
+        index = section(image, record, CHANNEL_INDEX, tl.int32)
+        values = section(image, record, CHANNEL_VALUES, tl.bfloat16)
         for c in tl.range(0, count):
             q = tl.load(levels + tl.load(index + c)).to(tl.float32)
             v_N = tl.load(values + n_N.to(tl.int64) * count + c, mask=known_N, other=0.0)
@@ -140,10 +147,10 @@ def channels_many(image, record, columns, n_N, known_N, BN: tl.constexpr):
     """Σ_c values q[channel c], float32 [N, M], for a group."""
     m_M = tl.arange(0, _WIDTH)
     sum_NM = tl.zeros([BN, _WIDTH], tl.float32)
-    count = tl.load(record + 13)
+    count = tl.load(record + CHANNELS)
     if count > 0:
-        index = (image + tl.load(record + 14).to(tl.int64) * 64).to(tl.pointer_type(tl.int32))
-        values = (image + tl.load(record + 15).to(tl.int64) * 64).to(tl.pointer_type(tl.bfloat16))
+        index = section(image, record, CHANNEL_INDEX, tl.int32)
+        values = section(image, record, CHANNEL_VALUES, tl.bfloat16)
         for c in tl.range(0, count):
             q_M = tl.load(columns + tl.load(index + c) * _WIDTH + m_M).to(tl.float32)
             v_N = tl.load(values + n_N.to(tl.int64) * count + c, mask=known_N, other=0.0)

@@ -9,21 +9,26 @@ import triton.language as tl
 
 from deltamux.serve.worker.triton_dense import level_of, low_rank
 from deltamux.serve.worker.triton_image import (
-    BLOCK_COLUMNS,
+    BLOCK,
+    ESCAPES,
+    PLANES,
+    RANK,
+    VECTOR,
+    ZERO,
     coded_row,
     number,
     record_of,
+    section,
     steps_of,
 )
 from deltamux.serve.worker.triton_rest import escape_table
 
-_BLOCK: tl.constexpr = tl.constexpr(BLOCK_COLUMNS)
 
 
 @triton.jit
 def _row_escapes(image, record, row_1, known_1, k_K, K: tl.constexpr):
     """Sum of the escapes at each column of one row, float32 [1, K]."""
-    blocks: tl.constexpr = (K + _BLOCK - 1) // _BLOCK
+    blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     sum_K = tl.zeros_like(k_K)
     starts, escapes, present = escape_table(image, record)
     row = tl.max(row_1, 0)
@@ -33,7 +38,7 @@ def _row_escapes(image, record, row_1, known_1, k_K, K: tl.constexpr):
             end = tl.load(starts + row * blocks + block + 1)
             for e in tl.range(begin, end):
                 entry = tl.load(escapes + e).to(tl.int32) & 0xFFFF
-                at = (entry & 4095) + block * _BLOCK
+                at = (entry & 4095) + block * BLOCK
                 sum_K += tl.where(k_K == at, (entry >> 12) - 8, 0)
     return sum_K.to(tl.float32)[None, :]
 
@@ -41,7 +46,7 @@ def _row_escapes(image, record, row_1, known_1, k_K, K: tl.constexpr):
 @triton.jit(do_not_specialize=["entry", "rows"])
 def embedding_kernel(
     y, y_stride, ids, slot_of_row, slots, slot_bytes, entry, rows,
-    K: tl.constexpr, BK: tl.constexpr, ROW_MAP: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
     """y[t] += Δ̂_s[ids[t]]; grid (rows of the batch, chunks of columns)."""
     stride: tl.constexpr = (K + 63) // 64 * 16
@@ -50,14 +55,14 @@ def embedding_kernel(
     if slot < 0:
         return
     image, record = record_of(slots, slot_bytes, slot, entry)
-    if (tl.load(record) | tl.load(record + 10) | tl.load(record + 16)) == 0:
+    if (tl.load(record + PLANES) | tl.load(record + ESCAPES) | tl.load(record + RANK)) == 0:
         return
     n_1 = tl.load(ids + t).to(tl.int32) + tl.zeros([1], tl.int32)
-    row_1, known_1 = coded_row(image, record, n_1, rows, ROW_MAP)
+    row_1, known_1 = coded_row(image, record, n_1, rows, MAPPED)
     k_K = tl.program_id(1) * BK + tl.arange(0, BK)
     mask = (k_K < K)[None, :] & known_1[:, None]
     level = level_of(
-        image, record, tl.load(record), number(record, 6), row_1[:, None], k_K[None, :], stride, mask
+        image, record, tl.load(record + PLANES), number(record, ZERO), row_1[:, None], k_K[None, :], stride, mask
     )
     level += _row_escapes(image, record, row_1, known_1, k_K, K)
     delta = level * steps_of(image, record, row_1)[:, None]
@@ -78,11 +83,10 @@ def norm_kernel(
     if slot < 0:
         return
     image, record = record_of(slots, slot_bytes, slot, entry)
-    offset = tl.load(record + 22)
-    if offset == 0:
+    if tl.load(record + VECTOR) == 0:
         return
     h_H = tl.arange(0, BH)
-    weight = (image + offset.to(tl.int64) * 64).to(tl.pointer_type(tl.float32))
+    weight = section(image, record, VECTOR, tl.float32)
     x_H = tl.load(x + line * x_stride + h_H, mask=h_H < H, other=0.0).to(tl.float32)
     w_H = tl.load(weight + h_H, mask=h_H < H, other=0.0)
     dtype: tl.constexpr = y.dtype.element_ty
@@ -117,7 +121,7 @@ def launch_embedding(
     chunk = min(1024, triton.next_power_of_2(columns))
     embedding_kernel[(count, -(-columns // chunk))](
         y_TH, y_TH.stride(0), ids_T, slot_of_row, slots, slots.stride(0), entry, rows,
-        K=columns, BK=chunk, ROW_MAP=row_map, num_warps=4,
+        K=columns, BK=chunk, MAPPED=row_map, num_warps=4,
     )  # fmt: skip
 
 
