@@ -124,7 +124,8 @@ def measure(base: Path, config: dict[str, Any], options: argparse.Namespace) -> 
     prefill = prefill_seconds(seconds, requests[0], min(PROMPT, 64 if options.tiny else PROMPT))
     copies = engine.collective_rpc(time_copies)[0]
     # Last, since it changes the base's weights.
-    agreement = check_against_merge(engine, requests[0], config)
+    on_gpu = torch.cuda.is_available()  # the CPU build keeps weights where nothing can be added
+    agreement = check_against_merge(engine, requests[0], config) if on_gpu else {}
     table(steps, prefill, copies)
     print(f"expert against its merge: {agreement}")
     kv = engine.llm_engine.vllm_config.cache_config
@@ -320,27 +321,26 @@ def random_record(rows: int, columns: int, rng: np.random.Generator) -> Any:
 
 
 def merge_first_expert(worker: Any) -> None:
-    """Runs in the worker: add the first expert's delta to the base's linears and lm_head."""
-    from deltamux.compression.image.dense import served_delta
-    from deltamux.compression.image.layout import ImageReader
+    """Runs in the worker: add the delta of slot 0, the first expert's image, to the base's weights."""
     from deltamux.serve import compat
+    from deltamux.serve.worker.triton_dense import launch_dense
 
     manager = manager_of(worker)
+    manager.slots.load(0, manager.host.get(1))
     model = getattr(worker, "worker", worker).model_runner.get_model()
-    reader = ImageReader(manager.host.get(1))
     linear, _, _ = compat.hooked_layers()
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, linear)]
-    for name, module in [*layers, ("lm_head", model.lm_head), ("model.embed_tokens", model.model.embed_tokens)]:
-        parent, _, leaf = name.rpartition(".")
-        parts = model.packed_modules_mapping.get(leaf, [leaf])
-        prefix = f"{parent}." if parent else ""
+    linears = [(name, each) for name, each in model.named_modules() if isinstance(each, linear)]
+    tables = [("lm_head", model.lm_head), ("model.embed_tokens", model.model.embed_tokens)]
+    for name, module in [*linears, *tables]:
+        parent, dot, leaf = name.rpartition(".")
         start = 0
-        for part in parts:
-            weight = f"{prefix}{part}.weight"
-            rows, columns = manager.shapes[weight]
-            delta = served_delta(reader, manager.slots.index(weight), rows, columns)
+        for part in model.packed_modules_mapping.get(leaf, [leaf]):
+            weight = f"{parent}{dot}{part}.weight"
+            rows = manager.shapes[weight][0]
             target = module.weight.data[start : start + rows]
-            target.copy_(target.float() + delta.to(target.device))
+            merged = torch.empty_like(target)
+            launch_dense(merged, manager.slots.buffer, 0, manager.slots.index(weight), target)
+            target.copy_(merged)
             start += rows
 
 
