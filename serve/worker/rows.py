@@ -37,7 +37,7 @@ class RowMap:
         sizes = [slots + 1, max_rows, max_rows]
         self.starts, self.slot_of_row, self.order = self._packed.split(sizes)
         self.slot_of_row.fill_(BASE_ROW)
-        self.starts_host = torch.zeros(slots + 1, dtype=torch.int64)
+        self.starts_host = torch.zeros(slots + 1, dtype=torch.int64, device="cpu")
         self.count = 0
         self.active = False
         self._rows = np.zeros(0, np.int64)
@@ -83,7 +83,7 @@ class _Stages:
         self._target = target
         pinned = torch.cuda.is_available()
         self._buffers = [
-            torch.zeros(target.shape, dtype=target.dtype, pin_memory=pinned) for _ in range(count)
+            torch.zeros(target.shape, dtype=target.dtype, device="cpu", pin_memory=pinned) for _ in range(count)
         ]
         self._done = [torch.cuda.Event() for _ in range(count)] if pinned else None
         self._next = 0
