@@ -210,9 +210,7 @@ PRESETS = {
     "small": Recipe(
         allocation=AllocationRecipe(bits=0.5, slot_bits=1.7), embedding=EmbeddingRecipe(step=2.0)
     ),
-    "balanced": Recipe(
-        allocation=AllocationRecipe(bits=DEFAULT_BITS, slot_bits=DEFAULT_SLOT_BITS)
-    ),
+    "balanced": Recipe(allocation=AllocationRecipe(bits=DEFAULT_BITS, slot_bits=DEFAULT_SLOT_BITS)),
     "faithful": Recipe(
         allocation=AllocationRecipe(bits=2.0, slot_bits=TWO_PLANES_BITS),
         embedding=EmbeddingRecipe(step=0.5),

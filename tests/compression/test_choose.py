@@ -44,6 +44,7 @@ TEXT = random_samples(272, count=6, length=32)
 HELD_OUT = random_samples(272, count=10, length=32)[6:]
 # Records and padding take most of a slot of matrices so small.
 WIDE_SLOT = 20.0
+ROOMY = Recipe(allocation={"slot_bits": WIDE_SLOT})
 BITS = (0.05, 0.2, 0.5, 1.0, 2.0, 3.3, 8.0)
 
 
@@ -54,7 +55,7 @@ class Case:
     difference: Difference
     work: Workspace
     target: object
-    recipe: Recipe = Recipe(allocation={"slot_bits": WIDE_SLOT})
+    recipe: Recipe = ROOMY
 
     def __post_init__(self):
         ladders = measure(self.difference, self.recipe, TEXT, self.work, progress=False)
@@ -210,7 +211,8 @@ def test_linears_never_take_more_bits_in_a_slot_than_told(case, slot_bits):
 
 def test_a_slot_without_room_for_its_records_is_refused_with_both_figures(case):
     with pytest.raises(
-        ValueError, match=r"slot_bits 0\.1 cannot be kept: no less than 0\.\d+ bits .* raise slot_bits"
+        ValueError,
+        match=r"slot_bits 0\.1 cannot be kept: no less than 0\.\d+ bits .* raise slot_bits",
     ):
         case.choose(bits=1.0, slot_bits=0.1)
 
@@ -219,8 +221,8 @@ def test_a_fixed_width_that_a_slot_has_no_room_for_is_refused_with_both_figures(
     make_pair, tmp_path
 ):
     recipe = Recipe(linear=LinearRecipe(scheme="int4"), allocation={"slot_bits": 3.0})
+    case = make_case(*make_pair(), tmp_path, recipe=recipe)
     with pytest.raises(ValueError, match=r"slot_bits 3 cannot be kept: no less than 4\.\d+ bits"):
-        case = make_case(*make_pair(), tmp_path, recipe=recipe)
         choose_within(case.candidates, case.curves, lambda _choice: 0.0)
 
 
@@ -239,9 +241,7 @@ def test_importance_by_weights_counts_them(case):
 
 def test_importance_by_energy_is_the_root_of_the_delta_s_output_energy(case):
     found = importances(Importance.ENERGY, case.ladders, case.difference.expert, TEXT)
-    assert [cost**2 for cost in found] == pytest.approx(
-        [ladder.energy for ladder in case.ladders]
-    )
+    assert [cost**2 for cost in found] == pytest.approx([ladder.energy for ladder in case.ladders])
 
 
 def test_importance_by_fisher_weighs_energies_by_what_predictions_feel(case):
@@ -324,3 +324,16 @@ def test_a_measured_objective_decides_between_tilts(case):
 
     choice = case.choose(measured, method="atp", objective="measured", bits=1.0)
     assert choice == asked[2]
+
+
+def test_the_step_of_an_embedding_widens_until_a_slot_has_room(case):
+    def embedding(slot_bits):
+        found = fixed_weights(case.difference, EmbeddingRecipe(), slot_bits)
+        return next(each.entry for each in found if each.entry.role == "embedding")
+
+    whole, narrow = embedding(None), embedding(1.8)
+    weights = narrow.shape[0] * narrow.shape[1]
+    assert whole.slot_bytes * 8 > 2.7 * weights
+    assert narrow.slot_bytes * 8 <= 2.7 * weights
+    assert whole.error < narrow.error < 0.5
+    assert embedding(20.0) == whole
