@@ -6,7 +6,8 @@ Shapes: L layers, S slots, T rows of a batch, N outputs, K inputs.
 from dataclasses import dataclass, replace
 
 import torch
-from gpu_images import Matrix, pack, random_escapes, random_plane, rows_by_slot
+
+from benchmarks.gpu_images import Matrix, pack, random_escapes, random_plane, rows_by_slot
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Linear:
 
     @property
     def outputs(self) -> int:
+        """Rows of all slices."""
         return sum(self.sizes)
 
 

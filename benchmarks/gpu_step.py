@@ -7,11 +7,11 @@ smaller than the one found here. Shapes: T rows, N outputs, K inputs.
 from collections.abc import Callable
 
 import torch
-from gpu_model import LAYERS, MISTRAL, Batch, Experts, Linear
-from gpu_timing import graph_milliseconds
 from torch.nn import functional
 
-from deltamux.serve.worker.triton_product import Capabilities, launch_product
+from benchmarks.gpu_model import LAYERS, MISTRAL, Batch, Experts, Linear
+from benchmarks.gpu_timing import graph_milliseconds
+from deltamux.serve.worker.triton_launch import Capabilities, launch_product
 
 
 class Step:
@@ -45,7 +45,7 @@ class Step:
 
         return graph_milliseconds(step)
 
-    def _base(self, layer: int, linear: Linear, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _base(self, layer: int, linear: Linear, x: torch.Tensor, _: Batch) -> torch.Tensor:
         return functional.linear(x, self.weights[linear.name][layer])
 
     def _launch(
@@ -53,7 +53,7 @@ class Step:
     ) -> None:
         launch_product(
             y, x, batch.order, batch.starts, self.experts.slots,
-            self.experts.entries(layer, linear), linear.sizes, False, self.capabilities,
+            self.experts.entries(layer, linear), linear.sizes, 0, False, self.capabilities,
         )  # fmt: skip
 
     def _experts(self, layer: int, linear: Linear, x: torch.Tensor, batch: Batch) -> None:

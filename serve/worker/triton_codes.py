@@ -118,8 +118,8 @@ def product_many(
     for b in tl.range(0, bytes, BB, num_stages=STAGES):
         codes = unpack(_bytes(c_at, b, b_B[None, :], bytes, even), True, ASSEMBLY)
         for i in tl.static_range(4):
-            h = _bytes(d_at + i * bytes, b, b_B[None, :], bytes, even)
-            high_NM = tl.dot(codes[i], tl.trans(h), high_NM, out_dtype=tl.int32)
-            l = _bytes(d_at + (4 + i) * bytes, b, b_B[None, :], bytes, even)
-            low_NM = tl.dot(codes[i], tl.trans(l), low_NM, out_dtype=tl.int32)
+            high = _bytes(d_at + i * bytes, b, b_B[None, :], bytes, even)
+            high_NM = tl.dot(codes[i], tl.trans(high), high_NM, out_dtype=tl.int32)
+            low = _bytes(d_at + (4 + i) * bytes, b, b_B[None, :], bytes, even)
+            low_NM = tl.dot(codes[i], tl.trans(low), low_NM, out_dtype=tl.int32)
     return high_NM.to(tl.float32) * 256.0 + low_NM.to(tl.float32)

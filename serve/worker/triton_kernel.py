@@ -183,7 +183,12 @@ def product_kernel(
     if count == 0:
         return
     image, record = record_of(slots, slot_bytes, slot, entry)
-    present = tl.load(record + PLANES) | tl.load(record + ESCAPES) | tl.load(record + CHANNELS) | tl.load(record + VECTOR)
+    present = (
+        tl.load(record + PLANES)
+        | tl.load(record + ESCAPES)
+        | tl.load(record + CHANNELS)
+        | tl.load(record + VECTOR)
+    )
     if present == 0:
         return
     n_N = start + tl.arange(0, BN)

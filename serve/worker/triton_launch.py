@@ -65,10 +65,15 @@ def groups_of(rows: int, slots: int, tile: int = GROUP) -> int:
     return min(rows, slots) + max(rows - slots, 0) // tile
 
 
+# Many programs: few instructions a weight; few: short waits. Chosen by timing, see benchmarks/gpu.py.
+THROUGHPUT = Tiling()
+LATENCY = Tiling(rows=16, split=4, width=32, warps=4, fetch=True)
+
+
 def choose_tiling(sizes: tuple[int, ...], groups: int) -> Tiling:
     """Smaller tiles where there would be too few programs for all multiprocessors."""
     programs = sum(-(-rows // 32) for rows in sizes) * groups
-    return Tiling() if programs >= 264 else Tiling(rows=16, split=4, width=32, warps=4, fetch=True)
+    return THROUGHPUT if programs >= 264 else LATENCY
 
 
 def launch_product(

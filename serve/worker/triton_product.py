@@ -63,7 +63,8 @@ def add_linear(
     """
     del slot_of_row
     if not usable(y.device):
-        return _by_torch(y, x, order, starts, slots, entries, sizes)
+        _by_torch(y, x, order, starts, slots, entries, sizes)
+        return
     _add(y, x, order, starts, slots, entries, sizes, rank, row_map, None)
 
 
@@ -127,7 +128,7 @@ def linear(
     rows = x_TK.shape[0]
     layer = slots, entries, sizes
     mergeable = rows >= MERGE_ROWS and usable(x.device) and weight.is_contiguous()
-    if mergeable and not torch.cuda.is_current_stream_capturing():
+    if mergeable and not _captured(x.device):
         spans: list[int] = starts_host.tolist()
         heavy = [s for s, end in enumerate(spans[1:]) if end - spans[s] >= MERGE_ROWS]
         if heavy:
@@ -192,7 +193,8 @@ def replace_norm(
     if usable(y.device):
         from deltamux.serve.worker.triton_rows import launch_norm
 
-        return launch_norm(y, x, slot_of_row, slots, entry, epsilon)
+        launch_norm(y, x, slot_of_row, slots, entry, epsilon)
+        return
     from deltamux.compression.image.layout import Field
     from deltamux.serve.worker.product import SlotRecord
 
@@ -238,6 +240,10 @@ def _obstacle(device: torch.device) -> str | None:
         return f"triton {triton.__version__} is older than {OLDEST_TRITON}"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
+    return _obstacle_of(device)
+
+
+def _obstacle_of(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"slots are on {device.type}"
     found = torch.cuda.get_device_capability(device)
@@ -248,7 +254,8 @@ def _obstacle(device: torch.device) -> str | None:
         _trial(device)
     # Compilers fail in many ways of their own; whichever it is, torch can do the work.
     except Exception as error:
-        return f"a kernel failed: {str(error).strip().splitlines()[-1:]}"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"a kernel failed: {lines[0]}"
     return None
 
 
@@ -263,9 +270,13 @@ def _trial(device: torch.device) -> None:
     torch.cuda.synchronize(device)
 
 
+def _captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _on(device: torch.device) -> torch.device:
     """The device as a context for new tensors; refuses where a graph is captured."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _captured(device):
         raise RuntimeError(
             "products of slots in torch cannot be captured in a CUDA graph; start with "
             "--enforce-eager, or see the warning above for what the kernels lack"
