@@ -86,14 +86,13 @@ def product(name: str, cut: Tiling, columns: int, many: bool, early: bool) -> Ke
 def kernels(architecture: int) -> Iterator[Kernel]:
     early = architecture >= 90
     for columns in (4096, 14336):
-        bytes_ = columns // 4
         yield product(f"product, few programs, K {columns}", LATENCY, columns, False, early)
         yield product(f"product, many programs, K {columns}", THROUGHPUT, columns, True, early)
-        block = triton.next_power_of_2(bytes_)
         constants = SHARED_CONSTANTS | {
-            "K": columns, "BYTES": bytes_, "BLOCK": block, "EARLY": early
+            "K": columns, "BYTES": columns // 4, "BLOCK": triton.next_power_of_2(columns),
+            "CHUNK": triton_digits.CHUNK, "SINGLE": False, "EARLY": early,
         }  # fmt: skip
-        warps = max(1, min(16, block // 128))
+        warps = triton_digits.warps_for(columns)
         yield Kernel(f"digits, K {columns}", triton_digits.digits_kernel, constants, warps)
     merge = {"K": 4096, "BN": 16, "BK": 128, "MAPPED": False, "HAS_BASE": True, "HAS_BIAS": True}
     yield Kernel("merged weight", triton_dense.dense_kernel, merge, 4)

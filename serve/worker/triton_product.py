@@ -61,16 +61,16 @@ def add_linear(
         rank: The largest rank of factors that a record may have.
         row_map: Whether records may lack rows.
     """
-    del slot_of_row
     if not usable(y.device):
         _by_torch(y, x, order, starts, slots, entries, sizes)
         return
-    _add(y, x, order, starts, slots, entries, sizes, rank, row_map, None)
+    _add(y, x, slot_of_row, order, starts, slots, entries, sizes, rank, row_map, None)
 
 
 def _add(
     y: torch.Tensor,
     x: torch.Tensor,
+    slot_of_row: torch.Tensor,
     order: torch.Tensor,
     starts: torch.Tensor,
     slots: torch.Tensor,
@@ -83,7 +83,7 @@ def _add(
     from deltamux.serve.worker.triton_launch import launch_product
 
     launch_product(
-        y, x, order, starts, slots, tuple(entries), tuple(sizes), rank, row_map,
+        y, x, slot_of_row, order, starts, slots, tuple(entries), tuple(sizes), rank, row_map,
         capabilities(y.device), most=most,
     )  # fmt: skip
 
@@ -134,7 +134,8 @@ def linear(
         if heavy:
             y_TN, rest = by_merged_weights(x_TK, weight, bias, order, spans, heavy, *layer)
             if rest:
-                _add(y_TN, x_TK, order, starts, *layer, rank, False, MERGE_ROWS - 1)
+                where = slot_of_row, order, starts
+                _add(y_TN, x_TK, *where, *layer, rank, False, MERGE_ROWS - 1)
             return y_TN.view(*x.shape[:-1], -1)
     y = functional.linear(x, weight, bias)
     y_TN = y.view(-1, y.shape[-1])
@@ -266,7 +267,7 @@ def _trial(device: torch.device) -> None:
         y = torch.zeros(rows, 64, dtype=torch.bfloat16, device=device)
         order = torch.arange(rows, dtype=torch.int32, device=device)
         starts = torch.tensor([0, rows], dtype=torch.int32, device=device)
-        _add(y, y, order, starts, slots, (0,), (64,), 0, False, None)
+        _add(y, y, order * 0, order, starts, slots, (0,), (64,), 0, False, None)
     torch.cuda.synchronize(device)
 
 

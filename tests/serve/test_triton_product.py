@@ -103,7 +103,7 @@ def test_launches_ask_the_device_for_nothing_but_memory(rows: int) -> None:
     index, starts = torch.zeros(rows, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
     with Reads() as reads:
         launch_product(
-            x, x, index, starts, slots, (0, 1), (48, 16), 16, False, Capabilities(True, True)
+            x, x, index, index, starts, slots, (0, 1), (48, 16), 16, False, Capabilities(True, True)
         )
         launch_embedding(x, index, index, slots, 0, 64)
         launch_norm(x, x, index, slots, 0, 1e-5)

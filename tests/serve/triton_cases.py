@@ -51,7 +51,9 @@ CASES = {
     "more rows of a slot than a group has": Case(rows=(0,) * 18 + (1,), columns=64),
     "three slices": Case(sizes=(40, 16, 24), rows=(0, 1, 1)),
     "rows and columns that fill no tile": Case(sizes=(37,), columns=130),
-    "columns of two blocks": Case(sizes=(12,), columns=4200, rows=(0, 1, 1), content={"share": 0.005}),
+    "columns of two blocks": Case(
+        sizes=(12,), columns=4200, rows=(0, 1, 1), content={"share": 0.005}
+    ),
     "row steps": Case(content={"steps": True}),
     "two planes": Case(content={"planes": 2, "zero": 7.5, "share": 0}),
     "two planes and escapes": Case(content={"planes": 2, "zero": 8.0}),
@@ -71,6 +73,7 @@ CASES = {
     "float32": Case(dtype=torch.float32),
     "split rows": Case(rows=(0, 1), tiling=SPLIT),
     "split rows that fill no run": Case(columns=130, rows=(0, 1), tiling=SPLIT),
+    "split groups": Case(rows=(0, 0, 1, 0), tiling=SPLIT),
     "unrolled": Case(columns=1000, rows=(0,), tiling=Tiling(rows=16, bytes=32, unroll=2)),
 }
 
@@ -131,7 +134,7 @@ def check(case: Case) -> dict[str, object]:
     ]
     slots = slots_of(experts)
     rows = list(case.rows)
-    _, order, starts = rows_by_slot(rows, len(slots), CPU)
+    slot_of_row, order, starts = rows_by_slot(rows, len(slots), CPU)
     x = torch.randn(len(rows), case.columns, generator=generator).to(case.dtype)
     base = torch.randn(len(rows), sum(case.sizes), generator=generator).to(case.dtype)
     expected = base.double()
@@ -145,7 +148,7 @@ def check(case: Case) -> dict[str, object]:
     y = base.clone()
     entries = tuple(range(1, len(case.sizes) + 1))
     launch_product(
-        y, x, order, starts, slots, entries, case.sizes, 32 if "factors" in case.content else 0,
+        y, x, slot_of_row, order, starts, slots, entries, case.sizes, 32 if "factors" in case.content else 0,
         case.mapped, PLAIN, case.tiling,
     )  # fmt: skip
     kept = [row for row, slot in enumerate(rows) if slot < 0]
@@ -167,11 +170,9 @@ def same_whatever_the_batch() -> dict[str, object]:
     for rows, tiling in (
         ([0], None), ([0], SPLIT), ([0] * 5, None), ([0, -1, 1, 0], None), ([0] * 18, None)
     ):  # fmt: skip
-        _, order, starts = rows_by_slot(rows, len(slots), CPU)
+        where = rows_by_slot(rows, len(slots), CPU)
         out = y[: len(rows)].clone()
-        launch_product(
-            out, x[: len(rows)], order, starts, slots, (1,), (48,), 0, False, PLAIN, tiling
-        )
+        launch_product(out, x[: len(rows)], *where, slots, (1,), (48,), 0, False, PLAIN, tiling)
         found.append(out[0])
     return {"same": all(torch.equal(found[0], other) for other in found[1:])}
 
