@@ -269,7 +269,7 @@ def shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def manager_of(worker: Any) -> Any:
-    """deltamux's manager inside of a vLLM worker."""
+    """Deltamux's manager inside of a vLLM worker."""
     return getattr(worker, "worker", worker).model_runner.lora_manager
 
 
