@@ -99,11 +99,13 @@ TARGET_AVX2 static inline void load_words(const uint8_t *const *rows, ptrdiff_t 
     words[3] = _mm256_unpackhi_epi64(high01, high23);
 }
 
-TARGET_AVX2 static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
-                               uint8_t *codes) {
+TARGET_AVX2 static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, const uint8_t *ahead,
+                               int units, int offset, uint8_t *codes) {
     const __m256i low = _mm256_set1_epi8(3), added = _mm256_set1_epi8(char(offset));
     for (int unit = 0; unit < units; unit++, codes += UNIT_CODES) {
         ptrdiff_t at = ptrdiff_t(unit) * UNIT_PLANE_BYTES;
+        fetch_unit(ahead, unit);
+        if (second) fetch_unit(ahead + second, unit);
         for (int half = 0; half < 2; half++) {
             __m256i words[4], upper[4];
             load_words(rows + HALF * half, at, words);

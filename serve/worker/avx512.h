@@ -128,14 +128,18 @@ TARGET static inline __m512i codes_at(__m512i word, __m512i upper, __m512i offse
     return _mm512_add_epi8(_mm512_and_si512(code, _mm512_set1_epi8(15)), offset);
 }
 
-TARGET static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
-                          uint8_t *codes) {
+TARGET static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, const uint8_t *ahead,
+                          int units, int offset, uint8_t *codes) {
     const __m512i added = _mm512_set1_epi8(char(offset));
     for (int unit = 0; unit < units; unit++) {
         __m512i words[4], upper[4];
         ptrdiff_t at = ptrdiff_t(unit) * UNIT_PLANE_BYTES;
+        fetch_unit(ahead, unit);
         load_words(rows, at, words);
-        if (second) load_words(rows, second + at, upper);
+        if (second) {
+            fetch_unit(ahead + second, unit);
+            load_words(rows, second + at, upper);
+        }
         for (int i = 0; i < 4; i++) {
             __m512i *out = reinterpret_cast<__m512i *>(codes) + 4 * i;
             if (second) {

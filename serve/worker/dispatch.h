@@ -84,7 +84,9 @@ inline bool has_amx() {
 // Fastest first.
 inline const Choice CHOICES[] = {
 #if defined(__x86_64__)
-    {&amx::KERNELS, has_amx},       {&vnni::KERNELS, has_vnni}, {&avx512::KERNELS, has_avx512},
+    {&amx::KERNELS, has_amx},
+    {&vnni::KERNELS, has_vnni},
+    {&avx512::KERNELS, has_avx512},
     {&avx2::KERNELS, has_avx2},
 
 #elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)

@@ -82,8 +82,8 @@ static void widen(const void *x, Type type, int columns, float *wide) {
     for (int j = 0; j < columns; j++) wide[j] = load(x, type, j);
 }
 
-static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
-                   uint8_t *codes) {
+static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, const uint8_t *,
+                   int units, int offset, uint8_t *codes) {
     for (int unit = 0; unit < units; unit++, codes += UNIT_CODES) {
         for (int lane = 0; lane < LANES; lane++) {
             const uint8_t *plane = rows[lane] + ptrdiff_t(unit) * UNIT_PLANE_BYTES;

@@ -28,11 +28,7 @@ namespace deltamux {
 constexpr int PASS_TOKENS = 512;
 // Inputs up to here every thread rounds for itself, which is faster than waiting for the others.
 constexpr int ALONE_ELEMENTS = 8192;
-// The offset of codes that have escapes: −8 at least.
-constexpr int ESCAPE_OFFSET = 8;
 constexpr int MOST_SLICES = 8;
-// Bytes of planes that are asked for ahead of their use.
-constexpr size_t MOST_FETCHED = 16384;
 // Escapes of a block of rows that are gone through in one loop, and those of a row that are usual.
 constexpr size_t MOST_LISTED = 2048, FEW_ESCAPES = 32;
 
@@ -112,10 +108,7 @@ class Product {
                         scratch.take<float>(values), {}};
         int total = spans_.back().part_end;
         if (kernels_.begin) kernels_.begin();
-        for (;;) {
-            int part = next_.fetch_add(chunk_, std::memory_order_relaxed);
-            if (part >= total) break;
-            int stop = std::min(total, part + chunk_);
+        for (int part, stop; take_parts(total, member.count, part, stop);) {
             for (; part < stop; part++) do_part(part, inputs, space);
         }
         if (kernels_.end) kernels_.end();
@@ -133,6 +126,17 @@ class Product {
         float *tiles, *values;
         std::vector<Single> singles;
     };
+
+    // The next parts for a thread: many at first, since neighbours are fetched ahead, few at the end, so
+    // that no thread waits long for the others.
+    bool take_parts(int total, int threads, int &part, int &stop) {
+        part = next_.load(std::memory_order_relaxed);
+        do {
+            if (part >= total) return false;
+            stop = part + std::max(1, (total - part) / (2 * threads));
+        } while (!next_.compare_exchange_weak(part, stop, std::memory_order_relaxed));
+        return true;
+    }
 
     // The spans of rows order[first:stop], and the memory that they need.
     void plan(int64_t first, int64_t stop) {
@@ -184,8 +188,6 @@ class Product {
                 spans_.push_back(span);
             }
         }
-        // Four times as many chunks as two threads would need, so that none waits long.
-        chunk_ = std::clamp(parts / 16, 1, 8);
         alone_ = !thin_ && tokens_ * layer_.columns <= ALONE_ELEMENTS;
         shared_.reserve(thin_room + (alone_ ? 0 : inputs_room()));
         for (Span &span : spans_) span.thin = shared_.take<float>(size_t(span.members.tokens) * span.thin_width);
@@ -396,13 +398,6 @@ class Product {
         return low * 32 + __builtin_ctz(bits);
     }
 
-    // What the blocks behind these read first, so that it is here by then.
-    static void fetch_next(const Record &record, const Lanes &last) {
-        const uint8_t *next = record.plane0 + size_t(last.first_coded + last.coded) * record.stride;
-        size_t bytes = std::min(size_t(record.stride) * LANES, MOST_FETCHED);
-        for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
-    }
-
     // tiles = (codes − zero) x, lanes in the order of coded rows.
     void multiply_codes(const Span &span, const Lanes *lanes, int blocks, const PassInputs &pass,
                         Workspace &space) const {
@@ -412,7 +407,6 @@ class Product {
         float whole = std::floor(zero), rest = zero - whole;
         Inputs inputs = inputs_of(span, pass);
         space.singles.clear();
-        if (record.planes) fetch_next(record, lanes[blocks - 1]);
         for (int run = 0, unit = 0; unit < units_; run++, unit += RUN_UNITS) {
             int units = std::min(units_ - unit, RUN_UNITS);
             for (int block = 0; block < blocks; block++) {
@@ -455,7 +449,8 @@ class Product {
             rows[lane] = record.plane0 + size_t(row) * record.stride + unit * UNIT_PLANE_BYTES;
         }
         ptrdiff_t second = record.planes == 2 ? record.plane1 - record.plane0 : 0;
-        kernels_.unpack(rows, second, units, offset, codes);
+        const uint8_t *ahead = record.plane0 + size_t(lanes.first_coded + LANES) * record.stride;
+        kernels_.unpack(rows, second, ahead + unit * LANES * UNIT_PLANE_BYTES, units, offset, codes);
     }
 
     // Escapes become part of the codes. Rows have few of them each, and loops of a few turns cost more
@@ -597,7 +592,7 @@ class Product {
     Scratch &shared_ = kept_shared_;
     PassInputs pass_;
     int64_t first_ = 0;
-    int tokens_ = 0, panel_rows_ = 0, most_tokens_ = 0, most_thin_ = 0, most_at_once_ = 0, chunk_ = 1;
+    int tokens_ = 0, panel_rows_ = 0, most_tokens_ = 0, most_thin_ = 0, most_at_once_ = 0;
     bool coded_ = false, thin_ = false, wide_ = false, alone_ = false;
     std::atomic<int> next_{0};
 };
