@@ -312,11 +312,11 @@ TARGET_AVX2 static void add_to(const float *tile, int tokens, const Outputs &y, 
     }
 }
 
-static int blocks(int) { return 1; }
+static Layout layout(int) { return {1, false}; }
 
 static const Kernels KERNELS = {
     "avx2",  quantize, widen,     unpack, multiply, multiply_exact, dot,
-    dot_int8, scale,   add_outer, add_to, blocks,   nullptr,        nullptr,
+    dot_int8, scale,   add_outer, add_to, layout,   nullptr,        nullptr,
 };
 
 }  // namespace deltamux::avx2

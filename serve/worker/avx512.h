@@ -263,7 +263,7 @@ TARGET static inline void multiply_exact_panel(const Codes &run, const Inputs &i
     }
 }
 
-// One block of rows is what `blocks` asks for.
+// One block of rows is what `layout` asks for.
 TARGET static void multiply_exact(const Codes &codes, const Inputs &inputs, float zero, float *tile) {
     for (int panel = 0; panel * PANEL < inputs.tokens; panel++) {
         switch (panel_tokens(inputs.tokens, panel)) {
@@ -332,11 +332,11 @@ TARGET static void add_to(const float *tile, int tokens, const Outputs &y, int l
     }
 }
 
-static int blocks(int) { return 1; }
+static Layout layout(int) { return {1, false}; }
 
 static const Kernels KERNELS = {
     NAME,     quantize, widen, unpack,    multiply, multiply_exact,
-    dot,      dot_int8, scale, add_outer, add_to,   blocks,
+    dot,      dot_int8, scale, add_outer, add_to,   layout,
     nullptr,  nullptr,
 };
 

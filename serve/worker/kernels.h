@@ -91,6 +91,13 @@ inline void fetch_unit(const uint8_t *ahead, int unit) {
     for (int at = 0; at < BYTES; at += LINE) __builtin_prefetch(ahead + ptrdiff_t(unit) * BYTES + at);
 }
 
+// Blocks of 16 rows that it pays to multiply at once (all but AMX take one), and whether the last panel of
+// inputs is a whole one too.
+struct Layout {
+    int blocks;
+    bool whole_panels;
+};
+
 struct Kernels {
     const char *name;
 
@@ -127,9 +134,8 @@ struct Kernels {
     // y[order[t]][lane] += tile[t][lane] for the first `lanes` outputs, each rounded once.
     void (*add_to)(const float *tile, int tokens, const Outputs &y, int lanes);
 
-    // Blocks of 16 rows that it pays to multiply at once with so many tokens; more than one only of
-    // kernels that work on whole panels.
-    int (*blocks)(int tokens);
+    // How so many tokens of a slot are multiplied.
+    Layout (*layout)(int tokens);
 
     // Called by a thread before and after its products; may be absent.
     void (*begin)();

@@ -99,7 +99,7 @@ static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, const uin
     }
 }
 
-// One block of rows is what `blocks` asks for, here and in the next.
+// One block of rows is what `layout` asks for, here and in the next.
 static void multiply(const Codes &run, const Inputs &inputs, float zero, float *tile) {
     for (int t = 0; t < inputs.tokens; t++, tile += LANES) {
         ptrdiff_t stride = UNIT_COLUMNS * panel_tokens(inputs.tokens, t / PANEL);
@@ -205,11 +205,11 @@ static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
     }
 }
 
-static int blocks(int) { return 1; }
+static Layout layout(int) { return {1, false}; }
 
 static const Kernels KERNELS = {
     "scalar", quantize, widen,    unpack, multiply,  multiply_exact,
-    dot,      dot_int8, scale, add_outer, add_to,   blocks,
+    dot,      dot_int8, scale, add_outer, add_to,   layout,
     nullptr,  nullptr,
 };
 

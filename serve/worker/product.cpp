@@ -157,8 +157,9 @@ class Product {
             members.first = int(from - first);
             members.tokens = int(to - from);
             members.place = panel_rows_;
-            members.at_once = type_ == FLOAT32 ? 1 : kernels_.blocks(members.tokens);
-            members.whole_panels = members.at_once > 1;
+            Layout layout = type_ == FLOAT32 ? Layout{1, false} : kernels_.layout(members.tokens);
+            members.at_once = layout.blocks;
+            members.whole_panels = layout.whole_panels;
             int rows = members.tokens;
             panel_rows_ += members.whole_panels ? divide_up(rows, PANEL) * PANEL : rows;
             members_.push_back(members);
