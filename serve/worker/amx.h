@@ -13,6 +13,8 @@ namespace deltamux::amx {
 constexpr int FEW_TOKENS = 7;
 // Tokens from which on several blocks of rows pay: their codes no longer fit into the first cache.
 constexpr int MANY_TOKENS = 32;
+// Units that inputs are asked for ahead.
+constexpr int AHEAD = 2;
 
 struct alignas(64) TileShapes {
     uint8_t palette, start_row, reserved[14];
@@ -63,6 +65,10 @@ TARGET_AMX static inline void multiply_two(const Part &part, const uint8_t *code
         _tile_zero(3);
         units = units_of_group(left);
         for (int unit = 0; unit < units; unit++, codes += UNIT_CODES, x += UNIT_CODES) {
+            for (int at = 0; at < UNIT_CODES; at += 64) {
+                __builtin_prefetch(x + AHEAD * UNIT_CODES + at);
+                __builtin_prefetch(x + part.panel + AHEAD * UNIT_CODES + at);
+            }
             _tile_loadd(4, x, 64);
             _tile_loadd(6, codes, 64);
             _tile_dpbsud(0, 4, 6);

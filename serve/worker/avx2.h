@@ -294,13 +294,15 @@ TARGET_AVX2 static void add_outer(const float *values, const float *h, ptrdiff_t
     }
 }
 
-TARGET_AVX2 static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
-    if (lanes < LANES) return portable::KERNELS.add_to(tile, tokens, y, lanes);
-    for (int t = 0; t < tokens; t++, tile += LANES) {
+TARGET_AVX2 static void add_to(const float *tiles, const float *steps, int tokens, const Outputs &y,
+                               int lanes) {
+    if (lanes % LANES) return portable::KERNELS.add_to(tiles, steps, tokens, y, lanes);
+    for (int t = 0; t < tokens; t++) {
         char *row = y.first + y.order[t] * y.stride;
-        for (int half = 0; half < 2; half++) {
-            int at = HALF * half;
-            __m256 sum = _mm256_add_ps(load8(row, y.type, at), _mm256_loadu_ps(tile + at));
+        for (int at = 0; at < lanes; at += HALF) {
+            const float *tile = tiles + ptrdiff_t(at / LANES * LANES) * tokens + t * LANES + at % LANES;
+            __m256 sum = _mm256_fmadd_ps(_mm256_loadu_ps(tile), _mm256_loadu_ps(steps + at),
+                                         load8(row, y.type, at));
             if (y.type == FLOAT32) {
                 _mm256_storeu_ps(reinterpret_cast<float *>(row) + at, sum);
                 continue;

@@ -131,8 +131,9 @@ struct Kernels {
     void (*add_outer)(const float *values, const float *h, ptrdiff_t h_stride, int tokens, int rank,
                       float *tile);
 
-    // y[order[t]][lane] += tile[t][lane] for the first `lanes` outputs, each rounded once.
-    void (*add_to)(const float *tile, int tokens, const Outputs &y, int lanes);
+    // y[order[t]][16 b + lane] += steps[16 b + lane] tiles[b][t][lane] for the first `lanes` outputs, each
+    // rounded once.
+    void (*add_to)(const float *tiles, const float *steps, int tokens, const Outputs &y, int lanes);
 
     // How so many tokens of a slot are multiplied.
     Layout (*layout)(int tokens);

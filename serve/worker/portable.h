@@ -196,11 +196,12 @@ static void add_outer(const float *values, const float *h, ptrdiff_t h_stride, i
     }
 }
 
-static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
-    for (int t = 0; t < tokens; t++, tile += LANES) {
+static void add_to(const float *tiles, const float *steps, int tokens, const Outputs &y, int lanes) {
+    for (int t = 0; t < tokens; t++) {
         char *row = y.first + y.order[t] * y.stride;
-        for (int lane = 0; lane < lanes; lane++) {
-            store(row, y.type, lane, load(row, y.type, lane) + tile[lane]);
+        for (int at = 0; at < lanes; at++) {
+            float tile = tiles[ptrdiff_t(at / LANES * LANES) * tokens + t * LANES + at % LANES];
+            store(row, y.type, at, load(row, y.type, at) + tile * steps[at]);
         }
     }
 }

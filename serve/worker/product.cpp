@@ -335,29 +335,49 @@ class Product {
         } else {
             std::fill(space.tiles, space.tiles + blocks * tile_floats, 0.0f);
         }
+        finish(*span, lanes, blocks, space);
+    }
+
+    // Tiles of codes' products get their steps and thin parts, and are added to y.
+    void finish(const Span &span, const Lanes *lanes, int blocks, const Workspace &space) const {
+        const Record &record = span.record;
+        int tokens = span.members.tokens;
+        float steps[MOST_AT_ONCE * LANES];
+        bool together = true;
         for (int block = 0; block < blocks; block++) {
-            finish(*span, lanes[block], space.tiles + block * tile_floats, space.values);
+            float *tile = space.tiles + size_t(block) * tokens * LANES, *own = steps + block * LANES;
+            steps_of(record, lanes[block], own);
+            together = together && lanes[block].side_by_side;
+            if (span.compact) continue;
+            bool gaps = record.coded() && !lanes[block].side_by_side;
+            if (!gaps && span.thin_width == 0) continue;
+            kernels_.scale(own, tokens, tile);
+            std::fill(own, own + LANES, 1.0f);
+            if (gaps) spread(span, lanes[block], tile);
+            if (span.thin_width == 0) continue;
+            gather_thin(span, lanes[block], space.values);
+            kernels_.add_outer(space.values, span.thin, span.thin_width, tokens, span.thin_width, tile);
+        }
+        const Lanes &last = lanes[blocks - 1];
+        if (!span.compact || (together && last.outputs[0] - lanes[0].outputs[0] == (blocks - 1) * LANES)) {
+            write(span, lanes[0], (blocks - 1) * LANES + last.count, space.tiles, steps);
+            return;
+        }
+        for (int block = 0; block < blocks; block++) {
+            const float *tile = space.tiles + size_t(block) * tokens * LANES;
+            if (lanes[block].side_by_side) {
+                write(span, lanes[block], lanes[block].count, tile, steps + block * LANES);
+            } else {
+                scatter(span, lanes[block], tile, steps + block * LANES);
+            }
         }
     }
 
-    // A tile of codes' products gets its steps and thin parts, and is added to y.
-    void finish(const Span &span, const Lanes &lanes, float *tile, float *values) const {
-        const Record &record = span.record;
-        if (record.coded()) {
-            float steps[LANES];
-            for (int lane = 0; lane < LANES; lane++) {
-                bool own = record.steps && lane < lanes.coded;
-                int row = lanes.first_coded + lane;
-                steps[lane] = own ? float_of_bfloat16(record.steps[row]) : record.step;
-            }
-            kernels_.scale(steps, span.members.tokens, tile);
-            if (!lanes.side_by_side && !span.compact) spread(span, lanes, tile);
+    static void steps_of(const Record &record, const Lanes &lanes, float *steps) {
+        std::fill(steps, steps + LANES, record.step);
+        for (int lane = 0; record.steps && lane < lanes.coded; lane++) {
+            steps[lane] = float_of_bfloat16(record.steps[lanes.first_coded + lane]);
         }
-        if (span.thin_width > 0) {
-            gather_thin(span, lanes, values);
-            kernels_.add_outer(values, span.thin, span.thin_width, span.members.tokens, span.thin_width, tile);
-        }
-        write(span, lanes, tile);
     }
 
     static Lanes lanes_of(const Span &span, int block) {
@@ -557,20 +577,27 @@ class Product {
         }
     }
 
-    void write(const Span &span, const Lanes &lanes, const float *tile) const {
-        if (lanes.count == 0) return;
-        Outputs y{y_, y_bytes_, order_ + first_ + span.members.first, type_};
-        y.first += size_t(span.slice_start) * element_;
-        if (lanes.side_by_side || !span.compact) {
-            y.first += size_t(lanes.outputs[0]) * element_;
-            kernels_.add_to(tile, span.members.tokens, y, lanes.count);
-            return;
-        }
+    Outputs outputs_of(const Span &span) const {
+        char *first = y_ + size_t(span.slice_start) * element_;
+        return {first, y_bytes_, order_ + first_ + span.members.first, type_};
+    }
+
+    void write(const Span &span, const Lanes &first, int lanes, const float *tiles,
+               const float *steps) const {
+        Outputs y = outputs_of(span);
+        y.first += size_t(first.outputs[0]) * element_;
+        kernels_.add_to(tiles, steps, span.members.tokens, y, lanes);
+    }
+
+    // Outputs that do not follow each other.
+    void scatter(const Span &span, const Lanes &lanes, const float *tile, const float *steps) const {
+        Outputs y = outputs_of(span);
         for (int t = 0; t < span.members.tokens; t++, tile += LANES) {
             char *row = y.first + y.order[t] * y.stride;
             for (int lane = 0; lane < lanes.count; lane++) {
                 char *place = row + size_t(lanes.outputs[lane]) * element_;
-                portable::store(place, type_, 0, portable::load(place, type_, 0) + tile[lane]);
+                float sum = portable::load(place, type_, 0) + tile[lane] * steps[lane];
+                portable::store(place, type_, 0, sum);
             }
         }
     }
