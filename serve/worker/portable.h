@@ -69,8 +69,8 @@ static void quantize(const void *x, Type type, int columns, int8_t *levels, ptrd
         int32_t sum = 0;
         for (int j = start; j < unit * UNIT_COLUMNS; j++) {
             float rounded = j < stop ? std::nearbyint(load(x, type, j) * inverse) : 0.0f;
-            int8_t level = int8_t(std::fmin(std::fmax(rounded, -128.0f), 127.0f));
-            levels[j / UNIT_COLUMNS * stride + place_of(j % UNIT_COLUMNS)] = level;
+            int level = int(std::fmin(std::fmax(rounded, -128.0f), 127.0f));
+            levels[j / UNIT_COLUMNS * stride + place_of(j % UNIT_COLUMNS)] = int8_t(level);
             sum += level;
         }
         scales[group] = largest / 127.0f;
