@@ -64,7 +64,10 @@ static void quantize(const void *x, Type type, int columns, int8_t *levels, ptrd
         unit += units_of_group(std::min(units - unit, RUN_UNITS - unit % RUN_UNITS));
         int stop = std::min(unit * UNIT_COLUMNS, columns);
         float largest = 0;
-        for (int j = start; j < stop; j++) largest = std::fmax(largest, std::fabs(load(x, type, j)));
+        for (int j = start; j < stop; j++) {
+            float size = std::fabs(load(x, type, j));
+            if (size > largest) largest = size;
+        }
         float inverse = largest > 0 ? 127.0f / largest : 0.0f;
         int32_t sum = 0;
         for (int j = start; j < unit * UNIT_COLUMNS; j++) {
