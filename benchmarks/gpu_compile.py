@@ -111,7 +111,7 @@ def kernels(architecture: int) -> Iterator[Kernel]:
     yield Kernel("factors, left", triton_factors.left_kernel, left, 4)
 
 
-def compiled(kernel: Kernel, architecture: int) -> Compiled:
+def make(kernel: Kernel, architecture: int) -> Any:
     """Compile a kernel; a compiler's error is let through."""
     names: list[str] = list(kernel.function.arg_names)
     signature = {}
@@ -127,7 +127,12 @@ def compiled(kernel: Kernel, architecture: int) -> Compiled:
     }
     source = ASTSource(kernel.function, signature, kernel.constants, aligned)
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def compiled(kernel: Kernel, architecture: int) -> Compiled:
+    """What ptxas made of a kernel."""
+    made = make(kernel, architecture)
     usage = resource_usage(made.asm["cubin"])
     shared = int(made.metadata.shared)
     programs = resident(usage["REG"], shared, kernel.warps, architecture)
