@@ -126,7 +126,11 @@ def make(kernel: Kernel, architecture: int) -> Any:
         if name in POINTERS or name in STRIDES
     }
     source = ASTSource(kernel.function, signature, kernel.constants, aligned)
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options = {
+        "num_warps": kernel.warps,
+        "num_stages": kernel.stages,
+        "enable_fp_fusion": True,
+    }
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
