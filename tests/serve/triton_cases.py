@@ -224,7 +224,7 @@ def embedding_rows() -> dict[str, object]:
     generator = torch.Generator().manual_seed(4)
     tables = [
         random_matrix(90, 200, generator, share=0.1, coded=0.4),
-        random_matrix(90, 200, generator, share=0.1, steps=True),
+        random_matrix(90, 200, generator, share=0.1, steps=True, channels=3),
     ]
     slots = slots_of([[table] for table in tables])
     ids = torch.randint(0, 90, (12,), generator=generator)
