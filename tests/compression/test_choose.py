@@ -281,7 +281,7 @@ def test_a_target_that_distillation_misses_is_met_without_it(make_pair, tmp_path
         return dict.fromkeys(student.names, 2.0)
 
     monkeypatch.setattr(module, "distil", spoil)
-    distillation = {"steps": 1}
+    distillation = {"passes": 1}
     found = run(
         make_pair("qwen3"),
         tmp_path / "artifact",
