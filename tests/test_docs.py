@@ -97,6 +97,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(path), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    roots = (ROOT, page.parent, *(ROOT / part for part in ("compression", "router", "serve", "benchmarks")))
+    named = re.findall(r"`([\w/.-]+\.(?:py|cpp|sh))`", page.read_text())
+    missing = {name for name in named if not any((root / name).exists() for root in roots)}
+    assert not missing
+
+
 def test_the_readme_is_a_page() -> None:
     assert len(README.read_text().splitlines()) <= README_LINES
 
