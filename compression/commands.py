@@ -114,16 +114,17 @@ def evaluate_command(  # noqa: PLR0917 - a command line, called by name
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.compression.checkpoint.delta import compare
     from deltamux.compression.evaluate import evaluate, report
-    from deltamux.compression.streaming.text import encode_rows, find_tokenizer, read_rows
+    from deltamux.compression.inputs import announced_reading
+    from deltamux.compression.streaming.text import read_rows
 
     opened = Artifact(artifact)
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     check_base(opened, pair[0])
-    tokenizer = find_tokenizer(pair[1].root, pair[0].root)
-    if tokenizer is None:
+    reading = announced_reading(*pair)
+    if reading is None:
         raise ValueError(f"neither {expert!r} nor {base!r} has a tokenizer: save one beside it")
-    samples = encode_rows(read_rows(data)[:max_rows], tokenizer, max_tokens)
+    samples = reading.samples(read_rows(data)[:max_rows], max_tokens)
     result = report(evaluate(*pair, opened, samples), opened)
     if as_json:
         typer.echo(json.dumps(result))

@@ -88,8 +88,8 @@ class Reference:
         return self._run(expert, expert.load)
 
     def _run(self, like: Checkpoint, source: WeightSource) -> "_Predictions":
-        """Final hidden states and head. Layout and configuration are the expert's."""
-        model = StreamedModel(self._models[1].root, source, torch.float32, like.tied)
+        """Final hidden states and head, in the layout of a checkpoint."""
+        model = StreamedModel(like.root, source, torch.float32, like.tied)
         with tqdm(
             total=model.num_layers, desc="evaluate", unit="layer", disable=not self._progress
         ) as bar:

@@ -10,14 +10,8 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from deltamux.compression.checkpoint.architecture import EMBEDDING
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.recipe import PRESETS, CalibrationRecipe, Recipe, load_recipe
-from deltamux.compression.streaming.text import (
-    Sample,
-    builtin_rows,
-    encode_rows,
-    find_tokenizer,
-    random_samples,
-    read_rows,
-)
+from deltamux.compression.streaming.served import Reading, reading_differences, served_reading
+from deltamux.compression.streaming.text import Sample, builtin_rows, random_samples, read_rows
 
 # Rows set aside for verification where no held-out file is given: one in eight, 32 at most. Chosen, not
 # measured.
@@ -101,8 +95,8 @@ def chosen_texts(
     if not held_out:
         split = min(HELD_OUT_ROWS, len(rows) // HELD_OUT_SHARE)
         rows, checked = rows[split:], rows[:split]
-    tokenizer = find_tokenizer(pair[1].root, pair[0].root)
-    if tokenizer is None:
+    reading = announced_reading(*pair)
+    if reading is None:
         if calibration or held_out:
             raise ValueError(
                 f"neither {pair[1].source!r} nor {pair[0].source!r} has a tokenizer to read "
@@ -115,6 +109,13 @@ def chosen_texts(
         length = min(limits.max_tokens, RANDOM_TOKENS)
         samples = random_samples(vocabulary, len(rows) + len(checked), length)
         return samples[len(checked) :], samples[: len(checked)]
-    text = encode_rows(rows[: limits.samples], tokenizer, limits.max_tokens)
+    text = reading.samples(rows[: limits.samples], limits.max_tokens)
     chosen = checked[: limits.samples]
-    return text, encode_rows(chosen, tokenizer, limits.max_tokens) if chosen else []
+    return text, reading.samples(chosen, limits.max_tokens) if chosen else []
+
+
+def announced_reading(base: Checkpoint, expert: Checkpoint) -> Reading | None:
+    """How the server will read text; says where the expert itself would read it differently."""
+    for line in reading_differences(base, expert):
+        typer.echo(f"warning: {line}", err=True)
+    return served_reading(base, expert)

@@ -97,6 +97,7 @@ class CodedEntry(WeightEntry):
 class Coded:
     """A matrix in low-bit codes: any linear, and the rows of embedding and lm_head that changed."""
 
+    kind: ClassVar[str] = "coded"
     delta: QuantizedDelta
 
     @property
@@ -186,6 +187,7 @@ class FactoredEntry(WeightEntry):
 class Factored:
     """A linear's delta as the product of two thin matrices in 8-bit codes."""
 
+    kind: ClassVar[str] = "factored"
     delta: FactoredDelta
 
     @property

@@ -50,6 +50,7 @@ class ExactEntry(WeightEntry):
 class Exact:
     """Any weight of the expert to the last bit, as what it differs by from the base's; slots do not hold it."""
 
+    kind: ClassVar[str] = "exact"
     stream: torch.Tensor
     shape: tuple[int, ...]
     slot_bytes: ClassVar[None] = None
@@ -88,6 +89,7 @@ class ReplacementEntry(WeightEntry):
 class Replacement:
     """A norm's own weight, float32 [N], where its change cannot be folded into linears."""
 
+    kind: ClassVar[str] = "replacement"
     weight_N: torch.Tensor
 
     @property
@@ -130,6 +132,7 @@ class BiasEntry(WeightEntry):
 class BiasDelta:
     """What a bias differs by, float32 [N]; in a slot it stands in its linear's record."""
 
+    kind: ClassVar[str] = "bias"
     difference_N: torch.Tensor
 
     @property

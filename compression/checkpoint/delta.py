@@ -126,8 +126,16 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
     for checkpoint in (base, expert):
         _check_full_width(checkpoint)
     _check_settings(base, expert)
+    if base.tied and not expert.tied and expert.head_is_embedding():
+        expert = expert.as_tied()
     specs = tensor_specs(base.config, set(base.files))
     expert_specs = tensor_specs(expert.config, set(expert.files))
+    for checkpoint in (base, expert):
+        if checkpoint.spare_head is not None and not checkpoint.head_is_embedding():
+            raise ValueError(
+                f"{LM_HEAD!r} of {checkpoint.source!r} is not its {EMBEDDING!r}, though its configuration "
+                "ties the two: save it with tie_word_embeddings false, or without the head"
+            )
     if base.tied != expert.tied:
         raise ValueError(
             f"{LM_HEAD!r} is tied to {EMBEDDING!r} in one of {base.source!r} and "

@@ -102,7 +102,13 @@ def adapter_record(right_rK: torch.Tensor, left_Nr: torch.Tensor) -> Record:
 
 def vector_record(vector_N: torch.Tensor) -> Record:
     """The record of a norm's own weight, or of a bias's difference."""
-    return Record({}, {Field.VECTOR: vector_N.float().contiguous().numpy()})
+    return with_vector(Record({}, {}), vector_N)
+
+
+def with_vector(record: Record, vector_N: torch.Tensor) -> Record:
+    """A linear's record with the difference of its bias."""
+    vector = vector_N.float().contiguous().numpy()
+    return Record(record.numbers, record.sections | {Field.VECTOR: vector})
 
 
 def row_map(rows_R: torch.Tensor, count: int) -> npt.NDArray[np.uint32]:
