@@ -123,7 +123,11 @@ def measure(base: Path, config: dict[str, Any], options: argparse.Namespace) -> 
     steps = step_seconds(seconds, requests)
     prefill = prefill_seconds(seconds, requests[0], min(PROMPT, 64 if options.tiny else PROMPT))
     copies = engine.collective_rpc(time_copies)[0]
+    # Last, since it changes the base's weights.
+    on_gpu = torch.cuda.is_available()  # the CPU build keeps weights where nothing can be added
+    agreement = check_against_merge(engine, requests[0], config) if on_gpu else {}
     table(steps, prefill, copies)
+    print(f"expert against its merge: {agreement}")
     kv = engine.llm_engine.vllm_config.cache_config
     return {
         "config": config,
@@ -136,7 +140,37 @@ def measure(base: Path, config: dict[str, Any], options: argparse.Namespace) -> 
         "step_seconds": steps,
         "prefill_seconds": prefill,
         "copy_seconds": copies,
+        "agreement": agreement,
     }
+
+
+def check_against_merge(engine: Any, request: Any, config: dict[str, Any]) -> dict[str, float]:
+    """Log-probabilities of an expert, beside those of the base with the expert merged into its weights.
+
+    Returns:
+        The largest difference to the merged model, rounded to 16 bit, and to the base.
+
+    Raises:
+        SystemExit: The expert is not nearer to its merge than a fifth of its distance from the base.
+    """
+    from vllm import SamplingParams
+
+    ids = np.random.default_rng(1).integers(3, config["vocab_size"], 48).tolist()
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+
+    def logprobs(chosen: Any) -> Any:
+        prompts: Any = [{"prompt_token_ids": ids}]
+        (output,) = engine.generate(prompts, sampling, lora_request=[chosen], use_tqdm=False)
+        found = output.prompt_logprobs[1:]
+        return np.array([each[i].logprob for each, i in zip(found, ids[1:], strict=True)])
+
+    base, expert = logprobs(None), logprobs(request)
+    engine.collective_rpc(merge_first_expert)
+    merged = logprobs(None)
+    to_merge, to_base = abs(expert - merged).max(), abs(expert - base).max()
+    if not to_merge <= to_base / 5:
+        raise SystemExit(f"expert and merge differ by {to_merge:.4f}, expert and base {to_base:.4f}")
+    return {"to_merge": float(to_merge), "to_base": float(to_base)}
 
 
 def device_options(tiny: bool) -> dict[str, Any]:
@@ -284,6 +318,30 @@ def random_record(rows: int, columns: int, rng: np.random.Generator) -> Any:
             Field.ESCAPES: (places | differences << 12).astype(np.uint16).reshape(-1),
         },
     )
+
+
+def merge_first_expert(worker: Any) -> None:
+    """Runs in the worker: add the delta of slot 0, the first expert's image, to the base's weights."""
+    from deltamux.serve import compat
+    from deltamux.serve.worker.triton_dense import launch_dense
+
+    manager = manager_of(worker)
+    manager.slots.load(0, manager.host.get(1))
+    model = getattr(worker, "worker", worker).model_runner.get_model()
+    linear, _, _ = compat.hooked_layers()
+    linears = [(name, each) for name, each in model.named_modules() if isinstance(each, linear)]
+    tables = [("lm_head", model.lm_head), ("model.embed_tokens", model.model.embed_tokens)]
+    for name, module in [*linears, *tables]:
+        parent, dot, leaf = name.rpartition(".")
+        start = 0
+        for part in model.packed_modules_mapping.get(leaf, [leaf]):
+            weight = f"{parent}{dot}{part}.weight"
+            rows = manager.shapes[weight][0]
+            target = module.weight.data[start : start + rows]
+            merged = torch.empty_like(target)
+            launch_dense(merged, manager.slots.buffer, 0, manager.slots.index(weight), target)
+            target.copy_(merged)
+            start += rows
 
 
 def time_copies(worker: Any) -> dict[str, float]:

@@ -118,7 +118,7 @@ def assemble(records: dict[int, Record], count: int) -> torch.Tensor:
         uint8 [bytes], a whole number of units.
     """
     total = head_bytes(count) + sum(record.num_bytes for record in records.values())
-    image = torch.empty(total, dtype=torch.uint8)
+    image = torch.empty(total, dtype=torch.uint8, device="cpu")
     content: Bytes = image.numpy()
     content[: head_bytes(count)] = 0
     header = content[:HEADER_BYTES].view(np.int32)

@@ -45,11 +45,13 @@ def linear_product(
     return add, multiply
 
 
-def embedding_product(slots: Slots, entry: int) -> Add:
+def embedding_product(slots: Slots, entry: int, vocabulary: int) -> Add:
     """The look-up of an embedding's slots."""
 
     def add(y: torch.Tensor, ids: torch.Tensor, rows: RowMap) -> None:
-        triton_product.add_embedding(y, ids, rows.slot_of_row, slots.buffer, entry)
+        triton_product.add_embedding(
+            y, ids, rows.slot_of_row, slots.buffer, entry, vocabulary
+        )
 
     return add
 

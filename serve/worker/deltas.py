@@ -76,12 +76,17 @@ def base_bytes(model: Any) -> int:
     linear, _, _ = compat.hooked_layers()
     linears: list[Any] = [module for module in model.modules() if isinstance(module, linear)]
     weights: int = sum(
-        sum(output_sizes(module)) * int(module.input_size_per_partition) * module.params_dtype.itemsize
+        sum(output_sizes(module)) * input_size(module) * module.params_dtype.itemsize
         for module in linears
     )
     others = {id(each) for module in linears for each in module.parameters(recurse=False)}
     rest = (each for each in model.parameters() if id(each) not in others)
     return weights + sum(each.numel() * each.element_size() for each in rest)
+
+
+def input_size(module: Any) -> int:
+    """Input channels of a linear on this rank."""
+    return int(getattr(module, "input_size_per_partition", module.input_size))
 
 
 def output_sizes(module: Any) -> list[int]:
@@ -98,7 +103,7 @@ def _hook_linear(module: Any, parts: list[str], hooks: Hooks) -> LayerDelta:
         hooks.direct,
         [hooks.slots.index(part) for part in parts],
         output_sizes(module),
-        int(module.input_size_per_partition),
+        input_size(module),
     )
     method = copy.copy(module.quant_method)
     base_product = method.apply

@@ -212,7 +212,7 @@ def embedding_product(slots: Slots, entry: int, vocabulary: int, hidden: int) ->
         return lambda y, ids, rows: add(y, ids, rows.order, rows.starts)
     from deltamux.serve.worker import cuda
 
-    return cuda.embedding_product(slots, entry)
+    return cuda.embedding_product(slots, entry, vocabulary)
 
 
 def norm_product(slots: Slots, entry: int, epsilon: float) -> Add:

@@ -34,13 +34,13 @@ class RowMap:
         self._device = device
         # One buffer, one copy: starts, then slot_of_row, then order.
         self._packed = torch.zeros(slots + 1 + 2 * max_rows, dtype=dtype, device=device)
-        self.starts = self._packed[: slots + 1]
-        self.slot_of_row = self._packed[slots + 1 : slots + 1 + max_rows]
-        self.order = self._packed[slots + 1 + max_rows :]
+        sizes = [slots + 1, max_rows, max_rows]
+        self.starts, self.slot_of_row, self.order = self._packed.split(sizes)
         self.slot_of_row.fill_(BASE_ROW)
-        self.starts_host = torch.zeros(slots + 1, dtype=torch.int64)
+        self.starts_host = torch.zeros(slots + 1, dtype=torch.int64, device="cpu")
         self.count = 0
         self.active = False
+        self._rows = np.zeros(0, np.int64)
         self._stages = _Stages(self._packed, STAGES) if device.type != "cpu" else None
 
     def update(self, slots_of_rows: Sequence[int] | npt.NDArray[np.int64]) -> None:
@@ -49,7 +49,7 @@ class RowMap:
         Args:
             slots_of_rows: Slot of each row, −1 for the base.
         """
-        rows = np.asarray(slots_of_rows, np.int64)
+        rows = self._rows = np.asarray(slots_of_rows, np.int64)
         self.count = len(rows)
         order = rows.argsort(kind="stable")
         starts = np.searchsorted(rows[order], np.arange(self._slots + 1))
@@ -69,7 +69,10 @@ class RowMap:
     def span(self, start: int, length: int) -> "RowMap":
         """The map of a run of rows, numbered from its start."""
         part = RowMap(length, self._slots, self._device)
-        part.update(self.slot_of_row[start : start + length].cpu().numpy())
+        rows = np.full(length, BASE_ROW, np.int64)
+        known = self._rows[start : start + length]
+        rows[: len(known)] = known
+        part.update(rows)
         return part
 
 
@@ -80,7 +83,7 @@ class _Stages:
         self._target = target
         pinned = torch.cuda.is_available()
         self._buffers = [
-            torch.zeros(target.shape, dtype=target.dtype, pin_memory=pinned) for _ in range(count)
+            torch.zeros(target.shape, dtype=target.dtype, device="cpu", pin_memory=pinned) for _ in range(count)
         ]
         self._done = [torch.cuda.Event() for _ in range(count)] if pinned else None
         self._next = 0
