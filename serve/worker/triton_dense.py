@@ -14,9 +14,9 @@ import triton.language as tl
 from deltamux.compression.image.planes import BLOCK_COLUMNS
 from deltamux.serve.worker.triton_image import (
     BLOCK,
-    CHANNELS,
     CHANNEL_INDEX,
     CHANNEL_VALUES,
+    CHANNELS,
     FACTOR_KIND,
     PLANE0,
     PLANE1,
@@ -33,7 +33,6 @@ from deltamux.serve.worker.triton_image import (
     vector_of,
 )
 from deltamux.serve.worker.triton_rest import escape_table
-
 
 
 @triton.jit
@@ -62,7 +61,9 @@ def _factor(image, record, KIND: tl.constexpr, SIDE: tl.constexpr, at, line, mas
     elif KIND == 2:
         value = tl.load(address.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
     else:
-        step = tl.load(section(image, record, RIGHT_STEPS + SIDE, tl.float32) + line, mask=mask, other=0.0)
+        step = tl.load(
+            section(image, record, RIGHT_STEPS + SIDE, tl.float32) + line, mask=mask, other=0.0
+        )
         level = tl.load(address + at, mask=mask, other=0)
         value = level.to(tl.float32) * step
     return value.to(tl.float32)
@@ -224,6 +225,6 @@ def launch_dense(
     written, given = (out_NK, out_NK) if bias is None else bias
     dense_kernel[grid](
         out_NK, out_NK if base_NK is None else base_NK, written, given, slots, slots.stride(0),
-        slot, entry, rows, K=columns, BN=tile, BK=256, MAPPED=row_map,
+        slot, entry, rows, K=columns, BN=tile, BK=128, MAPPED=row_map,
         HAS_BASE=base_NK is not None, HAS_BIAS=bias is not None, num_warps=4,
     )  # fmt: skip

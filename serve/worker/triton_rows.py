@@ -24,9 +24,8 @@ from deltamux.serve.worker.triton_image import (
 from deltamux.serve.worker.triton_rest import escape_table
 
 
-
 @triton.jit
-def _row_escapes(image, record, row_1, known_1, k_K, K: tl.constexpr):
+def _row_escapes(image, record, row_1, k_K, K: tl.constexpr):
     """Sum of the escapes at each column of one row, float32 [1, K]."""
     blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     sum_K = tl.zeros_like(k_K)
@@ -62,9 +61,16 @@ def embedding_kernel(
     k_K = tl.program_id(1) * BK + tl.arange(0, BK)
     mask = (k_K < K)[None, :] & known_1[:, None]
     level = level_of(
-        image, record, tl.load(record + PLANES), number(record, ZERO), row_1[:, None], k_K[None, :], stride, mask
+        image,
+        record,
+        tl.load(record + PLANES),
+        number(record, ZERO),
+        row_1[:, None],
+        k_K[None, :],
+        stride,
+        mask,
     )
-    level += _row_escapes(image, record, row_1, known_1, k_K, K)
+    level += _row_escapes(image, record, row_1, k_K, K)
     delta = level * steps_of(image, record, row_1)[:, None]
     delta += low_rank(image, record, n_1, known_1, k_K, k_K < K, K)
     at = y + t * y_stride + k_K[None, :]
@@ -151,5 +157,5 @@ def launch_norm(
     norm_kernel[(lines,)](
         y_LH, y_LH.stride(0), x_LH, x_LH.stride(0), slot_of_row, slots, slots.stride(0), entry,
         lines // y.shape[0], epsilon, H=hidden, BH=triton.next_power_of_2(hidden),
-        num_warps=4 if hidden > 512 else 1,
+        num_warps=8 if hidden > 512 else 1,
     )  # fmt: skip
