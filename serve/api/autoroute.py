@@ -116,7 +116,9 @@ class AutoRoute:
         settings = settings or RouterSettings(path=Path(str(path)))
         changes = {"path": path or settings.path, "shadow": shadow or settings.shadow}
         try:
-            fresh = load_active_router(settings.model_copy(update=changes), self._tokenizer_directory)
+            fresh = load_active_router(
+                settings.model_copy(update=changes), self._tokenizer_directory
+            )
         except (ValueError, OSError):
             routing_metrics.reloads_total.labels("refused").inc()
             raise

@@ -13,9 +13,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
+from deltamux.serve.api.active_router import ActiveRouter
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.handlers import error_response
-from deltamux.serve.api.active_router import ActiveRouter
 from deltamux.serve.api.state import server_state
 
 routing_router = APIRouter(prefix="/v1")
