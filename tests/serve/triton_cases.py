@@ -184,10 +184,10 @@ def merged_weights() -> dict[str, object]:
     for content in (
         {"share": 0.3}, {"planes": 2, "zero": 8.0}, {"factors": torch.float32}, {"channels": 4}
     ):  # fmt: skip
-        matrix = random_matrix(40, 330, generator, vector=True, **content)
+        matrix = random_matrix(10, 330, generator, vector=True, **content)
         slots = slots_of([[matrix]])
-        weight = torch.randn(40, 330, generator=generator).bfloat16()
-        bias = torch.randn(40, generator=generator).bfloat16()
+        weight = torch.randn(10, 330, generator=generator).bfloat16()
+        bias = torch.randn(10, generator=generator).bfloat16()
         out, bias_out = torch.empty_like(weight), torch.empty_like(bias)
         launch_dense(out, slots, 0, 1, weight, (bias_out, bias))
         assert matrix.vector is not None
