@@ -111,6 +111,16 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert not missing
 
 
+def test_every_benchmark_is_in_the_list() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    scripts = {
+        path.relative_to(ROOT / "benchmarks")
+        for path in (ROOT / "benchmarks").rglob("*.py")
+        if "__main__" in path.read_text()
+    }
+    assert not {str(path) for path in scripts if f"`{path}`" not in text}
+
+
 def test_the_readme_is_a_page() -> None:
     assert len(README.read_text().splitlines()) <= README_LINES
 
