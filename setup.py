@@ -28,8 +28,6 @@ setup(
     ext_modules=[
         library("deltamux.compression.image._unpack", "compression/image/unpack.cpp"),
         # A product and a sum become one operation only where the source says so.
-        library(
-            "deltamux.serve.worker._product", "serve/worker/product.cpp", "-ffp-contract=off"
-        ),
-    ]
+        library("deltamux.serve.worker._product", "serve/worker/product.cpp", "-ffp-contract=off"),
+    ],
 )

@@ -10,8 +10,8 @@ from functools import cached_property
 
 import torch
 
-from deltamux.compression.artifact.merge import expert_weights
 from deltamux.compression.artifact.matrices import Coded, Factored
+from deltamux.compression.artifact.merge import expert_weights
 from deltamux.compression.artifact.stored import Encoded, LinearDelta, Stored
 from deltamux.compression.choice.problem import Choice
 from deltamux.compression.choice.task import Task

@@ -89,7 +89,9 @@ def distil(
             bar.update()
             bar.set_postfix(kl=f"{kl:.5f}")
             logs.grad = torch.tensor([slopes[name] for name in student.names])
-            optimizer.param_groups[0]["lr"] = recipe.learning_rate * (1 - index / (recipe.passes + 1))
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * (
+                1 - index / (recipe.passes + 1)
+            )
             optimizer.step()
             with torch.no_grad():
                 logs.clamp_(-math.log(MAX_STRETCH), math.log(MAX_STRETCH))

@@ -66,7 +66,9 @@ def test_the_stretch_lowers_the_divergence_on_the_text_that_it_was_measured_on(m
     choice = choose(candidates)
     factor = best_stretch(candidates, choice)
     assert factor != 1.0
-    predicted = least_of_parabola([candidates.divergence(choice, each) for each in TRIED_STRETCHES])[1]
+    predicted = least_of_parabola(
+        [candidates.divergence(choice, each) for each in TRIED_STRETCHES]
+    )[1]
     assert candidates.divergence(choice, factor) == pytest.approx(predicted, rel=0.1)
     assert candidates.divergence(choice, factor) <= candidates.divergence(choice, 1.0)
 

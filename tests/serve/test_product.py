@@ -252,7 +252,12 @@ def batch(tokens: int, slots: int) -> list[int]:
 
 
 def added(
-    images: torch.Tensor, rows: list[int], columns: int, x: torch.Tensor, y: torch.Tensor, of: list[int]
+    images: torch.Tensor,
+    rows: list[int],
+    columns: int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    of: list[int],
 ) -> torch.Tensor:
     """y after the product of consecutive records."""
     result = y.clone()
