@@ -1,6 +1,6 @@
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
@@ -54,7 +54,7 @@ class Case:
     difference: Difference
     work: Workspace
     target: object
-    recipe: Recipe = Recipe(allocation={"slot_bits": WIDE_SLOT})
+    recipe: Recipe = field(default_factory=lambda: Recipe(allocation={"slot_bits": WIDE_SLOT}))
 
     def __post_init__(self):
         ladders = measure(self.difference, self.recipe, TEXT, self.work, progress=False)
@@ -220,8 +220,8 @@ def test_a_fixed_width_that_a_slot_has_no_room_for_is_refused_with_both_figures(
     make_pair, tmp_path
 ):
     recipe = Recipe(linear=LinearRecipe(scheme="int4"), allocation={"slot_bits": 3.0})
+    case = make_case(*make_pair(), tmp_path, recipe=recipe)
     with pytest.raises(ValueError, match=r"slot_bits 3 cannot be kept: no less than 4\.\d+ bits"):
-        case = make_case(*make_pair(), tmp_path, recipe=recipe)
         choose_within(case.candidates, case.curves, lambda _choice: 0.0)
 
 

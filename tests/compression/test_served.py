@@ -160,7 +160,7 @@ def test_an_untied_expert_of_a_tied_base_needs_equal_matrices(tied_pair, equal):
         assert difference.expert.tied
         assert "lm_head.weight" not in [spec.name for spec in difference.specs]
     else:
-        with pytest.raises(ValueError, match="is tied to .* but not in the other"):
+        with pytest.raises(ValueError, match=r"is tied to .* but not in the other"):
             compare(*opened(tied_pair))
 
 
