@@ -8,8 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from deltamux.router.decide.policy import Mask
-from deltamux.router.decide.tables import Probabilities, softmax
+from deltamux.router.decide.tables import Mask, Probabilities, softmax
 from deltamux.router.fit.metrics import Labels
 
 #: Bounds of 1 / temperature, and halvings of that range on a logarithmic scale.

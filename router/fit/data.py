@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from deltamux.router.decide.artifact import Fingerprints
 from deltamux.router.decide.messages import user_turns
-
-Fingerprints = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ import numpy as np
 
 from deltamux.router.decide.config import FALLBACK_DOMAINS
 from deltamux.router.decide.decision import BASE_NAME
+from deltamux.router.decide.encoder import SentenceEncoder, join
 from deltamux.router.decide.features import Ids, bounded_ids
-from deltamux.router.decide.policy import Mask
+from deltamux.router.decide.tables import Mask
 from deltamux.router.decide.tokenizer import build_encode, read_tokenizer
 from deltamux.router.fit.augment import Example, augment
 from deltamux.router.fit.base_directory import resolve_base
-from deltamux.router.fit.crossval import Examples, context_groups
+from deltamux.router.fit.classifier import Examples
+from deltamux.router.fit.crossval import Kinship, context_groups
+from deltamux.router.fit.design import Design, build_design
 from deltamux.router.fit.data import Dataset, Prompt
 from deltamux.router.fit.embedding import EmbeddingRows, find_embedding
 from deltamux.router.fit.options import Options
@@ -22,7 +25,9 @@ from deltamux.router.fit.options import Options
 #: Fewest different prompts of a domain.
 MIN_PROMPTS: Final = 5
 #: Prompts of one domain that are fitted on; more cost time and change little.
-MAX_PROMPTS: Final = 1500
+MAX_PROMPTS: Final = 1000
+#: The same where a sentence encoder has to read them.
+MAX_ENCODED: Final = 500
 #: Domain that is added where the user's prompts have none that the base answers.
 IMPLICIT_DOMAIN: Final = "general"
 
@@ -37,7 +42,8 @@ class Material:
         vocab_size: At least the embedding's rows and every token id.
         embedding: The base's input embedding; None where the base has no weights.
         examples: Labelled prompts, then what was added.
-        numbers: The same as numbers.
+        numbers: Their labels and weights.
+        kinship: Which of them must stay together.
         ids: Bounded token ids of each example.
         num_labelled: Labelled prompts that are fitted on.
     """
@@ -48,6 +54,7 @@ class Material:
     embedding: EmbeddingRows | None
     examples: list[Example]
     numbers: Examples
+    kinship: Kinship
     ids: list[Ids]
     num_labelled: int
 
@@ -62,8 +69,14 @@ class Material:
         return np.array([expert is not None for expert in self.experts.values()], dtype=np.bool_)
 
 
-def prepare(dataset: Dataset, base: str, options: Options) -> Material:
+def prepare(dataset: Dataset, base: str, options: Options, *, encoded: bool) -> Material:
     """Read the base, choose and add examples, tokenize.
+
+    Args:
+        dataset: Labelled prompts.
+        base: Directory or hub id.
+        options: Names, descriptions, seed.
+        encoded: Whether a sentence encoder will read every example.
 
     Raises:
         FileNotFoundError: The base has no tokenizer.
@@ -75,7 +88,8 @@ def prepare(dataset: Dataset, base: str, options: Options) -> Material:
     embedding = find_embedding(directory)
     encode, vocab_size = build_encode(tokenizer)
     vocab_size = max(vocab_size, embedding.num_rows if embedding else 0)
-    prompts = _subset(dataset.prompts, MAX_PROMPTS, options.seed)
+    limit = MAX_ENCODED if encoded else MAX_PROMPTS
+    prompts = _subset(dataset.prompts, limit, options.seed)
     examples = augment(prompts, experts, options.descriptions, options.seed)
     ids = [
         bounded_ids([encode(turn) for turn in example.prompt.turns], vocab_size)
@@ -87,9 +101,25 @@ def prepare(dataset: Dataset, base: str, options: Options) -> Material:
         vocab_size=vocab_size,
         embedding=embedding,
         examples=examples,
-        numbers=_numbers(examples, prompts, list(experts)),
+        numbers=_numbers(examples, list(experts)),
+        kinship=_kinship(examples, prompts),
         ids=ids,
         num_labelled=len(prompts),
+    )
+
+
+def design_of(material: Material, encoder: SentenceEncoder | None) -> Design:
+    """Return the features of all examples; with an encoder it reads every turn."""
+    sentences = None
+    if encoder is not None:
+        prompts = [example.prompt for example in material.examples]
+        sentences = np.stack([join([encoder.vector(turn) for turn in p.turns]) for p in prompts])
+    return build_design(
+        material.ids,
+        material.vocab_size,
+        material.num_labelled,
+        embedding=material.embedding,
+        sentences=sentences,
     )
 
 
@@ -141,16 +171,19 @@ def _subset(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
     return [prompts[index] for index in np.sort(np.concatenate(kept))]
 
 
-def _numbers(
-    examples: Sequence[Example], prompts: Sequence[Prompt], labels: Sequence[str]
-) -> Examples:
-    """Examples as numbers; each generated prompt is a context of its own."""
-    origins = np.array([example.origin for example in examples], dtype=np.int64)
-    groups = context_groups(prompts)
-    num_own = int(origins.max()) + 1 - len(prompts)
+def _numbers(examples: Sequence[Example], labels: Sequence[str]) -> Examples:
+    """Labels and weights of examples."""
     return Examples(
         truth=np.array([labels.index(e.prompt.domain) for e in examples], dtype=np.int64),
         weights=np.array([example.weight for example in examples]),
-        origins=origins,
-        groups=np.concatenate([groups, groups.max() + 1 + np.arange(num_own)]),
+        meaning=np.array([example.meaning for example in examples]),
+        num_domains=len(labels),
     )
+
+
+def _kinship(examples: Sequence[Example], prompts: Sequence[Prompt]) -> Kinship:
+    """Contexts of examples; each generated prompt is a context of its own."""
+    origins = np.array([example.origin for example in examples], dtype=np.int64)
+    groups = context_groups(prompts)
+    num_own = int(origins.max()) + 1 - len(prompts)
+    return Kinship(origins, np.concatenate([groups, groups.max() + 1 + np.arange(num_own)]))
