@@ -81,7 +81,8 @@ class Tables:
         """Return what the wording counts, in [0, 1]; a single token has no pair, and counts nothing."""
         if not pairs.size:
             return 0.0
-        return float(np.count_nonzero(self.known.take(pairs)) / pairs.size) ** self.trust
+        part = float(np.count_nonzero(self.known.take(pairs)) / pairs.size)
+        return float(part**self.trust)
 
 
 def softmax(scores: Probabilities, temperature: float = 1.0) -> Probabilities:

@@ -44,6 +44,7 @@ class Example:
         weight: How much its wording counts within its domain.
         meaning: How much its meaning counts within its domain.
         generated: It stems from no labelled prompt.
+        field: What a generated prompt is about; a fold holds out whole fields. Empty: unknown.
     """
 
     prompt: Prompt
@@ -51,6 +52,7 @@ class Example:
     weight: float
     meaning: float
     generated: bool = False
+    field: str = ""
 
 
 def augment(
@@ -72,25 +74,25 @@ def augment(
         prompt = Prompt((view.text,), prompts[view.origin].domain)
         meaning = 0.0 if view.weight == FOREIGN_WEIGHT else VIEW_MEANING
         examples.append(Example(prompt, view.origin, view.weight, meaning))
-    generated = [(Prompt((text,), name), DESCRIPTION_WEIGHT) for name, text in descriptions.items()]
+    described = [(Prompt((text,), name), "") for name, text in descriptions.items()]
+    generated = []
     fallback = next((domain for domain, expert in experts.items() if expert is None), None)
     if fallback is not None:
-        texts = _generated(prompts, len(experts), seed)
-        generated += [(Prompt((text,), fallback), GENERATED_WEIGHT) for text in texts]
-    first = len(prompts)
-    examples += [
-        Example(prompt, first + index, weight, weight, generated=True)
-        for index, (prompt, weight) in enumerate(generated)
-    ]
+        found = _generated(prompts, len(experts), seed)
+        generated = [(Prompt((text,), fallback), field) for text, field in found.items()]
+    for number, (prompt, field) in enumerate(described + generated, start=len(prompts)):
+        weight = DESCRIPTION_WEIGHT if number < len(prompts) + len(described) else GENERATED_WEIGHT
+        examples.append(Example(prompt, number, weight, weight, generated=True, field=field))
     return examples
 
 
-def _generated(prompts: Sequence[Prompt], num_domains: int, seed: int) -> list[str]:
-    """Follow-ups, everyday prompts and subjects, each kind in number like a part of a domain's."""
+def _generated(prompts: Sequence[Prompt], num_domains: int, seed: int) -> dict[str, str]:
+    """Follow-ups, everyday prompts and subjects with their fields, as many of each kind."""
     rng = np.random.default_rng(seed)
     limit = min(MAX_GENERATED, max(1, round(GENERATED_RATIO * len(prompts) / num_domains)))
-    texts: list[str] = []
-    for pool in (followups(), everyday_prompts(seed), subject_prompts(seed)):
+    fields = subject_prompts(seed)
+    found: dict[str, str] = {}
+    for pool in (followups(), everyday_prompts(seed), list(fields)):
         chosen = np.sort(rng.permutation(len(pool))[:limit])
-        texts += [pool[index] for index in chosen]
-    return texts
+        found |= {pool[index]: fields.get(pool[index], "") for index in chosen}
+    return found

@@ -50,19 +50,19 @@ def everyday_prompts(seed: int = 0) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def subject_prompts(seed: int = 0) -> list[str]:
-    """Return subjects in general forms, without duplicates, in a fixed order."""
+def subject_prompts(seed: int = 0) -> dict[str, str]:
+    """Return subjects in general forms, in a fixed order, each with the field it is from."""
     random = Random(seed)
-    texts = []
-    for _, subjects in map(_list, sections()["subjects"]):
+    fields = {}
+    for field, subjects in map(_list, sections()["subjects"]):
         for x in subjects:
             others = [subject for subject in subjects if subject != x]
             for form in random.sample(sections()["forms"], PER_SUBJECT):
                 y, z = random.sample(others, 2)
                 text = form.format(x=x, y=y, z=z)
                 careful = form[0] == "{" and random.random() < 0.5
-                texts.append(text[0].upper() + text[1:] if careful else text)
-    return list(dict.fromkeys(texts))
+                fields[text[0].upper() + text[1:] if careful else text] = field
+    return fields
 
 
 def _list(line: str) -> tuple[str, list[str]]:

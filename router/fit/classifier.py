@@ -71,7 +71,8 @@ class Classifier:
         """Return the scores of rows of a design, float64 [n, D]."""
         shares = design.shares(self.known, self.trust)[rows]
         wording = _side_by_side(design)[rows][:, self.columns] @ self.wording.weights
-        return self.meaning.scores(design.meaning[rows]) + shares[:, None] * np.asarray(wording)
+        found: Probabilities = shares[:, None] * np.asarray(wording, dtype=np.float64)
+        return found + self.meaning.scores(design.meaning[rows])
 
     def fold(self, design: Design, vocab_size: int, buckets: int) -> Tables:
         """Return the tables whose scores equal the classifier's up to rounding."""

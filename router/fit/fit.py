@@ -26,7 +26,6 @@ from deltamux.router.fit.calibration import (
     fit_temperature,
     fit_threshold,
     specialist_scores,
-    threshold_for,
     wrong_expert,
 )
 from deltamux.router.fit.classifier import TRUST, fit_classifier
@@ -165,10 +164,13 @@ def _configure(
     """Threshold, reported quality and everything else in `router_config.json`."""
     truth, num_labelled = material.numbers.truth, material.num_labelled
     specialists = material.specialists
-    own = trial.probabilities[:num_labelled]
-    threshold = max(
-        fit_threshold(own, truth[:num_labelled], specialists, options.keep),
-        threshold_for(trial.probabilities, truth, specialists, options.max_wrong),
+    threshold = fit_threshold(
+        trial.probabilities,
+        truth,
+        specialists,
+        _generated(material) & ~specialists[truth],
+        keep=options.keep,
+        max_wrong=options.max_wrong,
     )
     return RouterConfig(
         labels=material.labels,

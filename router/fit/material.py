@@ -27,7 +27,7 @@ MIN_PROMPTS: Final = 5
 #: Prompts of one domain that are fitted on; more cost time and change little.
 MAX_PROMPTS: Final = 1000
 #: The same where a sentence encoder has to read them.
-MAX_ENCODED: Final = 500
+MAX_ENCODED: Final = 700
 #: Domain that is added where the user's prompts have none that the base answers.
 IMPLICIT_DOMAIN: Final = "general"
 
@@ -182,8 +182,10 @@ def _numbers(examples: Sequence[Example], labels: Sequence[str]) -> Examples:
 
 
 def _kinship(examples: Sequence[Example], prompts: Sequence[Prompt]) -> Kinship:
-    """Contexts of examples; each generated prompt is a context of its own."""
+    """Contexts of examples; generated prompts of one field are one, others each their own."""
     origins = np.array([example.origin for example in examples], dtype=np.int64)
     groups = context_groups(prompts)
-    num_own = int(origins.max()) + 1 - len(prompts)
-    return Kinship(origins, np.concatenate([groups, groups.max() + 1 + np.arange(num_own)]))
+    keys = [e.field or f"\0{e.origin}" for e in examples if e.generated]
+    numbers = {key: int(groups.max()) + 1 + place for place, key in enumerate(dict.fromkeys(keys))}
+    own = np.array([numbers[key] for key in keys], dtype=np.int64)
+    return Kinship(origins, np.concatenate([groups, own]))
