@@ -29,8 +29,9 @@ GENERATED_RATIO: Final = 0.25
 MAX_GENERATED: Final = 400
 #: A description says more than one prompt does.
 DESCRIPTION_WEIGHT: Final = 3.0
-#: What a view counts for the meaning, beside a labelled prompt.
-VIEW_MEANING: Final = 0.03
+#: All views of a domain count for its meaning like so many labelled prompts: with few prompts they
+#: are worth as much as these, with many nearly nothing.
+VIEWS_LIKE: Final = 12
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ def augment(
         seed: Of views and of the choice among generated prompts.
     """
     examples = [Example(prompt, index, 1.0, 1.0) for index, prompt in enumerate(prompts)]
+    counted = min(1.0, VIEWS_LIKE * len({prompt.domain for prompt in prompts}) / len(prompts))
     for view in make_views(prompts, seed):
         prompt = Prompt((view.text,), prompts[view.origin].domain)
-        meaning = 0.0 if view.weight == FOREIGN_WEIGHT else VIEW_MEANING
+        meaning = 0.0 if view.weight == FOREIGN_WEIGHT else counted
         examples.append(Example(prompt, view.origin, view.weight, meaning))
     described = [(Prompt((text,), name), "") for name, text in descriptions.items()]
     generated = []

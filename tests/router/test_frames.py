@@ -1,6 +1,6 @@
 """Frames found in labelled prompts, what is made of them, and what deltamux adds by itself."""
 
-from deltamux.router.fit.augment import GENERATED_WEIGHT, VIEW_MEANING, augment
+from deltamux.router.fit.augment import GENERATED_WEIGHT, VIEWS_LIKE, augment
 from deltamux.router.fit.data import Prompt
 from deltamux.router.fit.background import everyday_prompts, followups, subject_prompts
 from deltamux.router.fit.frames import find_frames, make_views
@@ -85,7 +85,7 @@ def test_views_hardly_count_for_the_meaning_and_foreign_ones_not_at_all():
     examples = augment((CODE + CHAT) * 10, {"chat": None, "code": "code"}, {})
     labelled = len(CODE + CHAT) * 10
     views = [e for e in examples[labelled:] if not e.generated]
-    assert {(e.weight, e.meaning) for e in views} == {(1.0, VIEW_MEANING), (0.25, 0.0)}
+    assert {(e.weight, e.meaning) for e in views} == {(1.0, VIEWS_LIKE / 80), (0.25, 0.0)}
     assert {e.meaning for e in examples[:labelled]} == {1.0}
 
 
