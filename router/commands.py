@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from deltamux.router.decide.decision import BASE_NAME, Decision
 from deltamux.router.decide.messages import user_turns
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode, load_tokenizer
-from deltamux.router.fit.data import Dataset, parse_json, parse_turns, read_dataset
+from deltamux.router.fit.data import Dataset, check_encoding, parse_json, parse_turns, read_dataset
 from deltamux.router.fit.options import Features
 from deltamux.router.report.plots import draw, require_matplotlib
 
@@ -160,12 +161,17 @@ def route(
     output; a line that cannot be read gives an object with "error", and exit status 1 at the end.
     """
     with user_errors():
+        if text is not None and re.match("--[a-z]", text):
+            raise ValueError(f"no such option: {text}; a text that begins so goes after --")
         if (text is None) != jsonl:
             raise ValueError("give either a TEXT to route or --jsonl with JSON lines on stdin")
         router, encode = Router.load(directory), load_tokenizer(directory)
     if text is not None:
         typer.echo(_show(router.decide(user_turns(text), encode)))
-    elif _route_lines(typer.get_binary_stream("stdin"), router, encode):
+        return
+    with user_errors():
+        num_bad = _route_lines(typer.get_binary_stream("stdin"), router, encode)
+    if num_bad:
         raise typer.Exit(1)
 
 
@@ -173,6 +179,8 @@ def _route_lines(lines: Iterable[bytes], router: Router, encode: Encode) -> int:
     """Print one object for each line that is not blank; return how many were bad."""
     num_bad = 0
     for number, line in enumerate(lines, start=1):
+        if number == 1:
+            check_encoding(line, "standard input")
         if not line.strip():
             continue
         try:

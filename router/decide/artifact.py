@@ -13,9 +13,11 @@
 A directory appears complete or not at all: it is written beside its place and then renamed.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +43,12 @@ SEEN: Final = "seen"
 Fingerprints = npt.NDArray[np.uint64]
 
 _ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
+
+
+def fingerprint(turns: Sequence[str]) -> int:
+    """Return 64 bits of a hash of a prompt's words; case and spaces do not count."""
+    words = " ".join(" ".join(turns).lower().split()).encode("utf-8", "replace")
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
 
 
 def check_target(directory: Path) -> None:

@@ -171,10 +171,21 @@ class Router:
         return self.decide_read(self.read(turns, encode), resident, margin)
 
     def decide_read(
-        self, conversation: Conversation, resident: Resident | None = None, margin: float = 0.0
+        self,
+        conversation: Conversation,
+        resident: Resident | None = None,
+        margin: float = 0.0,
+        allow: frozenset[str] | None = None,
     ) -> Decision:
-        """Decide on a conversation that was read before."""
-        choice = self.choose(conversation, resident, margin)
+        """Decide on a conversation that was read before.
+
+        Args:
+            conversation: As `read` gives it.
+            resident: As for `decide_ids`.
+            margin: As for `decide_ids`.
+            allow: Experts that may answer; None: all.
+        """
+        choice = self.choose(conversation, resident, margin, allow)
         domain = self.labels[choice.domain]
         return Decision(
             expert=self.config.experts[domain] if choice.routed else None,
@@ -196,10 +207,17 @@ class Router:
         return Conversation([ids for _, ids in found])
 
     def choose(
-        self, conversation: Conversation, resident: Resident | None = None, margin: float = 0.0
+        self,
+        conversation: Conversation,
+        resident: Resident | None = None,
+        margin: float = 0.0,
+        allow: frozenset[str] | None = None,
     ) -> Choice:
         """Apply the policy to a conversation."""
         rules = self._rules
+        if allow is not None:
+            allowed = np.array([self.config.experts[label] in allow for label in self.labels])
+            rules = replace(rules, specialists=rules.specialists & allowed)
         if not conversation.ids:
             rules = replace(rules, specialists=np.zeros_like(rules.specialists))
         elif resident is not None and margin > 0:

@@ -1,5 +1,6 @@
 """What a fit works on: domains and their experts, the base's tokenizer, examples as token ids."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from deltamux.router.decide.config import FALLBACK_DOMAINS
+from deltamux.router.decide.config import EXPERT_NAME, FALLBACK_DOMAINS, TAKEN_NAMES
 from deltamux.router.decide.decision import BASE_NAME
 from deltamux.router.decide.encoder import SentenceEncoder, join
 from deltamux.router.decide.features import Ids, bounded_ids
@@ -156,9 +157,28 @@ def _map(counts: Mapping[str, int], experts: Mapping[str, str]) -> dict[str, str
     """Domain to expert, sorted by domain."""
     mapping: dict[str, str | None] = {}
     for domain in sorted(counts):
-        expert = experts.get(domain, BASE_NAME if domain in FALLBACK_DOMAINS else domain)
-        mapping[domain] = None if expert == BASE_NAME else expert
+        fallback = domain.casefold() in FALLBACK_DOMAINS
+        expert = experts.get(domain, BASE_NAME if fallback else domain)
+        mapping[domain] = None if expert == BASE_NAME else _checked(expert, domain)
     return mapping
+
+
+def _checked(expert: str, domain: str) -> str:
+    """An expert's name, as a server can serve it.
+
+    Raises:
+        ValueError: No server can.
+    """
+    if expert.casefold() in TAKEN_NAMES:
+        problem = "means something else to a server"
+    elif not re.fullmatch(EXPERT_NAME, expert):
+        problem = "is not up to 64 letters, digits, '.', '_' and '-'"
+    else:
+        return expert
+    raise ValueError(
+        f"no expert can be called {expert!r}: it {problem}; name the expert of the domain "
+        f"{domain!r}: --expert '{domain}=NAME', or '{domain}=base' for none"
+    )
 
 
 def _subset(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:

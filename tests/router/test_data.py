@@ -3,7 +3,7 @@ import json
 import pytest
 
 from deltamux.router.fit.data import Prompt, fingerprints, read_dataset
-from deltamux.router.fit.followups import followups
+from deltamux.router.fit.background import followups
 
 
 def write(path, *rows):
