@@ -16,20 +16,38 @@ from deltamux.router.decide.decision import BASE_NAME, Decision
 from deltamux.router.decide.messages import user_turns
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode, load_tokenizer
-from deltamux.router.fit.data import Dataset, check_encoding, parse_json, parse_turns, read_dataset
+from deltamux.router.fit.data import (
+    Dataset,
+    check_encoding,
+    join,
+    parse_json,
+    parse_turns,
+    read_dataset,
+    read_of,
+)
 from deltamux.router.fit.options import Features
+from deltamux.router.learning import refit, suggest
 from deltamux.router.report.plots import draw, require_matplotlib
 
 router_app = typer.Typer(no_args_is_help=True, help="Fit and evaluate the router.")
+
+router_app.command("refit")(refit)
+router_app.command("suggest")(suggest)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
 
 
 @router_app.command("fit")
 def fit(  # noqa: PLR0917 - a command line, called by name
-    data: Annotated[Path, typer.Argument(help="JSONL file, or folder with one per domain.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     tokenizer: Annotated[str, typer.Option(help="Served base: directory or hub id.")],
+    data: Annotated[
+        Path | None, typer.Argument(help="JSONL file, or folder with one per domain.")
+    ] = None,
+    from_expert: Annotated[
+        list[str] | None,
+        typer.Option(help="EXPERT=FILE, rows that an expert was trained on; may be repeated."),
+    ] = None,
     keep: Annotated[float, typer.Option(help="Share of own prompts an expert must keep.")] = 0.95,
     expert: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=EXPERT; may be repeated.")
@@ -39,7 +57,7 @@ def fit(  # noqa: PLR0917 - a command line, called by name
         typer.Option(help="Largest share of held-out prompts that a wrong expert may answer."),
     ] = 0.02,
     features: Annotated[
-        str, typer.Option(help="default, encoder, or auto: chosen by cross-validation.")
+        str, typer.Option(help="default, encoder, or auto: the encoder where it is installed.")
     ] = "default",
     describe: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=TEXT, one line on a domain; may be repeated.")
@@ -55,7 +73,7 @@ def fit(  # noqa: PLR0917 - a command line, called by name
 
     start = time.perf_counter()
     with user_errors():
-        dataset = read_dataset(data)
+        dataset = _dataset(data, _parse_pairs("from-expert", "FILE", from_expert or []))
         report = fit_router(
             dataset,
             output,
@@ -194,6 +212,14 @@ def _route_lines(lines: Iterable[bytes], router: Router, encode: Encode) -> int:
 def _show(decision: Decision) -> str:
     """One line of JSON that calls the base by its name."""
     return json.dumps({**decision.to_json(), "expert": decision.expert or BASE_NAME})
+
+
+def _dataset(data: Path | None, experts: dict[str, str]) -> Dataset:
+    """Labelled prompts, and those of experts' own files."""
+    if data is None and not experts:
+        raise ValueError("give labelled prompts, or --from-expert EXPERT=FILE for each expert")
+    found = [] if data is None else [read_dataset(data)]
+    return join([*found, *(read_of(Path(file), name) for name, file in experts.items())])
 
 
 def _parse_pairs(flag: str, value: str, pairs: Sequence[str]) -> dict[str, str]:

@@ -24,8 +24,9 @@ import numpy as np
 
 from benchmarks.record import record
 from benchmarks.routing.data import DOMAINS, SPECIALISTS, STYLES, Row, bare, dataset, read_rows, sample
+from benchmarks.routing.vectors import Remembering
 from deltamux.router.console import table
-from deltamux.router.decide.encoder import SentenceEncoder, load_encoder
+from deltamux.router.decide.encoder import load_encoder
 from deltamux.router.decide.features import NUM_BUCKETS, bounded_ids
 from deltamux.router.decide.tokenizer import build_encode
 from deltamux.router.fit.classifier import Settings, fit_classifier
@@ -37,18 +38,6 @@ WORDING_PENALTIES = (2.0, 0.5, 0.125)
 ROWS = 450
 Rows = dict[str, list[Row]]
 Asked = list[tuple[str, str, str]]
-
-
-class Remembering:
-    """An encoder that keeps every vector: splits share most texts."""
-
-    def __init__(self, encoder: SentenceEncoder) -> None:
-        self._encoder, self._known = encoder, dict[str, Any]()
-
-    def vector(self, text: str) -> Any:
-        if text not in self._known:
-            self._known[text] = self._encoder.vector(text)
-        return self._known[text]
 
 
 def splits(rows: Rows) -> Iterator[tuple[Rows, Asked]]:
@@ -95,13 +84,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--features", choices=["default", "encoder"], default="default")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--vectors", type=Path)
     arguments = parser.parse_args()
     files = {name: read_rows(arguments.data / name / "train.jsonl") for name in DOMAINS}
-    encoder = Remembering(load_encoder()) if arguments.features == "encoder" else None
+    encoder = Remembering(load_encoder(), arguments.vectors) if arguments.features == "encoder" else None
     figures = [
         judge(sample(files, ROWS, np.random.default_rng(seed)), arguments.base, encoder, seed)
         for seed in range(arguments.seeds)
     ]
+    if encoder is not None:
+        encoder.keep()
     kinds = ("forms", "domains", "rows", "bare rows")
     result = {}
     for trust, penalty in figures[0]:

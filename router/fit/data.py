@@ -42,12 +42,14 @@ class Dataset:
         files: The files that were read.
         num_duplicates: Rows dropped because their domain already had the same prompt.
         conflicts: Prompts that occur under more than one domain; they are kept.
+        pinned: The first so many prompts are fitted on, however many there are.
     """
 
     prompts: list[Prompt]
     files: list[Path]
     num_duplicates: int
     conflicts: list[tuple[str, ...]]
+    pinned: int = 0
 
 
 def read_dataset(path: Path, splits: Sequence[str] = ("train",)) -> Dataset:
@@ -73,12 +75,72 @@ def read_dataset(path: Path, splits: Sequence[str] = ("train",)) -> Dataset:
             f"no prompts in {path}; give a .jsonl file, or a folder with one .jsonl file or one "
             f"sub-folder with {splits[0]}.jsonl for each domain"
         )
+    files = [file for file, _ in sources]
+    return Dataset(list(prompts), files, num_rows - len(prompts), _conflicts(list(prompts)))
+
+
+def _conflicts(prompts: Sequence[Prompt]) -> list[tuple[str, ...]]:
+    """Prompts under more than one domain."""
     domains: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
     for prompt in prompts:
         domains[prompt.turns].add(prompt.domain)
-    conflicts = [turns for turns, names in domains.items() if len(names) > 1]
-    files = [file for file, _ in sources]
-    return Dataset(list(prompts), files, num_rows - len(prompts), conflicts)
+    return [turns for turns, names in domains.items() if len(names) > 1]
+
+
+def read_of(file: Path, domain: str) -> Dataset:
+    """Read the prompts of one domain, whatever domain the rows name: an expert's calibration file.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: No row is there, or a row is malformed (named by file and line).
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; give the expert's calibration rows")
+    rows = [Prompt(prompt.turns, domain) for prompt in _rows(file, domain)]
+    if not rows:
+        raise ValueError(f"no prompts in {file}")
+    prompts = list(dict.fromkeys(rows))
+    return Dataset(prompts, [file], len(rows) - len(prompts), [])
+
+
+def join(datasets: Sequence[Dataset]) -> Dataset:
+    """Return several data sets as one."""
+    everything = [prompt for dataset in datasets for prompt in dataset.prompts]
+    prompts = list(dict.fromkeys(everything))
+    return Dataset(
+        prompts,
+        [file for dataset in datasets for file in dataset.files],
+        sum(d.num_duplicates for d in datasets) + len(everything) - len(prompts),
+        _conflicts(prompts),
+    )
+
+
+def read_unlabelled(file: Path) -> list[tuple[str, ...]]:
+    """Read the different prompts of a JSONL file, a decision log among them; no labels are needed.
+
+    Rows without a prompt (feedback, hashed decisions) are left out.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: A line is not JSON, named by file and line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; give a log or JSON lines of prompts")
+    found: dict[tuple[str, ...], None] = {}
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                check_encoding(line, str(file))
+            try:
+                row = parse_json(line) if line.strip() else None
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}") from error
+            if not isinstance(row, dict):
+                continue
+            turns = user_turns(row.get("messages") or row.get("prompt") or [])
+            if turns:
+                found[tuple(turns)] = None
+    return list(found)
 
 
 def fingerprints(prompts: Sequence[Prompt]) -> Fingerprints:

@@ -90,7 +90,7 @@ def prepare(dataset: Dataset, base: str, options: Options, *, encoded: bool) -> 
     encode, vocab_size = build_encode(tokenizer)
     vocab_size = max(vocab_size, embedding.num_rows if embedding else 0)
     limit = MAX_ENCODED if encoded else MAX_PROMPTS
-    prompts = _subset(dataset.prompts, limit, options.seed)
+    prompts = _subset(dataset, limit, options.seed)
     examples = augment(prompts, experts, options.descriptions, options.seed)
     ids = [
         bounded_ids([encode(turn) for turn in example.prompt.turns], vocab_size)
@@ -181,14 +181,15 @@ def _checked(expert: str, domain: str) -> str:
     )
 
 
-def _subset(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
-    """At most `limit` prompts of each domain, in their order."""
+def _subset(dataset: Dataset, limit: int, seed: int) -> list[Prompt]:
+    """The pinned prompts and at most `limit` others of each domain, in their order."""
+    pinned, prompts = dataset.prompts[: dataset.pinned], dataset.prompts[dataset.pinned :]
     rng = np.random.default_rng(seed)
     domains = np.array([prompt.domain for prompt in prompts])
     kept = [
         rng.permutation(np.flatnonzero(domains == domain))[:limit] for domain in np.unique(domains)
     ]
-    return [prompts[index] for index in np.sort(np.concatenate(kept))]
+    return pinned + [prompts[index] for index in np.sort(np.concatenate([[], *kept])).astype(int)]
 
 
 def _numbers(examples: Sequence[Example], labels: Sequence[str]) -> Examples:

@@ -321,6 +321,28 @@ def test_what_cannot_make_a_router_is_refused(base, tmp_path, dataset, options, 
     assert not (tmp_path / "router").exists()
 
 
+@pytest.mark.parametrize("name", ["auto", "Auto", "computer science", "Datenbank für Ärzte", "-x"])
+def test_a_domain_that_no_expert_can_be_called_needs_one_named(base, tmp_path, name):
+    prompts = make_prompts(("math", "general")) + [
+        Prompt(prompt.turns, name) for prompt in make_prompts(("sql",))
+    ]
+    dataset = Dataset(list(dict.fromkeys(prompts)), [], 0, [])
+    with pytest.raises(ValueError, match="no expert can be called"):
+        fit_router(dataset, tmp_path / "router", base=str(base))
+    report = fit_router(dataset, tmp_path / "router", base=str(base), experts={name: "sql"})
+    assert report.config.experts[name] == "sql"
+
+
+@pytest.mark.parametrize("name", ["General", "none", "unknown", "Base", "Other"])
+def test_a_domain_of_the_base_is_known_in_any_case(base, tmp_path, name):
+    prompts = make_prompts(("math",)) + [
+        Prompt(prompt.turns, name) for prompt in make_prompts(("general",))
+    ]
+    dataset = Dataset(list(dict.fromkeys(prompts)), [], 0, [])
+    report = fit_router(dataset, tmp_path / "router", base=str(base))
+    assert report.config.experts == {"math": "math", name: None}
+
+
 def test_a_base_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
         fit_router(make_dataset(), tmp_path / "router", base=str(tmp_path))
