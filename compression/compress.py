@@ -1,30 +1,32 @@
-"""Compress an expert: diff → calibrate → quantize → pack → write → verify.
+"""Compress an expert: prepare, measure, choose, tune, write, verify.
 
-The decoder is measured layer by layer (`measure.py`): every linear in every way of its ladder. Then
-bytes are shared out among the matrices (`problem.py`), what was chosen is written, and the result is
-read back and compared with the expert. The artifact is built in a hidden directory beside its final
-name and renamed when it is complete and verified: an interrupted run leaves nothing under the final
-name, and goes on from its last finished layer when it is started again.
+The decoder is measured layer by layer (`measure.py`): every linear in every way of its ladder. Then bytes, on disk and
+in a slot, are shared out among the matrices (`choose.py`), all deltas are stretched by what rounding took off them
+(`tune.py`), and the artifact is written, once, and read back for the comparison with the expert. It is built in a
+hidden directory beside its final name and renamed when it is complete and verified: an interrupted run leaves nothing
+under the final name, and goes on from its last finished layer when it is started again.
 """
 
 import tempfile
 from pathlib import Path
 
-from deltamux.compression.artifact.artifact import MANIFEST_FILE, Artifact, Manifest
-from deltamux.compression.artifact.card import write_card
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.artifact.manifest import Manifest
+from deltamux.compression.artifact.merge import reconstructed
+from deltamux.compression.artifact.write import finish_artifact, write_artifact
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.checkpoint.delta import compare
-from deltamux.compression.choice.budget import check_measurable
-from deltamux.compression.choice.distil import Student, distil
-from deltamux.compression.choice.draft import exact_part, note_verification
+from deltamux.compression.choice.candidates import Candidates
+from deltamux.compression.choice.choose import check_measurable, choose
+from deltamux.compression.choice.fixed import exact_weights, fixed_weights
 from deltamux.compression.choice.measure import measure, measure_key
-from deltamux.compression.choice.selection import Job, Rungs
+from deltamux.compression.choice.task import Task
+from deltamux.compression.choice.tune import tune
 from deltamux.compression.choice.workspace import Workspace
+from deltamux.compression.evaluate import Evaluation
+from deltamux.compression.names import MANIFEST_FILE
 from deltamux.compression.recipe import Recipe
 from deltamux.compression.streaming.text import Sample
-
-# The part of the calibration text that distillation has for itself.
-DISTILLATION_SHARE = 4
 
 
 def compress(
@@ -55,33 +57,21 @@ def compress(
 
     Raises:
         ValueError: The output exists, is no artifact to replace, the two checkpoints have no delta
-            (see `compare` and `Difference.check_finite`), or the recipe's limit cannot be kept.
+            (see `compare` and `Difference.check_finite`), or the recipe's limits cannot be kept.
     """
-    if output.exists() and not overwrite:
-        raise ValueError(
-            f"{str(output)!r} exists already: name a new directory or pass --overwrite"
-        )
-    if output.exists() and not (output / MANIFEST_FILE).is_file():
-        raise ValueError(f"{str(output)!r} is not a compressed expert: it is not overwritten")
-    difference = compare(base, expert)
-    if not recipe.lossless:
-        check_measurable(recipe.allocation, bool(held_out))
-        difference.check_finite()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    fitted, learned = _split(calibration, recipe)
-    key = {} if recipe.lossless else measure_key(difference, recipe, fitted)
-    work = Workspace(output.parent / f".{output.name}.partial", key)
+    _check_output(output, overwrite)
+    task = prepare(base, expert, recipe, calibration, held_out, progress)
+    work = _workspace(task, output)
     # Inside the workspace, so that what a killed run leaves is deleted with it.
     with tempfile.TemporaryDirectory(dir=work.root) as scratch:
+        candidates = _candidates(task, work)
+        choice = choose(candidates)
+        factors = tune(candidates, choice)
         target = Path(scratch) / "artifact"
         target.mkdir()
-        job = Job(difference, recipe, target, held_out, progress)
-        if recipe.lossless:
-            artifact = job.write(exact_part(difference, progress))
-        else:
-            artifact = _compress_coded(job, work, fitted, learned)
-        manifest = note_verification(target, job.compared(artifact))
-        write_card(manifest, recipe, target)
+        weights = candidates.encoded(choice, factors)
+        manifest = write_artifact(task.difference, recipe, weights, target)
+        manifest = finish_artifact(manifest, recipe, verify(task, target), target)
         if output.exists():
             output.rename(Path(scratch) / "replaced")
         target.rename(output)
@@ -89,31 +79,57 @@ def compress(
     return manifest
 
 
-def _compress_coded(
-    job: Job, work: Workspace, fitted: list[Sample], learned: list[Sample]
-) -> Artifact:
-    """Measure all ladders, choose their rungs, and learn the steps."""
-    difference, recipe = job.difference, job.recipe
-    rungs = Rungs(job, work, measure(difference, recipe, fitted, work, job.progress))
-    choice, stretch = rungs.select(fitted)
-    factors = rungs.stretched(stretch)
-    artifact = rungs.write(choice, factors)
-    if recipe.distillation.steps:
-        student = Student.of(artifact, difference.base)
-        learnt = distil(student, difference.expert, learned, recipe.distillation, job.progress)
-        artifact = rungs.write(choice, {name: stretch * learnt[name] for name in learnt})
-    target = recipe.allocation.target_kl
-    if target is not None:
-        result = job.compared(artifact)
-        # Learned on other text, the factors can miss what was met without them.
-        if result is None or result.kl > target:
-            artifact = rungs.write(choice)
-    return artifact
+def prepare(
+    base: Checkpoint,
+    expert: Checkpoint,
+    recipe: Recipe,
+    calibration: list[Sample],
+    held_out: list[Sample],
+    progress: bool = True,
+) -> Task:
+    """Check everything that can be checked before the long work, and share out the text.
+
+    Raises:
+        ValueError: The two checkpoints have no delta, or the recipe needs text that is not there.
+    """
+    difference = compare(base, expert)
+    if not recipe.lossless:
+        check_measurable(recipe.allocation, bool(held_out))
+        difference.check_finite()
+    return Task.of(difference, recipe, calibration, held_out, progress)
 
 
-def _split(calibration: list[Sample], recipe: Recipe) -> tuple[list[Sample], list[Sample]]:
-    """What codes are fitted to, and what steps are learned from: other text where there is enough."""
-    count = len(calibration) // DISTILLATION_SHARE if recipe.distillation.steps else 0
-    if count == 0:
-        return calibration, calibration
-    return calibration[:-count], calibration[-count:]
+def verify(task: Task, target: Path) -> Evaluation | None:
+    """Read an artifact back and compare it with the expert on the held-out text, if there is any.
+
+    Raises:
+        ValueError: What is on disk is not what was written.
+    """
+    artifact = Artifact(target)
+    artifact.check_content()
+    if task.reference is None:
+        return None
+    return task.reference.compare(reconstructed(artifact, task.difference.base))
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise ValueError(
+            f"{str(output)!r} exists already: name a new directory or pass --overwrite"
+        )
+    if output.exists() and not (output / MANIFEST_FILE).is_file():
+        raise ValueError(f"{str(output)!r} is not a compressed expert: it is not overwritten")
+
+
+def _workspace(task: Task, output: Path) -> Workspace:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    key = {} if task.recipe.lossless else measure_key(task.difference, task.recipe, task.fitted)
+    return Workspace(output.parent / f".{output.name}.partial", key)
+
+
+def _candidates(task: Task, work: Workspace) -> Candidates:
+    """Measure every linear in every way, and encode what leaves no choice."""
+    if task.recipe.lossless:
+        return Candidates(task, work, [], exact_weights(task.difference, task.progress))
+    ladders = measure(task.difference, task.recipe, task.fitted, work, task.progress)
+    return Candidates(task, work, ladders, fixed_weights(task.difference, task.recipe.embedding))

@@ -20,7 +20,8 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from deltamux.compression.artifact.artifact import Artifact, Manifest
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.artifact.manifest import Manifest
 from deltamux.compression.artifact.merge import reconstructed
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.streaming.forward import StreamedModel, WeightSource, batches
@@ -87,8 +88,8 @@ class Reference:
         return self._run(expert, expert.load)
 
     def _run(self, like: Checkpoint, source: WeightSource) -> "_Predictions":
-        """Final hidden states and head. Layout and configuration are the expert's."""
-        model = StreamedModel(self._models[1].root, source, torch.float32, like.tied)
+        """Final hidden states and head, in the layout of a checkpoint."""
+        model = StreamedModel(like.root, source, torch.float32, like.tied)
         with tqdm(
             total=model.num_layers, desc="evaluate", unit="layer", disable=not self._progress
         ) as bar:
@@ -168,11 +169,15 @@ def report(evaluation: Evaluation, artifact: Artifact) -> dict[str, Any]:
     """The evaluation with the artifact's size, as `deltamux evaluate --json` prints it."""
     measured = asdict(evaluation)
     del measured["tokens"]
-    sizes = {
-        "bits_per_weight": artifact.manifest.totals.bits_per_weight,
+    totals = artifact.manifest.totals
+    sizes: dict[str, float] = {
+        "bits_per_weight": totals.bits_per_weight,
         "bytes": artifact.total_bytes(),
-        "bytes_full": artifact.manifest.totals.expert_bytes,
+        "bytes_full": totals.expert_bytes,
     }
+    if totals.slot_bits_per_weight is not None and totals.slot_bits_overall is not None:
+        sizes["slot_bits_per_weight"] = totals.slot_bits_per_weight
+        sizes["slot_bits_overall"] = totals.slot_bits_overall
     return measured | sizes
 
 
@@ -183,6 +188,11 @@ def summary(manifest: Manifest) -> str:
         f"{totals.expert_bytes / 1e6:.1f} MB -> {totals.weights_file_bytes / 1e6:.1f} MB, "
         f"{totals.bits_per_weight:.3f} bits per linear weight"
     )
+    if totals.slot_bytes is not None:
+        line += (
+            f", in a slot {totals.slot_bytes / 1e6:.1f} MB, {totals.slot_bits_per_weight:.3f} bits "
+            f"({totals.slot_bits_overall:.3f} over all weights)"
+        )
     if checked:
         line += f", gain kept {checked['gain_kept']:.1%}, KL {checked['kl']:.4f} nats/token"
     return line

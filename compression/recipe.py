@@ -12,6 +12,10 @@ from deltamux.compression.rounding.quantize import Scheme
 
 CODED = "coded"
 DEFAULT_BITS = 1.0
+# In a slot: a plane of two bits, and escapes for the codes that it does not hold. Above DEFAULT_BITS on disk so
+# many codes lie beyond that two planes are smaller, which hold all of them.
+DEFAULT_SLOT_BITS = 2.2
+TWO_PLANES_BITS = 4.2
 # Above this many bits a linear weight full-rank rungs are ahead, and low-rank ones only cost time, but
 # for merged adapters.
 LOW_RANK_BITS = 0.75
@@ -99,6 +103,8 @@ class AllocationRecipe(_Model):
         bits: Bits per linear weight, scales and indices included.
         num_bytes: Bytes of the whole weights file.
         target_kl: Nats per token between expert and result on the held-out text.
+        slot_bits: Bits per linear weight in a slot, records included: a second limit beside any of the three. Not
+            given: 2.2, or 4.2 where more than a bit is allowed on disk or a divergence is the limit.
     """
 
     method: Method = Method.KNAPSACK
@@ -108,10 +114,11 @@ class AllocationRecipe(_Model):
     bits: float | None = Field(default=None, gt=0)
     num_bytes: int | None = Field(default=None, gt=0)
     target_kl: float | None = Field(default=None, gt=0)
+    slot_bits: float | None = Field(default=None, gt=0)
 
     @property
     def limited(self) -> bool:
-        """Whether there is any limit."""
+        """Whether there is any limit on disk."""
         return any((self.bits, self.num_bytes, self.target_kl))
 
     @property
@@ -182,24 +189,33 @@ class Recipe(_Model):
         return self
 
     @property
+    def limiting_slot_bits(self) -> float | None:
+        """Bits per linear weight in a slot; None: any, as where the width is fixed and nothing is limited."""
+        allocation = self.allocation
+        shared_out = self.linear.scheme == CODED and not self.lossless
+        if allocation.slot_bits is not None or not shared_out:
+            return allocation.slot_bits
+        fine = allocation.target_kl is not None or (allocation.bits or 0.0) > DEFAULT_BITS
+        return TWO_PLANES_BITS if fine else DEFAULT_SLOT_BITS
+
+    @property
     def measures_low_rank(self) -> bool:
         """Whether low-rank rungs are worth measuring under the limit."""
         bits = self.allocation.limiting_bits
         return self.linear.low_rank and (bits is None or bits <= LOW_RANK_BITS)
 
 
-def me_switch() -> Recipe:
-    """ME-Switch without its distillation: 2 bit, eight salient input channels in 16 bit."""
-    return Recipe(
-        linear=LinearRecipe(scheme="int2", salient_channels=8, feedback=False),
-        embedding=EmbeddingRecipe(scheme="int4"),
-    )
-
-
 PRESETS = {
-    "small": Recipe(allocation=AllocationRecipe(bits=0.5), embedding=EmbeddingRecipe(step=2.0)),
-    "balanced": Recipe(allocation=AllocationRecipe(bits=DEFAULT_BITS)),
-    "faithful": Recipe(allocation=AllocationRecipe(bits=2.0), embedding=EmbeddingRecipe(step=0.5)),
+    "small": Recipe(
+        allocation=AllocationRecipe(bits=0.5, slot_bits=1.7), embedding=EmbeddingRecipe(step=2.0)
+    ),
+    "balanced": Recipe(
+        allocation=AllocationRecipe(bits=DEFAULT_BITS, slot_bits=DEFAULT_SLOT_BITS)
+    ),
+    "faithful": Recipe(
+        allocation=AllocationRecipe(bits=2.0, slot_bits=TWO_PLANES_BITS),
+        embedding=EmbeddingRecipe(step=0.5),
+    ),
 }
 
 

@@ -1,6 +1,12 @@
-"""The `deltamux` command: one typer application over the three packages."""
+"""The `deltamux` command: one typer application over the three packages.
+
+Modules that are imported here are light, and each command imports what it needs when it runs: `--help`
+and `inspect` wait neither for torch nor for vLLM.
+"""
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -11,8 +17,7 @@ from deltamux.compression.commands import (
     merge_command,
 )
 from deltamux.router.commands import route, router_app
-from deltamux.serve.demo.demo import demo_command
-from deltamux.serve.launch import serve_command
+from deltamux.serve.errors import USER_ERROR_STATUS, one_line
 
 app = typer.Typer(
     name="deltamux",
@@ -28,16 +33,58 @@ app.command("evaluate")(evaluate_command)
 app.add_typer(router_app, name="router")
 # A text may begin with a dash: "-5 degrees".
 app.command("route", context_settings={"ignore_unknown_options": True})(route)
-app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    serve_command
-)
-app.command("demo")(demo_command)
+
+
+@app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve_command(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="deltamux.yaml")],
+    slots: Annotated[int | None, typer.Option(help="Experts resident on the device.")] = None,
+    host_cache: Annotated[str | None, typer.Option(help="Host cache, such as 8GiB.")] = None,
+) -> None:
+    """Serve a base and its experts; further flags go to `vllm serve` unchanged."""
+    from deltamux.serve.launch import launch
+
+    launch(config, slots, host_cache, list(context.args))
+
+
+@app.command("demo")
+def demo_command(
+    root: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path(".demo"),
+    serve: Annotated[bool, typer.Option(help="Leave the server running.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Instead: a base of your own, directory or hub id.")
+    ] = None,
+    experts: Annotated[
+        list[str] | None, typer.Option(help="Its fine-tunes, directories or hub ids.")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="EXPERT")] = None,
+) -> None:
+    """Fine-tune, compress, route and serve three experts of a small real model.
+
+    With --base and --experts, public fine-tunes of one base are compressed and served instead.
+    """
+    from deltamux.serve.demo.demo import run_demo
+    from deltamux.serve.demo.public import run_public
+
+    sources = [*(experts or []), *(more or [])]
+    if base is not None:
+        run_public(root, base, sources, serve)
+    elif sources:
+        raise ValueError(f"--experts needs --base, got {', '.join(sources)}")
+    else:
+        run_demo(root, serve)
 
 
 def main() -> None:
-    """Run the command line; what the user got wrong is one line, not a traceback."""
+    """Run the command line; what the user can mend is one line, not a traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        typer.echo(f"error: {line}", err=True)
+        sys.exit(USER_ERROR_STATUS)

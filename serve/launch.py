@@ -9,11 +9,8 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NoReturn
 
-import typer
-
-from deltamux.compression.artifact.artifact import linear_entries, read_manifest
 from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.plugin import PLUGIN_NAME
@@ -25,13 +22,19 @@ logger = logging.getLogger("deltamux")
 LORA_RANK = 8
 
 
-def serve_command(
-    context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="deltamux.yaml")],
-    slots: Annotated[int | None, typer.Option(help="Experts resident on the device.")] = None,
-    host_cache: Annotated[str | None, typer.Option(help="Host cache, such as 8GiB.")] = None,
-) -> None:
-    """Serve a base and its experts; further flags go to `vllm serve` unchanged."""
+def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[str]) -> NoReturn:
+    """Become the server.
+
+    Args:
+        config: deltamux.yaml.
+        slots: Instead of the file's.
+        host_cache: Instead of the file's.
+        extra: Flags for `vllm serve`.
+
+    Raises:
+        ValueError: The configuration is wrong, or what it names is not there.
+        VllmError: No usable vLLM is installed.
+    """
     environment = dict(os.environ)
     if slots is not None:
         environment["DELTAMUX_SLOTS"] = str(slots)
@@ -41,7 +44,7 @@ def serve_command(
         raise ValueError(f"{str(config)!r} is not a file: name a deltamux.yaml")
     module, prefix = compat.server_command()
     settings = load_settings(config, environment)
-    arguments = vllm_arguments(settings, list(context.args))
+    arguments = vllm_arguments(settings, extra)
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN_NAME]))
     os.execv(sys.executable, [sys.executable, "-m", module, *prefix, *arguments])
@@ -59,11 +62,8 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     """
     resolve_directory(settings.base.model, settings.base.revision)
     engine = dict(settings.engine)
-    plugin = settings.plugin().model_copy(
-        update={"slot": settings.slot.model_copy(update={"salient_channels": _salient(settings)})}
-    )
     additional = dict(engine.pop("additional_config", {}))
-    additional["deltamux"] = plugin.model_dump(mode="json")
+    additional["deltamux"] = settings.plugin().model_dump(mode="json")
     options: dict[str, Any] = {
         "enable_lora": True,
         "max_loras": settings.slots,
@@ -92,17 +92,3 @@ def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{dashed}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
     return [f"--{dashed}", str(value)]
-
-
-def _salient(settings: Settings) -> int:
-    """16-bit channels a slot needs for the configured experts; unreadable ones are reported later."""
-    most = settings.slot.salient_channels
-    for expert in settings.experts:
-        try:
-            manifest = read_manifest(expert.path)
-        except ValueError as error:
-            logger.warning("expert %r will be refused: %s", expert.name, error)
-            continue
-        counts = [entry.classes.salient for entry in linear_entries(manifest) if entry.classes]
-        most = max([most, *counts])
-    return most

@@ -18,6 +18,7 @@ def register() -> None:
     from deltamux.serve.status import status_directory
 
     compat.check_vllm()
+    compat.keep_compilation()
     status_directory()
     from deltamux.serve.worker.manager import ExpertManager
 

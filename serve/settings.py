@@ -6,39 +6,20 @@ every vLLM process in `additional_config["deltamux"]`, which is part of vLLM's c
 """
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
-# Model names with a meaning of their own.
-AUTO = "auto"
-BASE = "base"
-# Counts requests for models that do not exist.
-UNKNOWN = "unknown"
-RESERVED_NAMES = (AUTO, BASE, UNKNOWN)
+from deltamux.serve.names import BASE, NAME_PATTERN, check_expert_name
+
 ENVIRONMENT_PREFIX = "DELTAMUX_"
+# What vLLM's own LoRA takes at most by rule of thumb; chosen, not measured.
+DEFAULT_RANK = 64
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-def parse_bytes(value: object) -> int:
-    """Bytes from 1073741824, "8GiB" or "500 MB".
-
-    Raises:
-        ValueError: Not a size.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(value).strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"a size is a number with KB, MB, GB, KiB, MiB or GiB, got {value!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-Size = Annotated[int, BeforeValidator(parse_bytes)]
-ExpertName = Annotated[str, Field(pattern=_NAME)]
+Size = Annotated[ByteSize, Field(ge=0)]
+ExpertName = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class _Model(BaseModel):
@@ -84,9 +65,21 @@ class RouterSettings(_Model):
 
 
 class SlotSettings(_Model):
-    """What one slot has room for."""
+    """What one slot has room for.
 
-    salient_channels: int = Field(default=8, ge=0)
+    Attributes:
+        bytes: Its size; "auto" is that of the largest configured expert.
+        rank: The largest rank of factors, a LoRA adapter's for instance; "auto" is 64 on a CPU, and on a GPU, where
+            factors cost launches, the largest of a configured expert.
+    """
+
+    bytes: Literal["auto"] | Size = "auto"
+    rank: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that an adapter may be opened with."""
+        return DEFAULT_RANK if self.rank == "auto" else self.rank
 
 
 class PluginSettings(_Model):
@@ -98,7 +91,7 @@ class PluginSettings(_Model):
     version: Literal[1] = 1
     experts: tuple[ExpertSettings, ...] = ()
     router: RouterSettings | None = None
-    host_cache: Size = 8 * 2**30
+    host_cache: Size = ByteSize(8 * 2**30)
     log_requests: bool = False
     slot: SlotSettings = SlotSettings()
 
@@ -146,8 +139,20 @@ def load_settings(path: Path, environment: dict[str, str] | None = None) -> Sett
     try:
         settings = Settings.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{str(path)!r} is not a deltamux configuration: {error}") from error
+        raise ValueError(
+            f"{str(path)!r} is not a deltamux configuration: {problems(error)}"
+        ) from error
     return _with_absolute_paths(settings, path.parent.absolute())
+
+
+def problems(error: ValidationError) -> str:
+    """What pydantic found, in one line: `experts.0.path: Field required; …`."""
+    found = []
+    for each in error.errors():
+        place = ".".join(map(str, each["loc"]))
+        said = each["msg"].removeprefix("Value error, ")
+        found.append(f"{place}: {said}" if place else said)
+    return "; ".join(found)
 
 
 def _override(content: dict[str, Any], environment: dict[str, str]) -> None:
@@ -181,20 +186,6 @@ def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
     return settings.model_copy(update={"experts": experts, "router": router, "base": base})
 
 
-def check_expert_name(name: str) -> None:
-    """Refuse a name that could not be told from another model's, or that is no plain word.
-
-    Raises:
-        ValueError: The message names the rule.
-    """
-    if name in RESERVED_NAMES:
-        raise ValueError(f"an expert cannot be called {name!r}: the name is taken")
-    if not re.fullmatch(_NAME, name):
-        raise ValueError(
-            f"an expert's name is up to 64 letters, digits, '.', '_' and '-', got {name!r}"
-        )
-
-
 def plugin_settings(additional_config: Any) -> PluginSettings:
     """Read `additional_config["deltamux"]` inside a vLLM process.
 
@@ -211,4 +202,4 @@ def plugin_settings(additional_config: Any) -> PluginSettings:
     try:
         return PluginSettings.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f'additional_config["deltamux"] is wrong: {error}') from error
+        raise ValueError(f'additional_config["deltamux"] is wrong: {problems(error)}') from error

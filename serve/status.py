@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.deltamux")
 
 STATUS_DIRECTORY_VARIABLE = "DELTAMUX_STATUS_DIR"
 STATUS_FILE = "worker.json"
-# Seconds; a swap from the host cache takes milliseconds, one from disk up to seconds.
+# Seconds. Chosen, not measured: a swap from the host cache takes milliseconds, one from disk up to seconds.
 SWAP_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 

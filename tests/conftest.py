@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,10 +17,18 @@ import httpx
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 from prometheus_client.parser import text_string_to_metric_families
 
 # Products of small matrices: two threads wait for each other longer than they work.
 torch.set_num_threads(1)
+# The same examples in every run, and none of them timed: a busy machine is no counterexample.
+settings.register_profile(
+    "deltamux", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("deltamux")
+# How long `eventually` waits. Only an event that never comes takes that long.
+PATIENCE_SECONDS = 300.0
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -103,6 +112,21 @@ def save_expert(base: Path, directory: Path, seed: int = 1, scale: float = 0.3) 
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    """Call a condition until it is true, and return what it gave."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not true in {PATIENCE_SECONDS} s: {condition}"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[[Callable[[], Any]], Any]:
+    """Waits for the event that a test asserts, however slow the machine is."""
+    return wait_until
 
 
 @pytest.fixture(scope="session")
@@ -348,7 +372,7 @@ class Live:
     def http(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {LIVE_KEY}"}
         url = f"{self.server.url}{path}"
-        return httpx.request(method, url, headers=headers, timeout=60, **arguments)
+        return httpx.request(method, url, headers=headers, timeout=PATIENCE_SECONDS, **arguments)
 
     def samples(self) -> dict[tuple[str, ...], float]:
         """`/metrics` as (name, label=value, …) → value."""

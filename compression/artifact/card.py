@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deltamux.compression.artifact.artifact import Manifest
+from deltamux.compression.artifact.manifest import Manifest
 from deltamux.compression.recipe import CODED, Recipe
 
 _TEMPLATE = """---

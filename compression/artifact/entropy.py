@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from deltamux.compression.artifact.code_classes import best_classes
-from deltamux.compression.artifact.pack import ShortestDeflate, inflate_bytes
+from deltamux.compression.artifact.deflate import ShortestDeflate, inflate_bytes
 from deltamux.compression.artifact.run_lengths import Alphabet, Bytes, from_symbols, to_symbols
+from deltamux.compression.image.unpack import expand
 
 HEADER = struct.Struct("<IIBB")
 RECORD = struct.Struct("<BBBI")
@@ -76,16 +77,24 @@ def inflate(stream: torch.Tensor, levels: int, rows: int, columns: int) -> torch
     codes = np.empty((rows, columns), np.uint8)
     start = 0
     for index, alphabet in enumerate(content.alphabets):
-        lines = np.flatnonzero(content.members == index)
-        shape = (len(lines), columns) if content.axis == 0 else (rows, len(lines))
         symbols = content.symbols[start : start + alphabet.length]
         start += alphabet.length
+        lines = content.members == index
         try:
-            part = from_symbols(symbols, alphabet, shape[0] * shape[1]).reshape(shape)
+            if not expand(symbols, alphabet, lines, content.axis, codes):
+                _expand(symbols, alphabet, lines, content.axis, codes)
         except ValueError as error:
             raise _damaged(f"class {index} has {error}") from error
-        codes[lines if content.axis == 0 else (slice(None), lines)] = part
     return torch.from_numpy(codes)
+
+
+def _expand(symbols: Bytes, alphabet: Alphabet, lines: Bytes, axis: int, codes_NK: Bytes) -> None:
+    """As `expand`, in numpy."""
+    places = np.flatnonzero(lines)
+    rows, columns = codes_NK.shape
+    shape = (len(places), columns) if axis == 0 else (rows, len(places))
+    part = from_symbols(symbols, alphabet, shape[0] * shape[1]).reshape(shape)
+    codes_NK[places if axis == 0 else (slice(None), places)] = part
 
 
 def _inflated(stream: torch.Tensor, rows: int, columns: int) -> Bytes:

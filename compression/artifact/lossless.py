@@ -27,7 +27,7 @@ import zlib
 
 import torch
 
-from deltamux.compression.artifact.pack import ShortestDeflate, inflate_bytes
+from deltamux.compression.artifact.deflate import ShortestDeflate, inflate_bytes
 
 INTEGERS = {
     torch.bfloat16: torch.int16,

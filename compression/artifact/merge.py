@@ -10,14 +10,10 @@ import torch
 from tqdm import tqdm
 
 from deltamux.compression.artifact.artifact import Artifact
-from deltamux.compression.checkpoint.architecture import EMBEDDING, Role
-from deltamux.compression.checkpoint.checkpoint import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    save_tensors,
-)
+from deltamux.compression.artifact.stored import Stored
+from deltamux.compression.checkpoint.architecture import EMBEDDING, tensor_specs
+from deltamux.compression.checkpoint.checkpoint import Checkpoint, save_tensors
+from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 
 SHARD_BYTES = 2 * 1024**3
 
@@ -29,48 +25,53 @@ def check_base(
 
     Args:
         artifact: The compressed expert.
-        base: The base it is to be applied to.
+        base: The base that it is to be applied to.
         sha256: Tensor name to hash, where the caller keeps them; None hashes the tensors here.
 
     Raises:
-        ValueError: A tensor is missing or differs: the artifact belongs to another base.
+        ValueError: A tensor is missing or differs, or is none that the manifest knows: the artifact belongs to
+            another base.
     """
     sha256 = sha256 or base.sha256
     identity = artifact.manifest.base
-    for name, expected in identity.sha256.items():
-        if name not in base or sha256(name) != expected:
+    names = {spec.name for spec in tensor_specs(base.config, set(base.files))}
+    for name in sorted(names | identity.sha256.keys() | artifact.entries.keys()):
+        expected = identity.sha256.get(name)
+        if expected is None or name not in names or sha256(name) != expected:
             raise ValueError(
                 f"{str(artifact.root)!r} was made for the base {identity.source!r}; tensor "
                 f"{name!r} of {base.source!r} differs: use that base or compress the expert again"
             )
+    for name, entry in artifact.entries.items():
+        if base.shape(name) != entry.shape:
+            raise ValueError(
+                f"{name!r} has shape {entry.shape} in {str(artifact.root)!r} and {base.shape(name)} "
+                "in the base: copy or compress the expert again"
+            )
 
 
-def reconstructed(
-    artifact: Artifact, base: Checkpoint, factors: dict[str, float] | None = None
+def expert_weights(
+    base: Checkpoint, stored: Callable[[str], Stored | None]
 ) -> Callable[[str], torch.Tensor]:
     """A weight source of the decompressed expert: float32 where it differs from the base.
 
     Args:
-        artifact: The compressed expert.
-        base: Its base.
-        factors: On the steps of linears, by weight name; what is not named keeps its own.
+        base: The base.
+        stored: Gives what is stored for a weight; None: it is the base's.
     """
-    factors = factors or {}
 
     def load(name: str) -> torch.Tensor:
-        weight = base.load(name)
-        entry = artifact.entries.get(name)
-        if entry is None:
-            return weight
-        if entry.exact:
-            return artifact.exact(name, weight)
-        if entry.role is Role.NORM:
-            return artifact.vector(name)
-        if entry.role is Role.BIAS:
-            return weight.float() + artifact.vector(name)
-        return weight.float() + artifact.quantized(name).dequantize(factors.get(name, 1.0))
+        weight, found = base.load(name), stored(name)
+        return weight if found is None else found.dense(weight)
 
     return load
+
+
+def reconstructed(artifact: Artifact, base: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """The decompressed expert of an artifact and its base, as `expert_weights` gives it."""
+    return expert_weights(
+        base, lambda name: artifact.stored(name) if name in artifact.entries else None
+    )
 
 
 def merge(
@@ -136,7 +137,7 @@ def _write_shards(
         size, total = size + num_bytes, total + num_bytes
     flush()
     if len(shards) == 1:
-        (target / "model-00001.safetensors").rename(target / SINGLE_FILE)
+        (target / "model-00001.safetensors").rename(target / WEIGHTS_FILE)
         return
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (target / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True))

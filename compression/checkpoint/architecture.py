@@ -65,6 +65,13 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
+def first_reader(linear: str) -> str:
+    """The name of the first weight in a linear's layer that reads the same activations."""
+    parts = linear.split(".")
+    prefix, name = ".".join(parts[:3]), ".".join(parts[3:-1])
+    return f"{prefix}.{FIRST_READER[name]}.weight"
+
+
 def tensor_specs(config: dict[str, Any], names: set[str]) -> list[TensorSpec]:
     """All tensors of a checkpoint in the order of the forward pass.
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-CONFIG_FILE = "config.json"
+from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD
+from deltamux.compression.errors import naming
+from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+
 # What a tokenizer, a chat template and generation defaults are kept in.
 SIDE_FILES = (
     "tokenizer.json",
@@ -45,23 +46,43 @@ class Checkpoint:
         source: What the user named: the directory or the hub id.
         revision: The hub revision asked for, if any.
         files: Tensor name to the file that holds it.
+        spare_head: The file with an lm_head that the configuration ties to the embedding.
     """
 
     root: Path
     source: str
     revision: str | None
     files: dict[str, Path]
+    spare_head: Path | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The model's `config.json`."""
-        config: dict[str, Any] = json.loads((self.root / CONFIG_FILE).read_text())
+        path = self.root / CONFIG_FILE
+        with naming(path):
+            config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{str(path)!r} is no configuration: fetch or save it again")
         return config
 
     @property
     def tied(self) -> bool:
         """Whether lm_head shares the embedding's weight."""
-        return "lm_head.weight" not in self.files
+        return LM_HEAD not in self.files
+
+    def as_tied(self) -> "Checkpoint":
+        """The same without an lm_head of its own."""
+        files = {name: path for name, path in self.files.items() if name != LM_HEAD}
+        return replace(self, files=files)
+
+    def head_is_embedding(self) -> bool:
+        """Whether the lm_head in the files, if there is one, is the embedding once more."""
+        path = self.spare_head or self.files.get(LM_HEAD)
+        if path is None:
+            return True
+        with _open_safetensors(path) as file:
+            head = file.get_tensor(LM_HEAD)
+        return torch.equal(head, self.load(EMBEDDING))
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -87,11 +108,6 @@ class Checkpoint:
             ValueError: The checkpoint has no such tensor.
         """
         with self._open(name) as file:
-            if name not in file.keys():  # noqa: SIM118 - a file handle, not a mapping
-                raise ValueError(
-                    f"{str(self.files[name])!r} lacks the tensor {name!r}, which the index of "
-                    f"{self.source!r} places there: fetch or save the checkpoint again"
-                )
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
@@ -120,13 +136,22 @@ class Checkpoint:
     def _open(self, name: str) -> Any:
         if name not in self.files:
             raise ValueError(f"tensor {name!r} is missing from {self.source!r}")
-        return _open_safetensors(self.files[name])
+        file = _open_safetensors(self.files[name])
+        if name not in file.keys():  # noqa: SIM118 - a file handle, not a mapping
+            raise ValueError(
+                f"{str(self.files[name])!r} lacks the tensor {name!r}, which the index of "
+                f"{self.source!r} places there: fetch or save the checkpoint again"
+            )
+        return file
 
 
 def _open_safetensors(path: Path) -> Any:
+    # A pipe or device would block or never end.
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is no file: fetch or save the checkpoint again")
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is not a complete safetensors file ({error}); fetch or save it again"
         ) from error
@@ -148,7 +173,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     files = _tensor_files(root, str(source))
     checkpoint = Checkpoint(root=root, source=str(source), revision=revision, files=files)
     if checkpoint.config.get("tie_word_embeddings"):
-        files.pop("lm_head.weight", None)  # some savers write the shared weight twice
+        # Some savers write the shared weight twice.
+        return replace(checkpoint, spare_head=files.pop(LM_HEAD, None))
     return checkpoint
 
 
@@ -157,7 +183,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
     safetensors itself gives it to its owner alone, whatever the umask.
     """
-    save_file(tensors, path, metadata=metadata)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with naming(path, f"{needed:,} bytes are needed there"):
+        save_file(tensors, path, metadata=metadata)
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -165,8 +193,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
 def resolve_directory(source: str, revision: str | None = None) -> Path:
     """The local directory of a checkpoint; a hub id is fetched unless it is cached."""
-    if Path(source).is_dir():
-        return Path(source)
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ValueError(f"{source!r} is neither a directory nor a hub id like 'org/name'")
     from huggingface_hub import snapshot_download
@@ -178,15 +206,16 @@ def resolve_directory(source: str, revision: str | None = None) -> Path:
 def _tensor_files(root: Path, source: str) -> dict[str, Path]:
     index = root / INDEX_FILE
     if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        missing = sorted({file for file in weight_map.values() if not (root / file).is_file()})
+        with naming(index):
+            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+            missing = sorted({file for file in weight_map.values() if not (root / file).is_file()})
         if missing:
             raise ValueError(f"{source!r} names the shard {missing[0]!r}, which is not there")
         return {name: root / file for name, file in weight_map.items()}
-    single = root / SINGLE_FILE
+    single = root / WEIGHTS_FILE
     if not single.is_file():
         raise ValueError(
-            f"{source!r} has neither {SINGLE_FILE} nor {INDEX_FILE}: save it as safetensors first"
+            f"{source!r} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: save it as safetensors first"
         )
     with _open_safetensors(single) as file:
         return dict.fromkeys(file.keys(), single)

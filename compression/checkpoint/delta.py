@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from deltamux.compression.artifact.artifact import FORMAT
 from deltamux.compression.checkpoint.architecture import (
     EMBEDDING,
     LM_HEAD,
@@ -25,7 +24,8 @@ from deltamux.compression.checkpoint.architecture import (
     TensorSpec,
     tensor_specs,
 )
-from deltamux.compression.checkpoint.checkpoint import CONFIG_FILE, Checkpoint
+from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.compression.names import CONFIG_FILE, FORMAT
 
 # A norm weight that changes by more than this many times its smaller value is not folded: neither
 # the ratio nor the calibration energy, which is divided by its square, would mean anything.
@@ -126,8 +126,16 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
     for checkpoint in (base, expert):
         _check_full_width(checkpoint)
     _check_settings(base, expert)
+    if base.tied and not expert.tied and expert.head_is_embedding():
+        expert = expert.as_tied()
     specs = tensor_specs(base.config, set(base.files))
     expert_specs = tensor_specs(expert.config, set(expert.files))
+    for checkpoint in (base, expert):
+        if checkpoint.spare_head is not None and not checkpoint.head_is_embedding():
+            raise ValueError(
+                f"{LM_HEAD!r} of {checkpoint.source!r} is not its {EMBEDDING!r}, though its configuration "
+                "ties the two: save it with tie_word_embeddings false, or without the head"
+            )
     if base.tied != expert.tied:
         raise ValueError(
             f"{LM_HEAD!r} is tied to {EMBEDDING!r} in one of {base.source!r} and "

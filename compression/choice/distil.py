@@ -20,18 +20,16 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from deltamux.compression.artifact.artifact import Artifact, linear_entries
-from deltamux.compression.artifact.merge import reconstructed
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.compression.choice.candidates import Candidates
+from deltamux.compression.choice.problem import Choice
 from deltamux.compression.recipe import DistillationRecipe
-from deltamux.compression.rounding.low_rank import FactoredDelta
-from deltamux.compression.rounding.quantize import QuantizedDelta
 from deltamux.compression.streaming.backward import Activated, final_gradients, layer_gradients
 from deltamux.compression.streaming.forward import StreamedModel, WeightSource, batches
 from deltamux.compression.streaming.text import Sample
 
 BATCH_TOKENS = 2_048
-# A factor outside of these bounds would mean another fine-tune, not a better scale.
+# A factor outside of these bounds would mean another fine-tune, not a better scale; chosen, not measured.
 MAX_FACTOR = 2.0
 
 
@@ -50,12 +48,12 @@ class Student:
     names: list[str]
 
     @classmethod
-    def of(cls, artifact: Artifact, base: Checkpoint) -> "Student":
-        """An artifact over its base."""
+    def of(cls, candidates: Candidates, choice: Choice) -> "Student":
+        """A choice over its base."""
         return cls(
-            scaled=lambda factors: reconstructed(artifact, base, factors),
-            delta=lambda name: _coded_part(artifact.quantized(name)),
-            names=[entry.name for entry in linear_entries(artifact.manifest)],
+            scaled=lambda factors: candidates.smooth_weights(choice, factors),
+            delta=lambda name: candidates.linear(choice, name).scalable(),
+            names=candidates.changed(choice),
         )
 
 
@@ -96,13 +94,6 @@ def distil(
             with torch.no_grad():
                 logs.clamp_(-math.log(MAX_FACTOR), math.log(MAX_FACTOR))
     return best
-
-
-def _coded_part(quantized: QuantizedDelta | FactoredDelta) -> torch.Tensor:
-    """Δ̂ without the channels' 16-bit parts, which have no step."""
-    if isinstance(quantized, FactoredDelta):
-        return quantized.dequantize()
-    return quantized.without_salient().dequantize()
 
 
 class _Teacher:

@@ -13,6 +13,7 @@ family of allocations that does not depend on the budget, of which a larger budg
 predicted loss never rises with the budget.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -27,6 +28,7 @@ from deltamux.compression.choice.problem import (
     pareto_front,
     predicted_loss,
     total_bytes,
+    total_slot_bytes,
 )
 from deltamux.compression.choice.uniform import uniform
 
@@ -91,16 +93,23 @@ def hull_steps(curves: Sequence[Curve]) -> list[Step]:
     return sorted(steps, key=lambda step: -step.gain_per_byte)
 
 
-def fill(curves: Sequence[Curve], choice: Choice, budget_bytes: int) -> Choice:
+def fill(
+    curves: Sequence[Curve],
+    choice: Choice,
+    budget_bytes: int,
+    slot_bytes: int | None = None,
+) -> Choice:
     """Spend what a choice leaves of the budget: the best gain per byte first, until nothing fits.
 
     Args:
         curves: One per matrix, without dominated rungs.
         choice: A start within the budget.
         budget_bytes: Upper bound of the total.
+        slot_bytes: Upper bound of the total in a slot, if there is one.
     """
     filled = list(choice)
     left = budget_bytes - total_bytes(curves, choice)
+    room = math.inf if slot_bytes is None else slot_bytes - total_slot_bytes(curves, choice)
     while True:
         moves = [
             (curve.importance * (rung.error - other.error) / extra, -extra, index, target)
@@ -108,10 +117,14 @@ def fill(curves: Sequence[Curve], choice: Choice, budget_bytes: int) -> Choice:
             for rung in [curve.rungs[filled[index]]]
             for target, other in enumerate(curve.rungs[filled[index] + 1 :], filled[index] + 1)
             if (extra := other.num_bytes - rung.num_bytes) <= left
+            and other.slot_bytes - rung.slot_bytes <= room
+            and other.error < rung.error
         ]
         if not moves:
             return filled
         _, negative_extra, index, target = max(moves)
+        rungs = curves[index].rungs
+        room -= rungs[target].slot_bytes - rungs[filled[index]].slot_bytes
         filled[index] = target
         left += negative_extra
 

@@ -7,16 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from deltamux.compression.artifact.artifact import (
-    ChannelClasses,
-    TensorEntry,
-    deltamux_version,
-    encode_matrix,
-    tensor_bytes,
-)
-from deltamux.compression.checkpoint.architecture import Role, TensorSpec
+from deltamux.compression.artifact.manifest import deltamux_version
+from deltamux.compression.artifact.matrices import Coded, Factored
+from deltamux.compression.artifact.stored import Encoded, LinearDelta
+from deltamux.compression.checkpoint.architecture import Role, TensorSpec, first_reader
 from deltamux.compression.checkpoint.delta import Difference
-from deltamux.compression.choice.workspace import Measured, Workspace, rung_name
+from deltamux.compression.choice.workspace import ENTRIES, Ladder, Workspace
 from deltamux.compression.recipe import Recipe
 from deltamux.compression.rounding.gptq import Curvature, curvature
 from deltamux.compression.rounding.ladder import (
@@ -26,8 +22,8 @@ from deltamux.compression.rounding.ladder import (
     low_rank_rungs,
     pruned_rungs,
 )
-from deltamux.compression.rounding.low_rank import FactoredDelta, has_few_directions
-from deltamux.compression.rounding.quantize import QuantizedDelta, quantize
+from deltamux.compression.rounding.low_rank import has_few_directions
+from deltamux.compression.rounding.quantize import quantize
 from deltamux.compression.streaming.moments import second_moments
 from deltamux.compression.streaming.text import Sample
 
@@ -38,7 +34,7 @@ def measure(
     calibration: list[Sample],
     work: Workspace,
     progress: bool = True,
-) -> list[Measured]:
+) -> list[Ladder]:
     """Measure the ladder of every linear whose delta is not zero.
 
     Args:
@@ -62,7 +58,7 @@ def measure(
                 bar.update()
                 if layer == missing[-1]:
                     break
-    return [matrix for layer in by_layer for matrix in work.measured(layer)]
+    return [ladder for layer in by_layer for ladder in work.ladders(layer)]
 
 
 def measure_key(
@@ -83,49 +79,6 @@ def measure_key(
     }
 
 
-def matrix_entry(
-    spec: TensorSpec,
-    quantized: QuantizedDelta | FactoredDelta,
-    tensors: dict[str, torch.Tensor],
-    *,
-    error: float,
-    folded_norm: str | None = None,
-) -> TensorEntry:
-    """What the manifest says of a quantized matrix."""
-    if isinstance(quantized, FactoredDelta):
-        return TensorEntry(
-            name=spec.name,
-            role=spec.role,
-            scheme=quantized.left.scheme,
-            shape=quantized.shape,
-            rank=quantized.rank,
-            input_directions=None if quantized.inputs is None else quantized.inputs.count,
-            deflated=True,
-            folded_norm=folded_norm,
-            bytes=tensor_bytes(tensors),
-            error=error,
-        )
-    coded, salient = quantized.channels_C, quantized.salient_channels_S
-    columns = quantized.shape[1]
-    num_coded = columns if coded is None else len(coded)
-    return TensorEntry(
-        name=spec.name,
-        role=spec.role,
-        scheme=quantized.scheme,
-        shape=quantized.shape,
-        rows=None if quantized.rows_R is None else len(quantized.rows_R),
-        deflated=quantized.deflated,
-        classes=ChannelClasses(
-            coded=num_coded,
-            salient=0 if salient is None else len(salient),
-            dropped=columns - num_coded,
-        ),
-        folded_norm=folded_norm,
-        bytes=tensor_bytes(tensors),
-        error=error,
-    )
-
-
 def measure_layer(
     difference: Difference,
     recipe: Recipe,
@@ -142,40 +95,45 @@ def measure_layer(
         moments: E[x xᵀ] of their inputs in the expert, by name.
         work: Where the layer is kept.
     """
-    measured: list[Measured] = []
-    kept: dict[str, torch.Tensor] = {}
-    factors: dict[int, tuple[torch.Tensor, Curvature]] = {}
-
-    def opened(spec: TensorSpec) -> Linear | None:
-        moment_KK = moments[spec.name]
-        delta_NK = difference.delta(spec).to(moment_KK.device)
-        if not delta_NK.any():
-            return None
-        # Linears that read the same activations share one factorization.
-        if id(moment_KK) not in factors:
-            served_KK = difference.served_moment(spec, moment_KK)
-            factors[id(moment_KK)] = served_KK, curvature(served_KK, spec.name)
-        return Linear(delta_NK, *factors[id(moment_KK)])
-
+    linears = _changed(difference, specs, moments)
     few = recipe.linear.may_factor and all(
-        has_few_directions(linear.delta_NK, linear.curvature)
-        for linear in map(opened, specs)
-        if linear is not None
+        has_few_directions(linear.delta_NK, linear.curvature) for linear in linears.values()
     )
+    ladders: list[Ladder] = []
+    kept: dict[str, list[Encoded]] = {}
+    layer = specs[0].layer
+    assert layer is not None
     for spec in specs:
-        linear = opened(spec)
+        # Popped: what a linear caches is as large as its delta.
+        linear = linears.pop(spec.name, None)
         if linear is None:
             continue
         folded = spec.norm if spec.norm in difference.folded else None
         rungs = measure_linear(spec, linear, recipe, folded_norm=folded, few_directions=few)
-        for index, (_, tensors) in enumerate(rungs):
-            kept |= {rung_name(key, index): value for key, value in tensors.items()}
         if rungs:
-            assert spec.layer is not None
-            entries = tuple(entry for entry, _ in rungs)
-            measured.append(Measured(spec.name, spec.layer, linear.energy, entries))
-    assert specs[0].layer is not None
-    work.save(specs[0].layer, measured, kept)
+            kept[spec.name] = rungs
+            entries = ENTRIES.validate_python(tuple(rung.entry for rung in rungs))
+            ladders.append(Ladder(spec.name, layer, linear.energy, entries))
+    work.save(layer, ladders, kept)
+
+
+def _changed(
+    difference: Difference, specs: list[TensorSpec], moments: dict[str, torch.Tensor]
+) -> dict[str, Linear]:
+    """The linears of a layer that changed, by name; those that read the same inputs share their curvature."""
+    inputs: dict[str, tuple[torch.Tensor, Curvature]] = {}
+    found = {}
+    for spec in specs:
+        moment_KK = moments[spec.name]
+        delta_NK = difference.delta(spec).to(moment_KK.device)
+        if not delta_NK.any():
+            continue
+        reader = first_reader(spec.name)
+        if reader not in inputs:
+            served_KK = difference.served_moment(spec, moment_KK)
+            inputs[reader] = served_KK, curvature(served_KK, spec.name)
+        found[spec.name] = Linear(delta_NK, *inputs[reader])
+    return found
 
 
 def measure_linear(
@@ -185,7 +143,7 @@ def measure_linear(
     *,
     folded_norm: str | None = None,
     few_directions: bool = False,
-) -> list[tuple[TensorEntry, dict[str, torch.Tensor]]]:
+) -> list[Encoded]:
     """Every rung of one linear as it would be written, by bytes.
 
     Rungs are encoded beside the rounding of the next ones, on as many threads as torch has.
@@ -197,34 +155,29 @@ def measure_linear(
         folded_norm: Name of the norm whose change is folded into the delta.
         few_directions: Whether the layer is that of a merged adapter: low-rank rungs pay at any rate.
     """
-    rungs = []
     with ThreadPoolExecutor(torch.get_num_threads()) as encoders:
-        for quantized in _rungs(linear, recipe, few_directions):
-            encoded = encoders.submit(encode_matrix, spec.name, quantized)
-            error = linear.lost(quantized.dequantize().to(linear.delta_NK.device))
-            rungs.append((quantized, encoded, error))
-    entries = []
-    for quantized, encoded, error in rungs:
-        tensors = encoded.result()
-        entry = matrix_entry(spec, quantized, tensors, error=error, folded_norm=folded_norm)
-        entries.append((entry, tensors))
-    return sorted(entries, key=lambda rung: rung[0].bytes)
+        pending = []
+        for rung in _rungs(linear, recipe, few_directions):
+            error = linear.lost(rung.delta.dequantize().to(linear.delta_NK.device))
+            pending.append(
+                encoders.submit(Encoded.of, spec, rung, error=error, folded_norm=folded_norm)
+            )
+    rungs = [encoded.result() for encoded in pending]
+    return sorted(rungs, key=lambda rung: rung.entry.bytes)
 
 
-def _rungs(
-    linear: Linear, whole: Recipe, few_directions: bool
-) -> Iterator[QuantizedDelta | FactoredDelta]:
+def _rungs(linear: Linear, whole: Recipe, few_directions: bool) -> Iterator[LinearDelta]:
     recipe = whole.linear
     scheme = recipe.fixed_scheme
     if scheme is None and recipe.pruning is None:
-        yield from coded_rungs(linear)
+        yield from map(Coded, coded_rungs(linear))
         if whole.measures_low_rank or few_directions:
-            yield from low_rank_rungs(linear, few_directions=few_directions)
+            yield from map(Factored, low_rank_rungs(linear, few_directions=few_directions))
     elif scheme is None:
         assert recipe.pruning is not None
-        yield from pruned_rungs(linear, recipe.pruning.score, recipe.pruning.pattern)
+        yield from map(Coded, pruned_rungs(linear, recipe.pruning.score, recipe.pruning.pattern))
     elif recipe.feedback:
-        yield fixed_rung(linear, scheme, recipe.salient_channels)
+        yield Coded(fixed_rung(linear, scheme, recipe.salient_channels))
     else:
         energy_K = linear.moment_KK.diagonal().cpu()
-        yield quantize(linear.delta_NK.cpu(), scheme, energy_K, recipe.salient_channels)
+        yield Coded(quantize(linear.delta_NK.cpu(), scheme, energy_K, recipe.salient_channels))

@@ -11,18 +11,18 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from deltamux.compression.artifact.artifact import TensorEntry
+from deltamux.compression.artifact.stored import Encoded, LinearEntry
 
 KEY_FILE = "key.json"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One matrix: what every rung would put into the manifest, and the delta's output energy.
+class Ladder:
+    """One linear: what every rung would put into the manifest, and the delta's output energy.
 
     Attributes:
         name: The weight.
@@ -34,7 +34,16 @@ class Measured:
     name: str
     layer: int
     energy: float
-    entries: tuple[TensorEntry, ...]
+    entries: tuple[LinearEntry, ...]
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the matrix."""
+        rows, columns = self.entries[0].shape
+        return rows * columns
+
+
+ENTRIES = TypeAdapter(tuple[LinearEntry, ...])
 
 
 class Workspace:
@@ -56,42 +65,54 @@ class Workspace:
         """Whether a layer is finished."""
         return self._index(layer).is_file()
 
-    def save(self, layer: int, measured: list[Measured], tensors: dict[str, torch.Tensor]) -> None:
-        """Keep a layer; tensor names are those of `rung_name`."""
+    def save(self, layer: int, ladders: list[Ladder], rungs: dict[str, list[Encoded]]) -> None:
+        """Keep a layer.
+
+        Args:
+            layer: Its index.
+            ladders: Of its linears.
+            rungs: Those of every ladder, by the linear's name.
+        """
+        tensors = {
+            f"{index}/{name}": tensor
+            for encoded in rungs.values()
+            for index, each in enumerate(encoded)
+            for name, tensor in each.named_tensors().items()
+        }
         save_file(tensors, self._weights(layer))
         content = [
             {
-                "name": matrix.name,
-                "energy": matrix.energy,
-                "entries": [entry.model_dump(mode="json") for entry in matrix.entries],
+                "name": ladder.name,
+                "energy": ladder.energy,
+                "entries": ENTRIES.dump_python(ladder.entries, mode="json"),
             }
-            for matrix in measured
+            for ladder in ladders
         ]
         scratch = self._index(layer).with_suffix(".part")
         scratch.write_text(json.dumps(content))
         scratch.replace(self._index(layer))
 
-    def measured(self, layer: int) -> list[Measured]:
-        """The matrices of a finished layer."""
+    def ladders(self, layer: int) -> list[Ladder]:
+        """The linears of a finished layer."""
         return [
-            Measured(
-                name=matrix["name"],
+            Ladder(
+                name=found["name"],
                 layer=layer,
-                energy=matrix["energy"],
-                entries=tuple(TensorEntry.model_validate(entry) for entry in matrix["entries"]),
+                energy=found["energy"],
+                entries=ENTRIES.validate_python(found["entries"]),
             )
-            for matrix in json.loads(self._index(layer).read_text())
+            for found in json.loads(self._index(layer).read_text())
         ]
 
-    def tensors(self, matrix: Measured, rung: int) -> dict[str, torch.Tensor]:
-        """The stored tensors of one rung, under the weight's own name."""
-        prefix = rung_name("", rung)
-        with safe_open(self._weights(matrix.layer), framework="pt") as file:
-            return {
-                key.removeprefix(prefix): file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118 - a file handle, not a mapping
-                if key.startswith(f"{prefix}{matrix.name}.")
+    def rung(self, ladder: Ladder, index: int) -> Encoded:
+        """One rung of a ladder."""
+        entry = ladder.entries[index]
+        with safe_open(self._weights(ladder.layer), framework="pt") as file:
+            parts = {
+                suffix: file.get_tensor(f"{index}/{ladder.name}.{suffix}")
+                for suffix in entry.forms()
             }
+        return Encoded(entry, parts)
 
     def clear(self) -> None:
         """Delete everything."""
@@ -102,11 +123,6 @@ class Workspace:
 
     def _weights(self, layer: int) -> Path:
         return self.root / f"layer-{layer:04d}.safetensors"
-
-
-def rung_name(tensor: str, rung: int) -> str:
-    """The name of a rung's tensor inside a layer's file."""
-    return f"{rung}/{tensor}"
 
 
 def _same_key(path: Path, key: dict[str, object]) -> bool:

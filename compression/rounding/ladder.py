@@ -185,7 +185,7 @@ def _flat_grid(linear: Linear, scheme: Scheme, step: float) -> Grid:
 
 def _coded(linear: Linear, grid: Grid, levels_NK: torch.Tensor) -> Iterator[QuantizedDelta]:
     if levels_NK.any():
-        quantized = QuantizedDelta.from_levels(grid.scheme, levels_NK, grid.steps_N, deflated=True)
+        quantized = QuantizedDelta.from_levels(grid.scheme, levels_NK, grid.steps_N)
         yield _stretched(linear, quantized)
 
 

@@ -10,41 +10,39 @@ Both factors are transform coded: with B and the columns of Û in the units of t
 coefficients shares the distortion out evenly (reverse water-filling, Cover & Thomas, section 10.3.3), wide
 directions get more levels by themselves, and those below the step are dropped. B is rounded with error feedback
 under H; Û is then solved for the rounded B, Û = Δ H Bᵀ G⁻¹ with G = B H Bᵀ, and rounded with
-feedback under G, so that it makes up for what B lost. The product is rounded once more, to 4 bits a weight with
-a step a row, because that is what a slot holds: a rounding far below what the factors leave out of most deltas.
+feedback under G, so that it makes up for what B lost. A slot holds the factors as they are.
 
-Merged adapters are another matter: few directions hold all of their delta, and the slot's rounding is most of
-what is lost. So where few directions suffice, finer steps are tried, and a sketch of the inputs is kept,
-under which the reader rounds the product with error feedback (`noise_shaping.py`).
+Few directions hold all of the delta of a merged adapter: there finer steps are tried too.
 
 Shapes: N output rows, K input channels, r directions.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from deltamux.compression.rounding.gptq import Curvature, Grid, curvature, round_with_feedback
-from deltamux.compression.rounding.noise_shaping import InputSketch, shaped, sketch_inputs
-from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme, requantize
+from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
 
-# Steps in units of the delta's deviation over inputs that are white.
+# Steps in units of the delta's deviation over inputs that are white; chosen, not measured.
 FACTOR_STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0)
+# Finer steps, which pay where few directions hold all of a delta.
+FINE_STEPS = (0.06, 0.09, 0.13, 0.18, 0.25)
 # A direction pays for its N + K coefficients if its energy is above this share of their squared steps:
 # their distortion, 1 / 12 each, and about a bit each at the slope 2 ln 2 / 12 of distortion over rate.
 PAYING_ENERGY = 0.2
-# A delta has few directions if those that an eighth of its coefficients pay for leave out no more than this.
+# The level that a direction's largest coefficient is to have at most: feedback adds to it.
+FARTHEST_LEVEL = 120
+# Directions that a slot takes by default (`slot.rank`).
+MOST_DIRECTIONS = 64
+# A delta has few directions if those that an eighth of its coefficients pay for leave out no more than this;
+# chosen, not measured: full fine-tunes leave out several times as much, merged adapters next to nothing.
 FEW_DIRECTIONS = 1 / 8
 FEW_DIRECTIONS_REST = 0.02
-# A direction's width, as a share of the largest, below which its inputs are taken not to feel it.
+# A direction's width, as a share of the largest, below which its inputs are taken not to feel it: what float32
+# leaves of a direction that is not there.
 UNFELT = 1e-5
-# Finer steps, which pay where few directions hold all of a delta.
-FINE_STEPS = (0.18, 0.25)
-# Directions of a sketch of the inputs (0: none), and the steps it is tried with there: what coarse factors leave
-# out outweighs what a slot's rounding does, of fine ones it is the other way round.
-SKETCHES = {16: (0.0, 1.4), 4: (0.0, 2.0), 0: (1.0, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,10 @@ class FactoredDelta:
     Attributes:
         left: [N, r], one step for all rows: the scale of the product.
         right: [r, K], a step a row.
-        inputs: What the product is rounded under for a slot; None: to the nearest codes.
     """
 
     left: QuantizedDelta
     right: QuantizedDelta
-    inputs: InputSketch | None = None
-    deflated: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,14 +67,13 @@ class FactoredDelta:
         """Directions kept."""
         return self.left.shape[1]
 
-    def codes(self) -> QuantizedDelta:
-        """The product in 4-bit codes: the form that slots hold."""
-        product_NK = self.left.dequantize() @ self.right.dequantize()
-        return requantize(product_NK) if self.inputs is None else shaped(product_NK, self.inputs)
+    def largest(self) -> torch.Tensor:
+        """A bound of |Δ̂|, one number; not finite where a step is not."""
+        return self.left.largest() * self.right.largest() * self.rank
 
     def dequantize(self, factor: float = 1.0) -> torch.Tensor:
-        """Δ̂, float32 [N, K], exactly as it is served, times a factor."""
-        return self.codes().dequantize(factor)
+        """Δ̂, float32 [N, K], times a factor."""
+        return self.left.dequantize(factor) @ self.right.dequantize()
 
     def scaled(self, factor: float) -> "FactoredDelta":
         """The same times a factor.
@@ -109,11 +103,6 @@ def has_few_directions(delta_NK: torch.Tensor, inputs: Curvature) -> bool:
     return bool(held >= (1 - FEW_DIRECTIONS_REST) * white_NK.square().sum())
 
 
-def _whitened(delta_NK: torch.Tensor, inputs: Curvature) -> torch.Tensor:
-    """Δ R: the delta over inputs that are white."""
-    return delta_NK[:, inputs.order_K] @ inputs.root_KK
-
-
 def factored_rungs(
     delta_NK: torch.Tensor,
     moment_KK: torch.Tensor,
@@ -126,7 +115,7 @@ def factored_rungs(
         delta_NK: The delta, float32.
         moment_KK: E[x xᵀ] of its inputs, float32.
         inputs: Its curvature.
-        few_directions: Whether those hold all of it: give finer steps and sketches of the inputs too.
+        few_directions: Whether those hold all of it: give finer steps too.
     """
     rows, columns = delta_NK.shape
     white_NK = _whitened(delta_NK, inputs)
@@ -134,23 +123,21 @@ def factored_rungs(
     deviation = float((energies_R.sum() / (rows * columns)).sqrt())
     # A step of 1 in a white coordinate is this in a channel that others already explain in part.
     innovation = float(inputs.innovation_K().log().mean().exp().sqrt())
-    steps = (*FINE_STEPS, *FACTOR_STEPS) if few_directions else FACTOR_STEPS
-    sketches: dict[int, InputSketch | None] = {0: None}
-    if few_directions:
-        sketches |= {count: sketch_inputs(moment_KK, count) for count in SKETCHES if count}
-    for multiple in steps:
+    for multiple in (*FINE_STEPS, *FACTOR_STEPS) if few_directions else FACTOR_STEPS:
         step = multiple * deviation
-        rank = int((energies_R > PAYING_ENERGY * (rows + columns) * step**2).sum())
+        paying = int((energies_R > PAYING_ENERGY * (rows + columns) * step**2).sum())
+        rank = min(paying, MOST_DIRECTIONS)
         if 0 < rank < min(rows, columns) // 2:
             right_RK = left_NR[:, :rank].T @ delta_NK
-            levels_RK = _rounded(right_RK, inputs, step / innovation)
-            levels_RK = levels_RK[levels_RK.any(dim=1)]
-            if len(levels_RK):
-                factored = _with_left(delta_NK, moment_KK, levels_RK, step, step / innovation)
-                for count, sketch in sketches.items():
-                    low, high = SKETCHES[count]
-                    if not few_directions or low <= multiple <= high:
-                        yield replace(factored, inputs=sketch)
+            steps = step, step / innovation
+            factored = _with_left(delta_NK, moment_KK, right_RK, inputs, steps)
+            if factored is not None:
+                yield factored
+
+
+def _whitened(delta_NK: torch.Tensor, inputs: Curvature) -> torch.Tensor:
+    """Δ R: the delta over inputs that are white."""
+    return delta_NK[:, inputs.order_K] @ inputs.root_KK
 
 
 def _directions(white_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,34 +153,59 @@ def _directions(white_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.float(), left.float()
 
 
-def _rounded(values_NK: torch.Tensor, inputs: Curvature, step: float) -> torch.Tensor:
-    steps_N = torch.full((len(values_NK),), step, device=values_NK.device)
-    ((levels_NK, _),) = round_with_feedback(values_NK, inputs, [Grid(Scheme.INT8, steps_N)])
-    return levels_NK
-
-
 def _with_left(
     delta_NK: torch.Tensor,
     moment_KK: torch.Tensor,
-    levels_RK: torch.Tensor,
-    step: float,
-    right_step: float,
-) -> FactoredDelta:
-    """Solve the left factor for rounded right levels, and round it too."""
-    seen_RK = levels_RK @ moment_KK * right_step
-    gram_RR = seen_RK @ levels_RK.T * right_step
+    right_RK: torch.Tensor,
+    inputs: Curvature,
+    steps: tuple[float, float],
+) -> FactoredDelta | None:
+    """Round right factors, solve the left one for them, and round it too.
+
+    Args:
+        delta_NK: The delta.
+        moment_KK: E[x xᵀ] of its inputs.
+        right_RK: The right factor.
+        inputs: Curvature of the inputs.
+        steps: Of the left and of the right factor; wider where a direction's levels would not suffice.
+
+    Returns:
+        The factors; None where nothing of the right one is left.
+    """
+    step, right_step = steps
+    right_steps_R = _reaching(right_RK, right_step)
+    levels_RK = _rounded(right_RK, inputs, right_steps_R)
+    kept_R = levels_RK.any(dim=1)
+    levels_RK, right_steps_R = levels_RK[kept_R], right_steps_R[kept_R]
+    if len(levels_RK) == 0:
+        return None
+    seen_RK = (levels_RK * right_steps_R.unsqueeze(1)) @ moment_KK
+    gram_RR = seen_RK @ levels_RK.T * right_steps_R
     # Of a direction that the inputs never take, rounding alone is left, of either sign.
     widths_R = gram_RR.diagonal().clamp_min(0).sqrt()
     widths_R = widths_R.clamp_min(float(UNFELT * widths_R.max()) or 1.0)
     unit_RR = gram_RR / widths_R / widths_R.unsqueeze(1)
     target_RN = (seen_RK @ delta_NK.T) / widths_R.unsqueeze(1)
     ridge_RR = unit_RR.double() + 1e-6 * torch.eye(len(unit_RR), device=unit_RR.device)
-    left_NR = torch.linalg.solve(ridge_RR, target_RN.double()).float().T.contiguous()
-    levels_NR = _rounded(left_NR, curvature(unit_RR), step)
-    right_steps_R = step * right_step / widths_R
+    left_RN = torch.linalg.solve(ridge_RR, target_RN.double()).float()
+    # A direction's step in the left factor is free as well: the right factor's takes it up.
+    left_steps_R = _reaching(left_RN, step)
+    left_NR = (left_RN / left_steps_R.unsqueeze(1)).T.contiguous()
+    stepped_RR = unit_RR * left_steps_R * left_steps_R.unsqueeze(1) / step**2
+    ones_N = torch.ones(len(left_NR), device=left_NR.device)
+    levels_NR = _rounded(left_NR, curvature(stepped_RR), ones_N)
+    product_steps_R = left_steps_R * right_steps_R / widths_R
     return FactoredDelta(
-        left=QuantizedDelta.from_levels(
-            Scheme.INT8, levels_NR, torch.ones(len(levels_NR)), deflated=True
-        ),
-        right=QuantizedDelta.from_levels(Scheme.INT8, levels_RK, right_steps_R, deflated=True),
+        left=QuantizedDelta.from_levels(Scheme.INT8, levels_NR, ones_N),
+        right=QuantizedDelta.from_levels(Scheme.INT8, levels_RK, product_steps_R),
     )
+
+
+def _reaching(values_RK: torch.Tensor, step: float) -> torch.Tensor:
+    """A step for every row that reaches its largest value, float32 [R]."""
+    return (values_RK.abs().amax(dim=1) / FARTHEST_LEVEL).clamp_min(step)
+
+
+def _rounded(values_NK: torch.Tensor, inputs: Curvature, steps_N: torch.Tensor) -> torch.Tensor:
+    ((levels_NK, _),) = round_with_feedback(values_NK, inputs, [Grid(Scheme.INT8, steps_N)])
+    return levels_NK

@@ -22,8 +22,6 @@ import torch
 
 STEP_STARTS = (0.7, 1.0, 1.5)
 STEP_ITERATIONS = 4
-# Energy of a channel, in units of the median one's, from which it counts for no more.
-OUTLYING = 16.0
 # Rows whose steps are searched at once: few enough to stay in the cache of one core.
 ROW_BLOCK = 128
 
@@ -85,7 +83,6 @@ class QuantizedDelta:
         channels_C: int64 input channels that have codes, ascending; None: all K.
         salient_channels_S: int64 input channels with a 16-bit part, ascending.
         salient_values_NS: bfloat16 what the codes leave over in those channels.
-        deflated: Whether the codes are stored under an entropy code instead of at a fixed width.
     """
 
     scheme: Scheme
@@ -96,16 +93,15 @@ class QuantizedDelta:
     channels_C: torch.Tensor | None = None
     salient_channels_S: torch.Tensor | None = None
     salient_values_NS: torch.Tensor | None = None
-    deflated: bool = False
 
     @classmethod
     def from_levels(
-        cls, scheme: Scheme, levels_NK: torch.Tensor, steps_N: torch.Tensor, deflated: bool = False
+        cls, scheme: Scheme, levels_NK: torch.Tensor, steps_N: torch.Tensor
     ) -> "QuantizedDelta":
         """Levels c − z of every row and channel, float32, on any device, and their steps."""
         codes_NK = (levels_NK + scheme.zero_point).to("cpu", torch.uint8)
         shape = codes_NK.shape[0], codes_NK.shape[1]
-        return cls(scheme, shape, codes_NK, steps_N.to("cpu", torch.bfloat16), deflated=deflated)
+        return cls(scheme, shape, codes_NK, steps_N.to("cpu", torch.bfloat16))
 
     def scaled(self, factor: float) -> "QuantizedDelta":
         """The same with its steps times a factor; the 16-bit parts stay."""
@@ -114,6 +110,14 @@ class QuantizedDelta:
     def without_salient(self) -> "QuantizedDelta":
         """The codes alone."""
         return replace(self, salient_channels_S=None, salient_values_NS=None)
+
+    def largest(self) -> torch.Tensor:
+        """A bound of |Δ̂|, one number; not finite where a step or a 16-bit part is not."""
+        largest = self.steps_R.float().abs().amax() if len(self.steps_R) else torch.zeros(())
+        largest = largest * self.scheme.levels
+        if self.salient_values_NS is not None:
+            largest = largest + self.salient_values_NS.float().abs().amax()
+        return largest
 
     def dequantize(self, factor: float = 1.0) -> torch.Tensor:
         """Δ̂, float32 [N, K], with a factor on the steps that is not rounded to bfloat16."""
@@ -194,7 +198,6 @@ def quantize_changed_rows(
         codes_RK,
         steps_R,
         rows_R=changed_R if len(changed_R) < len(delta_VK) else None,
-        deflated=scheme is None,
     )
 
 
@@ -217,47 +220,6 @@ def _round_rows(delta_RK: torch.Tensor, step: float) -> tuple[torch.Tensor, torc
     stretch = float(unit_RK.square().sum()) / overlap if overlap > 0 else 1.0
     codes_RK = (levels_RK + Scheme.INT4.zero_point).to(torch.uint8)
     return codes_RK, (steps_R * (stretch * largest)).to(torch.bfloat16)
-
-
-def requantize(delta_NK: torch.Tensor) -> QuantizedDelta:
-    """A dense delta in 4-bit codes with a step a row, for slots: one refit from a step for a Gaussian.
-
-    Args:
-        delta_NK: float32.
-    """
-    codes_NK = torch.empty(delta_NK.shape, dtype=torch.uint8)
-    steps_N = torch.empty(len(delta_NK), dtype=torch.bfloat16)
-    weights_K = _slot_weights(delta_NK)
-    for start in range(0, len(delta_NK), ROW_BLOCK):
-        block = slice(start, start + ROW_BLOCK)
-        rows = delta_NK[block]
-        levels = _levels(rows, Scheme.INT4, _slot_steps(rows, weights_K))
-        steps_N[block] = _least_squares_step(rows, levels, weights_K).to(torch.bfloat16)
-        codes_NK[block] = (levels + Scheme.INT4.zero_point).to(torch.uint8)
-    return QuantizedDelta(Scheme.INT4, (delta_NK.shape[0], delta_NK.shape[1]), codes_NK, steps_N)
-
-
-def slot_steps(delta_NK: torch.Tensor) -> torch.Tensor:
-    """A slot's steps before they are fitted to levels, float32 [N]: those for Gaussian rows."""
-    return _slot_steps(delta_NK, _slot_weights(delta_NK))
-
-
-def _slot_weights(delta_NK: torch.Tensor) -> torch.Tensor:
-    """What each channel counts for in the steps, float32 [K].
-
-    A channel far larger than most is one whose inputs are small: folding a norm makes such channels.
-    None counts for more than `OUTLYING` median ones, or steps wide enough for a few of them would round
-    the others away.
-    """
-    energy_K = delta_NK.square().mean(dim=0)
-    changed = energy_K[energy_K > 0]
-    most = OUTLYING * float(changed.median()) if len(changed) else 1.0
-    return most / energy_K.clamp_min(most)
-
-
-def _slot_steps(rows_NK: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
-    deviation_N = (rows_NK.square() @ weights_K / weights_K.sum()).sqrt()
-    return deviation_N * Scheme.INT4.unit_step
 
 
 def quantize_rows(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from deltamux.compression.checkpoint.architecture import FIRST_READER, layer_prefix
+from deltamux.compression.checkpoint.architecture import first_reader
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.streaming.forward import Activations, StreamedModel, batches
 from deltamux.compression.streaming.text import Sample
@@ -58,11 +58,7 @@ def _advance_and_average(
     """Run one layer over all batches; E[x xᵀ] by the name of every linear."""
     sums: dict[str, torch.Tensor] = {}
     linears = dict(streamed.linears(layer))
-    prefix = layer_prefix(layer)
-    sources = {
-        name: f"{prefix}{FIRST_READER[name.removeprefix(prefix).removesuffix('.weight')]}.weight"
-        for name in linears
-    }
+    sources = {name: first_reader(name) for name in linears}
 
     def collect(name: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor]) -> None:

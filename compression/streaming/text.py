@@ -1,15 +1,18 @@
-"""Text for calibration and evaluation: JSONL rows rendered by the expert's own chat template.
+"""Text for calibration and evaluation: JSONL rows, rendered by a chat template and tokenized.
 
 A row is `{"prompt": ..., "response": ...}` or `{"messages": [...]}` whose last message is the
 assistant's. Losses count response tokens only.
 """
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from deltamux.compression.errors import naming
 
 
 @dataclass(frozen=True)
@@ -30,44 +33,66 @@ class Sample:
         return self.ids[max(self.response_start, 1) :]
 
 
-def read_rows(path: Path) -> list[list[dict[str, str]]]:
-    """Conversations of a JSONL file, each a list of role/content messages.
+class Conversation(list[dict[str, str]]):
+    """Messages with role and content, and the place that they were read from."""
+
+    place = "a conversation"
+
+
+def read_rows(path: Path) -> list[Conversation]:
+    """Conversations of a JSONL file.
 
     Raises:
         ValueError: A line is not JSON or lacks the fields; the message names file and line.
     """
+    with naming(path):
+        content = path.read_text(encoding="utf-8-sig")
     conversations = []
     # Not splitlines: it also cuts at line separators that JSON allows inside a string.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            conversations.append(_conversation(json.loads(line)))
+            conversation = _conversation(json.loads(line))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number}: a row needs prompt and response, or messages; got {error!r}"
             ) from error
+        conversation.place = f"{path}:{number}"
+        conversations.append(conversation)
     if not conversations:
         raise ValueError(f"{str(path)!r} holds no rows")
     return conversations
 
 
-def builtin_rows() -> list[list[dict[str, str]]]:
+def builtin_rows() -> list[Conversation]:
     """General conversations that come with deltamux, for experts without calibration text."""
     # Not importlib.resources: it cannot read a namespace package that is installed editable.
     return read_rows(Path(__file__).with_name("calibration.jsonl"))
 
 
-def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
+def _conversation(row: dict[str, Any]) -> Conversation:
     if "messages" in row:
-        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-        if not messages or messages[-1]["role"] != "assistant":
-            raise TypeError("the last message must be the assistant's")
-        return messages
-    return [
-        {"role": "user", "content": str(row["prompt"])},
-        {"role": "assistant", "content": str(row["response"])},
-    ]
+        messages = [{"role": m["role"], "content": _text(m["content"])} for m in row["messages"]]
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise TypeError("the last message must be the assistant's, behind another one")
+        return Conversation(messages)
+    prompt, response = _text(row["prompt"]), _text(row["response"])
+    return Conversation(
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    )
+
+
+def _text(content: object) -> str:
+    """A message's text: a string, a number, or text parts as the OpenAI API has them."""
+    if isinstance(content, str | int | float) and not isinstance(content, bool):
+        return str(content)
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        kinds = {part.get("type") for part in content}
+        if kinds <= {"text"}:
+            return "".join(_text(part["text"]) for part in content)
+        raise TypeError(f"content must be text, got parts of type {sorted(map(str, kinds))}")
+    raise TypeError(f"content must be text, got {type(content).__name__}")
 
 
 def find_tokenizer(*directories: Path) -> Path | None:
@@ -77,6 +102,18 @@ def find_tokenizer(*directories: Path) -> Path | None:
         if any((directory / name).is_file() for name in names):
             return directory
     return None
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: Its files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    with naming(f"the tokenizer in {str(directory)!r}", "fetch or save it again"):
+        return AutoTokenizer.from_pretrained(directory)
 
 
 def random_samples(vocabulary: int, count: int, length: int) -> list[Sample]:
@@ -93,40 +130,38 @@ def random_samples(vocabulary: int, count: int, length: int) -> list[Sample]:
 
 
 def encode_rows(
-    rows: list[list[dict[str, str]]], tokenizer_directory: Path, max_tokens: int
+    rows: Sequence[list[dict[str, str]]],
+    tokenizer_directory: Path,
+    max_tokens: int,
+    template: str | None = None,
+    stop_ids: Collection[int] = (),
 ) -> list[Sample]:
     """Render and tokenize conversations.
 
     Args:
         rows: Conversations that end with the assistant's message.
-        tokenizer_directory: A checkpoint with its tokenizer and, if it has one, chat template.
+        tokenizer_directory: A checkpoint with its tokenizer.
         max_tokens: Longer conversations are cut at their end.
+        template: The chat template; None: the tokenizer's own, or none where it has none.
+        stop_ids: Tokens besides the tokenizer's own that end a turn.
 
     Returns:
         The samples of which at least one response token is left.
+
+    Raises:
+        ValueError: The template refuses a conversation, or nothing is left of any response.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
+    tokenizer = load_tokenizer(tokenizer_directory)
+    ends = {tokenizer.eos_token_id, *stop_ids}
     samples = []
     for messages in rows:
-        if tokenizer.chat_template:
-            prompt = tokenizer.apply_chat_template(
-                messages[:-1], tokenize=False, add_generation_prompt=True
-            )
-            whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        else:
-            prompt = "\n".join(message["content"] for message in messages[:-1]) + "\n"
-            whole = prompt + messages[-1]["content"]
-        ids, start = encode(whole), len(encode(prompt))
+        place = getattr(messages, "place", Conversation.place)
+        with naming(place, "change the row, or the chat template"):
+            prompt, whole = _rendered(messages, tokenizer, template or tokenizer.chat_template)
+            ids, start = _encoded(tokenizer, whole), len(_encoded(tokenizer, prompt))
         # What a template writes behind the end of the turn is nothing that a model says.
-        ends = [i for i in range(start, len(ids)) if ids[i] == tokenizer.eos_token_id]
-        ids = ids[: ends[-1] + 1 if ends else None][:max_tokens]
+        last = [i for i in range(start, len(ids)) if ids[i] in ends]
+        ids = ids[: last[-1] + 1 if last else None][:max_tokens]
         if start < len(ids):
             samples.append(Sample(torch.tensor(ids), start))
     if not samples:
@@ -134,3 +169,24 @@ def encode_rows(
             f"no row leaves a response token within {max_tokens} tokens: raise the limit"
         )
     return samples
+
+
+def _rendered(
+    messages: list[dict[str, str]], tokenizer: Any, template: str | None
+) -> tuple[str, str]:
+    """A conversation up to its response, and all of it."""
+    if template is None:
+        prompt = "\n".join(message["content"] for message in messages[:-1]) + "\n"
+        return prompt, prompt + messages[-1]["content"]
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], tokenize=False, add_generation_prompt=True, chat_template=template
+    )
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
+    return prompt, whole
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    # Half of a surrogate pair, which JSON allows, is no text that a tokenizer takes.
+    clean = text.encode("utf-8", "replace").decode("utf-8")
+    ids: list[int] = tokenizer(clean, add_special_tokens=False)["input_ids"]
+    return ids

@@ -1,15 +1,15 @@
 """How many slots and how much KV cache fit on a card, from a model's own config.json.
 
-    python docker/tools/sizing.py                       the table of README.md
+    python docker/tools/sizing.py                       the table of docs/operations.md
     python docker/tools/sizing.py path/to/base --slots 4
 
     device = base + slots · slot + tokens · kv + workspace ≤ utilization · card
     host   = experts · slot + process
     disk   = experts · (bits · linear weights + embeddings) / 8
 
-`slot` is computed by allocating the server's own slot buffers on torch's meta device, so that it is what
-the server will take. A slot holds 4-bit codes whatever the width on disk, and so does the host cache.
-`base` counts 16-bit weights, `kv` 16-bit keys and values of one token.
+`slot` is the image of the largest expert (`compression/image`), host cache and slot alike: head and records, and
+`--slot-bits` for each weight, which is what `deltamux compress --slot-bits` keeps linears to. An expert that is there already
+says its own size: `deltamux inspect`. `base` counts 16-bit weights, `kv` 16-bit keys and values of one token.
 """
 
 import argparse
@@ -18,15 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from deltamux.serve.worker.ops import padded_shape
-from deltamux.serve.worker.slots import MatrixSlots, SlotPlan, slot_bytes
+from deltamux.compression.image.layout import head_bytes, section_bytes, slot_size
 
 GIB = 2**30
 CARDS = (24, 48, 80)
 UTILIZATION = 0.9  # vLLM's gpu_memory_utilization
 WORKSPACE = 2 * GIB  # activations and captured graphs; vLLM logs its own measure at start
+SLOT_BITS = 2.2  # what the preset `balanced` keeps to
 VOCABULARY_MULTIPLE = 64  # vLLM pads the embedding's rows to it
 # The fields of config.json that matter, as published with the models.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -109,38 +107,34 @@ def linears(config: dict[str, Any]) -> list[tuple[list[int], int, bool]]:
     ]
 
 
-def sizes(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16, salient: int = 8) -> Sizes:
-    """The sizes of a base.
+def sizes(config: dict[str, Any], slot_bits: float = SLOT_BITS, itemsize: int = 2) -> Sizes:
+    """The sizes of a base and of what stands beside it.
 
     Args:
         config: Its config.json.
-        dtype: What it is served in.
-        salient: `slot.salient_channels` of deltamux.yaml.
+        slot_bits: Bits of a weight in a slot.
+        itemsize: Bytes of the base's weights, and of keys and values.
     """
-    plan = SlotPlan(1, salient, dtype, torch.device("meta"))
     layers, hidden, vocabulary = (
         config[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size")
     )
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     keys = config.get("num_key_value_heads", config["num_attention_heads"]) * head
-    slot = linear = biases = 0
-    for slices, columns, bias in linears(config):
-        rows, room = sum(slices), salient * len(slices)
-        slot += layers * slot_bytes(MatrixSlots(plan, rows, columns, room, bias))
-        linear += layers * rows * columns
-        biases += layers * rows * bias
-    norms = [hidden] * (2 * layers + 1)
-    if config.get("model_type") == "qwen3":
-        norms += [head] * (2 * layers)
-    slot += sum(size * dtype.itemsize + 1 for size in norms)
-    padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    code_rows, code_columns = padded_shape(padded, hidden)
-    slot += code_rows * (code_columns // 2 + dtype.itemsize)
-    slot += slot_bytes(MatrixSlots(plan, vocabulary, hidden, 0, has_bias=False))
+    per_layer = linears(config)
+    linear = layers * sum(sum(slices) * columns for slices, columns, _ in per_layer)
+    biases = layers * sum(sum(slices) for slices, _, bias in per_layer if bias)
+    own_norms = [head] * 2 if config.get("model_type") == "qwen3" else []
+    norms = [hidden] * (2 * layers + 1) + own_norms * layers
     tables = 1 if config.get("tie_word_embeddings") else 2
+    padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     weights = linear + biases + sum(norms) + padded * hidden + (tables - 1) * vocabulary * hidden
-    kv_token = 2 * layers * keys * dtype.itemsize
-    return Sizes(weights * dtype.itemsize, slot, kv_token, linear, tables * vocabulary * hidden)
+    # Per layer seven linears, as many biases where there are any, and norms; around them embedding, norm, head.
+    records = layers * (7 + 3 * bool(biases) + 2 + len(own_norms)) + 1 + tables
+    vectors = section_bytes(4 * (biases + sum(norms)))
+    coded = int(slot_bits * (linear + tables * vocabulary * hidden) / 8)
+    slot = slot_size(head_bytes(records) + coded + vectors)
+    kv_token = 2 * layers * keys * itemsize
+    return Sizes(itemsize * weights, slot, kv_token, linear, tables * vocabulary * hidden)
 
 
 def line(name: str, found: Sizes, slots: tuple[int, ...]) -> str:
@@ -158,7 +152,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", nargs="?", type=Path, help="a folder with a config.json")
-    parser.add_argument("--slots", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--slots", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--slot-bits", type=float, default=SLOT_BITS)
     arguments = parser.parse_args()
     slots = tuple(arguments.slots)
     shown = " / ".join(map(str, slots))
@@ -171,7 +166,7 @@ def main() -> None:
     print(head)
     print("|---" * (6 + len(CARDS)) + "|")
     for name, config in bases.items():
-        print(line(name, sizes(config), slots))
+        print(line(name, sizes(config, arguments.slot_bits), slots))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Decide who answers a request: the model that was named, or, for `auto`, the router's choice.
 
 A router that cannot be loaded or fails on a request is no reason to turn the request away: the
-fallback answers, with reason `router-error`. Router, shadow router and their figures form one
-generation, which is replaced as a whole: a request keeps the generation that it started with.
+fallback answers, with reason `router-error`. Router, shadow router and their figures are replaced
+as a whole: a request keeps those that it started with.
 
 The router reads the user's turns, and an expert's own chat template makes the engine's token ids of
 them, so for text these ids exist only after the decision: the turns are tokenized for the router,
@@ -27,11 +27,22 @@ from deltamux.router.decide.decision import (
 from deltamux.router.decide.explain import explain
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode
+<<<<<<< HEAD
 from deltamux.serve.api.asked import Hints, Reader, RequestError, hints, request_id
 from deltamux.serve.api.decision_log import DecisionLog
 from deltamux.serve.api.pick import Generation, ask_shadow, load_generation
+=======
+from deltamux.serve.api.active_router import (
+    ActiveRouter,
+    ask_shadow,
+    load_active_router,
+    request_ids,
+    request_texts,
+)
+from deltamux.serve.names import BASE
+>>>>>>> main
 from deltamux.serve.observability import routing_metrics
-from deltamux.serve.settings import BASE, RouterSettings
+from deltamux.serve.settings import RouterSettings
 
 logger = logging.getLogger("vllm.deltamux")
 
@@ -67,7 +78,7 @@ class AutoRoute:
         self._reader = Reader(encode, lambda kind: routing_metrics.token_source.labels(kind).inc())
         self.log: DecisionLog | None = None
         self._residents = residents
-        self._generation: Generation | None = None
+        self._active: ActiveRouter | None = None
         self._reported: set[str] = set()
         if settings is None:
             self.error = "no router is configured"
@@ -75,7 +86,7 @@ class AutoRoute:
         if settings.log is not None:
             self.log = DecisionLog(settings.log, settings.log_prompts)
         try:
-            self._put(load_generation(settings, self._tokenizer_directory))
+            self._put(load_active_router(settings, self._tokenizer_directory))
         except (ValueError, OSError) as error:
             self.error = str(error)
             logger.error("deltamux: the router is not usable: %s", error)
@@ -83,7 +94,7 @@ class AutoRoute:
     @property
     def router(self) -> Router | None:
         """The router in use, None where it could not be loaded."""
-        return self._generation.router if self._generation else None
+        return self._active.router if self._active else None
 
     @property
     def fallback(self) -> str | None:
@@ -92,10 +103,11 @@ class AutoRoute:
         return name if name != BASE and self._serves(name) else None
 
     @property
-    def generation(self) -> Generation | None:
+    def active(self) -> ActiveRouter | None:
         """What decides now; None where no router is usable."""
-        return self._generation
+        return self._active
 
+<<<<<<< HEAD
     def experts(self) -> list[str]:
         """Return who the router may choose, the base included."""
         router = self.router
@@ -103,6 +115,9 @@ class AutoRoute:
         return sorted({name for name in names if name is not None} | {BASE})
 
     def reload(self, path: Path | None = None, shadow: Path | None = None) -> Generation:
+=======
+    def reload(self, path: Path | None = None, shadow: Path | None = None) -> ActiveRouter:
+>>>>>>> main
         """Load the router again, or another one, and put it in the place of the old one.
 
         Args:
@@ -120,7 +135,7 @@ class AutoRoute:
         settings = settings or RouterSettings(path=Path(str(path)))
         changes = {"path": path or settings.path, "shadow": shadow or settings.shadow}
         try:
-            fresh = load_generation(settings.model_copy(update=changes), self._tokenizer_directory)
+            fresh = load_active_router(settings.model_copy(update=changes), self._tokenizer_directory)
         except (ValueError, OSError):
             routing_metrics.reloads_total.labels("refused").inc()
             raise
@@ -128,12 +143,16 @@ class AutoRoute:
         routing_metrics.reloads_total.labels("done").inc()
         return fresh
 
-    def decide(self, request: Any, observe: bool = True) -> tuple[Decision, float]:
+    def decide(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
         """Route one request.
 
         Args:
             request: A chat, completions, responses or messages request of vLLM, or a dict.
+<<<<<<< HEAD
             observe: Count the decision among those that drift is measured of, and log it.
+=======
+            counted: Count the decision among those that drift is measured of.
+>>>>>>> main
 
         Returns:
             The decision, and the seconds it took, tokenization included.
@@ -142,6 +161,7 @@ class AutoRoute:
             RequestError: Its hints are malformed, or it holds prompts of different experts.
         """
         start = time.perf_counter()
+<<<<<<< HEAD
         found = self.decide_each(request, observe)
         names = sorted({decision.expert or BASE for decision in found})
         if len(names) > 1:
@@ -170,35 +190,54 @@ class AutoRoute:
 
     def _servable(self, decision: Decision) -> Decision:
         """The decision, with somebody who can answer."""
+=======
+        active = self._active
+        decision, conversation = self._decide(active, request)
+>>>>>>> main
         if decision.expert and not self._serves(decision.expert):
             self._report(decision.expert)
             decision = replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
         if decision.expert is None and self.fallback:
+<<<<<<< HEAD
             return replace(decision, expert=self.fallback)
         return decision
+=======
+            decision = replace(decision, expert=self.fallback)
+        seconds = time.perf_counter() - start
+        if counted and active is not None and conversation is not None:
+            active.drift.observe(chosen)
+            ask_shadow(active, conversation, chosen)
+        return decision, seconds
+>>>>>>> main
 
-    async def decide_aside(self, request: Any, observe: bool = True) -> tuple[Decision, float]:
+    async def decide_aside(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
         """Route one request on the event loop; in a thread where a sentence encoder is asked.
 
         The tables take less than going to a thread and back does. Arguments and result are those of
         `decide`.
         """
-        if self._generation is None or not self._generation.asks_encoder:
-            return self.decide(request, observe)
-        return await run_in_threadpool(self.decide, request, observe)
+        if self._active is None or not self._active.asks_encoder:
+            return self.decide(request, counted)
+        return await run_in_threadpool(self.decide, request, counted)
 
     def explain(self, request: Any) -> dict[str, Any] | None:
         """Why the router decides as it does; None where it cannot decide."""
-        generation = self._generation
-        if generation is None:
+        active = self._active
+        if active is None:
             return None
         try:
+<<<<<<< HEAD
             conversation = self._reader.read(generation.router, request)[0]
             return explain(generation.router, conversation, generation.decode)
+=======
+            conversation = self._read(active.router, request)
+            return explain(active.router, conversation, active.decode)
+>>>>>>> main
         except Exception:
             logger.exception("deltamux: the router cannot explain a request")
             return None
 
+<<<<<<< HEAD
     def not_served(self) -> list[str]:
         """Return the experts that the router may choose and that cannot answer now."""
         return [name for name in self.experts() if name != BASE and not self._serves(name)]
@@ -207,8 +246,14 @@ class AutoRoute:
         """Let a generation decide from now on: one assignment, so no request sees a mixture."""
         self._generation = generation
         self.settings = generation.settings
+=======
+    def _put(self, active: ActiveRouter) -> None:
+        """Let it decide from now on: one assignment, so no request sees a mixture."""
+        self._active = active
+        self.settings = active.settings
+>>>>>>> main
         self.error = None
-        routing_metrics.collector.drift = generation.drift
+        routing_metrics.collector.drift = active.drift
 
     def _report(self, expert: str) -> None:
         if expert not in self._reported:
@@ -216,6 +261,7 @@ class AutoRoute:
             logger.error("deltamux: the router chooses %r, which is not served", expert)
 
     def _decide(
+<<<<<<< HEAD
         self, generation: Generation | None, request: Any, said: Hints
     ) -> list[tuple[Decision, Conversation | None]]:
         """The router's decisions, and what it read; without the latter the router failed."""
@@ -223,6 +269,15 @@ class AutoRoute:
         if generation is None:
             return [(failed, None)]
         router, margin = generation.router, generation.settings.resident_margin
+=======
+        self, active: ActiveRouter | None, request: Any
+    ) -> tuple[Decision, Conversation | None]:
+        """The router's decision, and what it read; without the latter the router failed."""
+        failed = Decision(None, BASE, 0.0, REASON_ROUTER_ERROR, {})
+        if active is None:
+            return failed, None
+        router, margin = active.router, active.settings.resident_margin
+>>>>>>> main
         try:
             resident = None
             if margin > 0 and self._residents is not None:

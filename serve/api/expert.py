@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamux.compression.artifact.artifact import Artifact, content_hash
+from deltamux.compression.image.source import open_source
 
 
 class ExpertError(Exception):
@@ -27,7 +27,7 @@ class Expert:
         error: Why it was refused, else None.
         num_bytes: Size of the artifact's weights file.
         bits_per_weight: Of the decoder's linears.
-        generation: Its own generation_config.json.
+        generation_config: Its own, sampling defaults among it.
         stop_ids: End-of-sequence ids of its own.
         chat_template: Its own template, None where it has none.
         variants: vLLM's handlers speaking for this expert, by method name.
@@ -44,7 +44,7 @@ class Expert:
     error: str | None = None
     num_bytes: int = 0
     bits_per_weight: float = 0.0
-    generation: dict[str, Any] = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)
     stop_ids: list[int] = field(default_factory=list)
     chat_template: str | None = None
     variants: dict[str, Any] = field(default_factory=dict)
@@ -87,30 +87,33 @@ class Expert:
 
     def take_over(self, read: "Expert") -> None:
         """Take template and generation settings that changed beside the same weights."""
-        self.generation, self.stop_ids = read.generation, read.stop_ids
+        self.generation_config, self.stop_ids = read.generation_config, read.stop_ids
         self.chat_template = read.chat_template
         self.variants.clear()
 
 
-def read_expert(name: str, path: Path) -> Expert:
-    """Read an artifact's sizes, template and generation settings; checks its content.
+def read_expert(name: str, path: Path, max_rank: int) -> Expert:
+    """Read an expert's sizes, template and generation settings; checks its content.
+
+    Args:
+        name: What clients call it.
+        path: An artifact, or a LoRA adapter.
+        max_rank: The largest rank of an adapter.
 
     Raises:
-        ValueError: The artifact is damaged or newer than this version.
+        ValueError: It is neither, damaged, or newer than this version.
     """
-    artifact = Artifact(path)
-    artifact.check_servable()
-    artifact.check_content()
-    totals = artifact.manifest.totals
-    generation = _read_json(path / "generation_config.json")
-    stop = generation.get("eos_token_id")
+    source = open_source(path, max_rank)
+    source.check_content()
+    config = _read_json(path / "generation_config.json")
+    stop = config.get("eos_token_id")
     return Expert(
         name=name,
         path=path,
-        content=content_hash(path),
-        num_bytes=totals.weights_file_bytes,
-        bits_per_weight=totals.bits_per_weight,
-        generation=generation,
+        content=source.content,
+        num_bytes=source.num_bytes,
+        bits_per_weight=source.bits_per_weight,
+        generation_config=config,
         stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
         chat_template=_chat_template(path),
     )

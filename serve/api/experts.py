@@ -13,10 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from deltamux.serve import compat
 from deltamux.serve.api.expert import Expert, ExpertError, read_expert
-from deltamux.serve.settings import check_expert_name
-from deltamux.serve.status import read_status
-from deltamux.serve.worker.host_cache import artifact_path, versioned_name, versioned_path
+from deltamux.serve.names import (
+    artifact_path,
+    check_expert_name,
+    versioned_name,
+    versioned_path,
+)
+from deltamux.serve.status import ExpertStatus, read_status
 
 _WORKER_ERROR = re.compile(r"failed with error '(.*)', please check", re.DOTALL)
 logger = logging.getLogger("vllm.deltamux")
@@ -28,11 +33,13 @@ class ExpertRegistry:
     Args:
         engine: vLLM's engine client.
         models: `app.state.openai_serving_models`.
+        max_rank: The largest rank of a LoRA adapter that slots take.
     """
 
-    def __init__(self, engine: Any, models: Any) -> None:
+    def __init__(self, engine: Any, models: Any, max_rank: int) -> None:
         self._engine = engine
         self._models = models
+        self._max_rank = max_rank
         self._experts: dict[str, Expert] = {}
         # Every version that the engine may still be running, by LoRA id.
         self._versions: dict[int, Expert] = {}
@@ -57,9 +64,13 @@ class ExpertRegistry:
 
     def residents(self) -> frozenset[str]:
         """The names of the experts that are in a slot, as the worker last said."""
-        status = read_status()
-        seen = {e.name: e.request and status.experts.get(e.request.lora_int_id) for e in self}
-        return frozenset(name for name, found in seen.items() if found and found.tier == "slot")
+        return frozenset(each.name for each in self if self.status_of(each).tier == "slot")
+
+    def status_of(self, expert: Expert) -> ExpertStatus:
+        """What the worker last said of an expert's version; on disk if it never did."""
+        known = read_status().experts
+        seen = known.get(expert.request.lora_int_id) if expert.request else None
+        return seen or ExpertStatus()
 
     async def adopt(self) -> None:
         """Take over what `--lora-modules` loaded, under versioned names."""
@@ -102,7 +113,7 @@ class ExpertRegistry:
             raise ExpertError(str(error)) from error
         async with self._lock:
             try:
-                expert = await asyncio.to_thread(read_expert, name, path)
+                expert = await asyncio.to_thread(read_expert, name, path, self._max_rank)
             except (ValueError, OSError) as error:
                 raise ExpertError(str(error)) from error
             previous = self._experts.get(name)
@@ -133,12 +144,12 @@ class ExpertRegistry:
         """
         if expert.error:
             raise ExpertError(f"expert {expert.name!r} is not available: {expert.error}")
-        seen = read_status().experts.get(expert.request.lora_int_id)
+        seen = self.status_of(expert)
         start = time.monotonic()
-        absent = seen is None or seen.tier == "disk" or bool(seen.error)
+        absent = seen.tier == "disk" or bool(seen.error)
         if absent:
             await self._load(expert)
-        if seen is not None and seen.error:
+        if seen.error:
             # What ran while it was gone left the base's keys in the cache under its name.
             await self._engine.reset_prefix_cache()
         return time.monotonic() - start if absent else 0.0
@@ -173,10 +184,8 @@ class ExpertRegistry:
             await self._drop(expert)
 
     def _request(self, expert: Expert) -> Any:
-        from vllm.lora.request import LoRARequest
-
         lora_id = self._models.lora_id_counter.inc(1)
-        return LoRARequest(
+        return compat.symbol(*compat.LORA_REQUEST)(
             lora_name=versioned_name(expert.name, expert.content, lora_id),
             lora_int_id=lora_id,
             lora_path=versioned_path(expert.path.absolute(), expert.content),

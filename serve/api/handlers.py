@@ -16,10 +16,10 @@ from deltamux.serve.api.asked import RequestError
 from deltamux.serve.api.autoroute import AutoRoute, explicit
 from deltamux.serve.api.expert import Expert, ExpertError
 from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.names import AUTO, BASE, UNKNOWN
 from deltamux.serve.observability import metrics
 from deltamux.serve.observability.engine_stats import RequestEngine
 from deltamux.serve.observability.journal import Journal, RequestRecord
-from deltamux.serve.settings import AUTO, BASE, UNKNOWN
 
 # Where the middleware leaves the time at which a request's first bytes had come, before its body was
 # read and its turn on the event loop had come.
@@ -155,7 +155,7 @@ def specialise(handler: Any, expert: Expert) -> Any:
     variant = copy.copy(handler)
     if getattr(handler.model_config, "generation_config", "auto") == "auto":
         override = getattr(handler.model_config, "override_generation_config", None) or {}
-        variant.default_sampling_params = sampling_defaults(expert.generation | override)
+        variant.default_sampling_params = sampling_defaults(expert.generation_config | override)
     if expert.chat_template and getattr(handler, "online_renderer", None) is not None:
         variant.online_renderer = copy.copy(handler.online_renderer)
         variant.online_renderer.chat_template = expert.chat_template
@@ -163,9 +163,9 @@ def specialise(handler: Any, expert: Expert) -> Any:
     return variant
 
 
-def sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
+def sampling_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """The sampling parameters in a generation_config.json, under vLLM's names."""
-    found = {key: generation[key] for key in GENERATION_KEYS if generation.get(key) is not None}
+    found = {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
     if "max_new_tokens" in found:
         found["max_tokens"] = found.pop("max_new_tokens")
     return found

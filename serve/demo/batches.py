@@ -16,7 +16,9 @@ import torch
 
 from deltamux.serve.demo.data import Example
 
+# The label that PyTorch's cross entropy skips.
 IGNORED = -100
+# Examples of so many batches are sorted by length together. Chosen, not measured.
 BATCHES_PER_BUCKET = 8
 
 
@@ -41,7 +43,7 @@ def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
     """Apply the tokenizer's chat template; a response ends with its end-of-turn token.
 
     Raises:
-        ValueError: there are no examples, or the chat does not start with its own prompt.
+        ValueError: There are no examples, or the chat does not start with its own prompt.
     """
     if not examples:
         raise ValueError("examples must not be empty, got none; generate some first")
@@ -65,7 +67,7 @@ def _encode_one(tokenizer: Any, example: Example) -> Encoded:
 
 
 def shared_prefix_length(encoded: Sequence[Encoded]) -> int:
-    """Return how many leading tokens all prompts share, the last prompt token never counted."""
+    """How many leading tokens all prompts share, the last prompt token never counted."""
     length = min(one.response_start for one in encoded) - 1
     while len({one.ids[:length] for one in encoded}) > 1:
         length -= 1
@@ -73,7 +75,7 @@ def shared_prefix_length(encoded: Sequence[Encoded]) -> int:
 
 
 def in_order(encoded: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
-    """Yield every example once, shortest first."""
+    """Every example once, shortest first."""
     prefix_length = shared_prefix_length(encoded)
     ordered = sorted(encoded, key=lambda one: len(one.ids))
     for start in range(0, len(ordered), batch_size):
@@ -81,7 +83,7 @@ def in_order(encoded: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
 
 
 def shuffled(encoded: Sequence[Encoded], batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
-    """Yield `steps` batches of similar lengths, epoch after epoch in a new order."""
+    """Batches of similar lengths, `steps` of them, epoch after epoch in a new order."""
     prefix_length = shared_prefix_length(encoded)
     rng, bucket = Random(seed), batch_size * BATCHES_PER_BUCKET
     pending: list[Sequence[Encoded]] = []
@@ -109,7 +111,7 @@ def collate(encoded: Sequence[Encoded], prefix_length: int) -> Batch:
 
 
 def response_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Return the negative log-likelihood in nats of each response token of a batch, flat."""
+    """The negative log-likelihood in nats of each response token of a batch, flat."""
     cache = None
     if len(batch.prefix_P):
         cache = model.base_model(input_ids=batch.prefix_P[None], use_cache=True).past_key_values

@@ -22,7 +22,9 @@ SPECIALISTS = ("math", "sql", "shell")
 
 # The same in every domain, so that courtesy tells a router nothing.
 OPENINGS = ("Please help. ", "Quick question: ", "Hi! ", "Hello, ", "I need this today. ")
+# Chosen, not measured.
 OPENING_SHARE = 0.15
+# Draws after which a generator counts as exhausted. Chosen, not measured.
 DRAWS_PER_EXAMPLE = 50
 
 
@@ -38,7 +40,7 @@ def generate(domain: str, count: int, seed: int) -> list[Example]:
     """Return `count` examples of a domain with distinct prompts.
 
     Raises:
-        ValueError: the domain is unknown, or has fewer than `count` distinct prompts.
+        ValueError: The domain is unknown, or has fewer than `count` distinct prompts.
     """
     if domain not in GENERATORS:
         raise ValueError(f"domain must be one of {sorted(GENERATORS)}, got {domain!r}")
@@ -62,13 +64,13 @@ def generate(domain: str, count: int, seed: int) -> list[Example]:
 def train_test(
     domain: str, train_count: int, test_count: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Return training and test examples of a domain; no prompt is in both."""
+    """Training and test examples of a domain; no prompt is in both."""
     examples = generate(domain, train_count + test_count, seed)
     return examples[:train_count], examples[train_count:]
 
 
 def general_prompts(count: int, seed: int) -> list[str]:
-    """Return distinct prompts that belong to no expert."""
+    """Distinct prompts that belong to no expert."""
     return [example.prompt for example in generate("general", count, seed)]
 
 

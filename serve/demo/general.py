@@ -89,7 +89,7 @@ PROMPTS = (
 
 
 def draw(rng: Random) -> tuple[str, str]:
-    """Return one prompt and an empty response: nothing is trained on these."""
+    """One prompt and an empty response: nothing is trained on these."""
     words = {slot: rng.choice(values) for slot, values in SLOTS.items()}
     words["person2"] = rng.choice([name for name in SLOTS["person"] if name != words["person"]])
     return rng.choice(PROMPTS).format(**words), ""

@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from deltamux.serve.settings import AUTO
+from deltamux.serve.names import AUTO
 
+# Requests at one time, and tokens of an answer. Chosen, not measured: a batch that two cores fill.
 CONCURRENCY = 8
 MAX_TOKENS = 48
 
@@ -30,15 +31,18 @@ class Ask:
     stream: bool
 
 
-def mixed_load(prompts: Mapping[str, Sequence[str]], seed: int = 0) -> list[Ask]:
-    """Requests for every domain, half by name and half by `auto`, half of them streamed.
+def mixed_load(
+    prompts: Mapping[str, Sequence[str]], seed: int = 0, routed: bool = True
+) -> list[Ask]:
+    """Requests for every model, half of them streamed.
 
     Args:
         prompts: Prompts by model name.
         seed: Of the order.
+        routed: Ask `auto` for every second one.
     """
     asks = [
-        Ask(AUTO if index % 2 else model, prompt, stream=index % 4 < 2)
+        Ask(AUTO if routed and index % 2 else model, prompt, stream=index % 4 < 2)
         for model, each in prompts.items()
         for index, prompt in enumerate(each)
     ]

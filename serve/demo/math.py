@@ -155,7 +155,7 @@ PROBLEMS = (
 
 
 def draw(rng: Random) -> tuple[str, str]:
-    """Return one problem and its worked answer, which ends in `Answer: <number>`."""
+    """One problem and its worked answer, which ends in `Answer: <number>`."""
     problem = rng.choice(PROBLEMS)
     name, other = rng.sample(NAMES, 2)
     words = {"name": name, "other": other, "item": rng.choice(ITEMS), "place": rng.choice(PLACES)}
@@ -188,6 +188,6 @@ def _solve(problem: Problem, values: dict[str, int]) -> bool:
 
 
 def _equation(step: str, values: dict[str, int]) -> str:
-    """Return a step with its numbers, such as `4 * 6 = 24`."""
+    """A step with its numbers, such as `4 * 6 = 24`."""
     target, _, left, sign, right = step.split()
     return f"{values[left]} {sign} {values[right]} = {values[target]}"

@@ -1,83 +1,71 @@
-"""The demo's load on its server, and the closing table."""
+"""A load on the demo's server, and the closing tables."""
 
 import json
+import math
 import shlex
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 
-from deltamux.serve.demo.folder import (
-    DOMAINS,
-    GENERAL,
-    SEED,
-    DemoFolder,
-    expert_figures,
-    router_accuracy,
-    rows,
-    verification,
-)
+from deltamux.compression.console import table
 from deltamux.serve.demo.load import MAX_TOKENS, Ask, Scrape, mixed_load, run_load
 from deltamux.serve.demo.server import Server
-from deltamux.serve.settings import AUTO, BASE
-
-BASE_NAME = "smollm2-135m"
-REQUESTS_PER_DOMAIN = 12
-# What the demo promises: the fall of the held-out loss, what survives compression, and its size.
-LOSS_DROP = 0.3
-GAIN_KEPT = 0.97
-BITS_PER_WEIGHT = 2.3
+from deltamux.serve.names import BASE
 
 
-def measure(folder: DemoFolder, server: Server) -> dict[str, Any]:
-    """Load the server and read its metrics; prints the closing table."""
-    prompts = {
-        name: [row["prompt"] for row in rows(folder.data(name, "test"))[:REQUESTS_PER_DOMAIN]]
-        for name in (*DOMAINS, GENERAL)
-    }
-    prompts[BASE_NAME] = prompts.pop(GENERAL)
-    asks = mixed_load(prompts, SEED)
+@dataclass(frozen=True)
+class Traffic:
+    """What the server counted during a load.
+
+    Attributes:
+        rows: Figures by expert, and of the base.
+        seconds: How long the load took.
+        tokens_per_second: Of all requests together.
+        swaps: Moves into slots, those of the warm-up too.
+        memory_bytes: By kind, at the end.
+    """
+
+    rows: dict[str, dict[str, float]]
+    seconds: float
+    tokens_per_second: float
+    swaps: int
+    memory_bytes: dict[str, int]
+
+
+def measure(server: Server, prompts: Mapping[str, Sequence[str]], base: str, routed: bool) -> Traffic:
+    """Load a server and read its metrics.
+
+    Args:
+        server: The server.
+        prompts: Prompts by the model that is asked for them.
+        base: What the server calls its base.
+        routed: Whether every second request leaves the choice to the router.
+    """
+    asks = mixed_load(prompts, routed=routed)
     # The CPU engine builds its kernels for each new batch size on first use.
-    run_load(server.url, [Ask(BASE_NAME, ask.prompt, ask.stream) for ask in asks], "warm-up")
+    run_load(server.url, [Ask(base, ask.prompt, ask.stream) for ask in asks], "warm-up")
     warm = Scrape(server.url)
     begin = time.perf_counter()
     run_load(server.url, asks)
-    wall = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
     scrape = Scrape(server.url)
-    experts = {}
-    typer.echo(
-        f"\n{'expert':<8}{'requests':>9}{'tokens/s':>10}{'TTFT p50':>11}{'p95':>9}"
-        f"{'swaps':>7}{'bytes':>12}"
+    names = [BASE if name == base else name for name in prompts]
+    rows = {name: _row(scrape, warm, name, seconds) for name in names}
+    kinds = ("base", "slots", "host_cache", "kv_cache")
+    return Traffic(
+        rows=rows,
+        seconds=seconds,
+        tokens_per_second=sum(row["tokens_per_second"] for row in rows.values()),
+        swaps=int(scrape.total("deltamux_swaps_total", tier="slot")),
+        memory_bytes={k: int(scrape.total("deltamux_memory_bytes", kind=k)) for k in kinds},
     )
-    for name in (*DOMAINS, BASE):
-        row = traffic(scrape, warm, name, wall)
-        size = expert_figures(folder, name) if name in DOMAINS else {}
-        typer.echo(
-            f"{name:<8}{row['requests']:>9}{row['tokens_per_second']:>10.1f}"
-            f"{row['ttft_p50_seconds']:>9.3f} s{row['ttft_p95_seconds']:>7.3f} s"
-            f"{row['swaps']:>7}{size.get('bytes', 0):>12,}"
-        )
-        if name in DOMAINS:
-            experts[name] = size | row
-    swaps = int(scrape.total("deltamux_swaps_total", tier="slot"))
-    return {
-        "ok": swaps > 0 and all(_is_good(folder, name, row) for name, row in experts.items()),
-        "experts": experts,
-        "router": {"accuracy": router_accuracy(folder)},
-        "swaps": swaps,
-    }
 
 
-def _is_good(folder: DemoFolder, domain: str, row: dict[str, Any]) -> bool:
-    """Whether an expert learned, survived compression and answered."""
-    checked = verification(folder, domain)
-    learned = checked["nll_expert"] <= (1 - LOSS_DROP) * checked["nll_base"]
-    small = row["gain_kept"] >= GAIN_KEPT and row["bits_per_weight"] <= BITS_PER_WEIGHT
-    return bool(learned and small and row["requests"] > 0)
-
-
-def traffic(scrape: Scrape, warm: Scrape, expert: str, wall_seconds: float) -> dict[str, Any]:
-    """What the server counted for one expert during the load, the warm-up left out."""
+def _row(scrape: Scrape, warm: Scrape, expert: str, seconds: float) -> dict[str, float]:
+    """What the server counted for one expert since the warm-up."""
 
     def grown(name: str, **labels: str) -> float:
         return scrape.total(name, expert=expert, **labels) - warm.total(
@@ -87,20 +75,60 @@ def traffic(scrape: Scrape, warm: Scrape, expert: str, wall_seconds: float) -> d
     def ttft(q: float) -> float:
         return scrape.quantile("deltamux_ttft_seconds", q, warm, expert=expert)
 
+    generated = grown("deltamux_tokens_total", kind="generated")
+    in_requests = grown("deltamux_e2e_seconds_sum")
     return {
         "requests": int(grown("deltamux_requests_total")),
-        "tokens_per_second": grown("deltamux_tokens_total", kind="generated") / wall_seconds,
+        "tokens_per_second": generated / seconds,
+        "request_tokens_per_second": generated / in_requests if in_requests else math.nan,
         "ttft_p50_seconds": ttft(0.5),
         "ttft_p95_seconds": ttft(0.95),
         "swaps": int(grown("deltamux_swaps_total", tier="slot")),
     }
 
 
-def curl_line(folder: DemoFolder, server: Server) -> str:
+def show(traffic: Traffic, checkpoint_bytes: Mapping[str, int]) -> None:
+    """Print the closing tables.
+
+    Args:
+        traffic: What was measured.
+        checkpoint_bytes: Weights of each uncompressed expert.
+    """
+    header = ("model", "requests", "tokens/s", "in a request", "TTFT p50", "p95", "swaps")
+    rows = [
+        (
+            name,
+            row["requests"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['request_tokens_per_second']:.1f}",
+            f"{row['ttft_p50_seconds']:.3f} s",
+            f"{row['ttft_p95_seconds']:.3f} s",
+            row["swaps"],
+        )
+        for name, row in traffic.rows.items()
+    ]
+    typer.echo(f"\n{table(header, rows)}")
+    typer.echo(
+        f"\nall requests together: {traffic.tokens_per_second:.1f} tokens/s over {traffic.seconds:.1f} s"
+        " (measured; 'in a request' is the speed that one client sees)"
+    )
+    memory = {kind: f"{size / 1e6:.1f} MB" for kind, size in traffic.memory_bytes.items()}
+    typer.echo(
+        f"memory: base {memory['base']}, slots {memory['slots']}, host cache {memory['host_cache']} (measured)"
+    )
+    merged = sum(checkpoint_bytes.values())
+    typer.echo(
+        f"plain vLLM would hold {len(checkpoint_bytes)} merged models in as many servers: "
+        f"{merged / 1e6:.1f} MB of weights (computed from the checkpoints); how fast one of them is "
+        "beside this server, `python -m benchmarks.serving` measures"
+    )
+
+
+def curl_line(server: Server, model: str, prompt: str) -> str:
     """A request to try by hand."""
     body = {
-        "model": AUTO,
-        "messages": [{"role": "user", "content": rows(folder.data("shell", "test"))[0]["prompt"]}],
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
         "max_tokens": MAX_TOKENS,
         "temperature": 0,
     }

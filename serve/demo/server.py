@@ -1,6 +1,7 @@
 """The demo's server: a real `deltamux serve` process, started, awaited and stopped."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,9 +14,17 @@ from pathlib import Path
 
 import httpx
 
+# A cold start with compilation took 130 s on two cores.
 START_SECONDS = 300.0
+# vLLM ends within seconds of SIGTERM once its requests have. Chosen, not measured.
 STOP_SECONDS = 30.0
 POLL_SECONDS = 0.5
+# Characters of a log that an error quotes. Chosen, not measured.
+MOST_WORDS = 500
+
+
+class ServerError(RuntimeError):
+    """The server ended while starting, or did not answer."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,13 @@ class Server:
 
 @contextmanager
 def running_server(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Server]:
     """Run a server until the block ends; see `start_server`."""
-    server = start_server(command, log, environment)
+    server = start_server(command, log, environment, folder)
     try:
         yield server
     finally:
@@ -51,7 +63,10 @@ def deltamux_serve(config: Path) -> list[str]:
 
 
 def start_server(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Server:
     """Start a server on a free port of 127.0.0.1 and wait until it is healthy.
 
@@ -59,9 +74,10 @@ def start_server(
         command: What serves, without host and port.
         log: Where its output goes.
         environment: Added to this process's.
+        folder: Where it runs; None: here.
 
     Raises:
-        RuntimeError: The server ended or did not answer; the message quotes its last words.
+        ServerError: It ended or did not answer; the message quotes its last error.
     """
     port = free_port()
     with log.open("wb") as output:
@@ -71,6 +87,7 @@ def start_server(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            cwd=folder,
             env={**os.environ, **(environment or {})},
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
@@ -99,21 +116,24 @@ def _await_health(server: Server) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
-            raise RuntimeError(f"the server ended while starting:\n{last_lines(server.log)}")
+            raise ServerError(f"the server ended while starting: {last_words(server.log)}")
         try:
             if httpx.get(f"{server.url}/health", timeout=5).status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass
         time.sleep(POLL_SECONDS)
-    raise RuntimeError(
-        f"the server was not healthy in {START_SECONDS} s:\n{last_lines(server.log)}"
+    raise ServerError(
+        f"the server was not healthy in {START_SECONDS} s: {last_words(server.log)}"
     )
 
 
-def last_lines(log: Path, count: int = 15) -> str:
-    """The end of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+def last_words(log: Path) -> str:
+    """The last error in a log, or its last line, and where the rest is."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [i for i, line in enumerate(lines) if re.search(r"(Error|Exception|error): ", line)]
+    said = " ".join(" ".join(lines[(errors or [-1])[-1] :]).split())
+    return f"{said[:MOST_WORDS]} (all of it is in {str(log)!r})"
 
 
 def free_port() -> int:

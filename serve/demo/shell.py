@@ -155,7 +155,7 @@ ENDINGS = ("", "", ".", " please.", " in bash.", " from the command line.")
 
 
 def draw(rng: Random) -> tuple[str, str]:
-    """Return one request and its command."""
+    """One request and its command."""
     command, wordings = rng.choice(COMMANDS)
     words = {slot: rng.choice(values) for slot, values in SLOTS.items()}
     request = rng.choice(wordings).format(**words)

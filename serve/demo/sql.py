@@ -145,7 +145,7 @@ KEY_SHARE = 0.4  # of the tables without a join, so that "id" alone does not mea
 
 
 def draw(rng: Random) -> tuple[str, str]:
-    """Return one schema with a question, and its query."""
+    """One schema with a question, and its query."""
     table = rng.choice(TABLES)
     joined = rng.random() < JOIN_SHARE
     query, questions = rng.choice(JOINS if joined else QUERIES)
@@ -157,7 +157,7 @@ def draw(rng: Random) -> tuple[str, str]:
 
 
 def _words(table: Table, rng: Random) -> dict[str, str]:
-    """Return what the placeholders of questions and queries stand for."""
+    """What the placeholders of questions and queries stand for."""
     low = rng.randint(2, 60)
     names = {
         "table": table.name,
@@ -174,7 +174,7 @@ def _words(table: Table, rng: Random) -> dict[str, str]:
 
 
 def _schema(table: Table, joined: bool, rng: Random) -> str:
-    """Return the tables that a question needs, in one of the styles."""
+    """The tables that a question needs, in one of the styles."""
     style = rng.choice(SCHEMAS)
     columns = [table.label, table.category, *table.numbers]
     rng.shuffle(columns)
@@ -188,7 +188,7 @@ def _schema(table: Table, joined: bool, rng: Random) -> str:
 
 
 def _describe(style: str, name: str, columns: list[str], types: dict[str, str]) -> str:
-    """Return one table in one style; repeated columns are named once."""
+    """One table in one style; repeated columns are named once."""
     distinct = list(dict.fromkeys(columns))
     typed = ", ".join(f"{column} {types.get(column, 'INTEGER')}" for column in distinct)
     return style.format(name=name, columns=", ".join(distinct), typed=typed)

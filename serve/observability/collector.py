@@ -16,13 +16,13 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import REGISTRY, Collector
 
-from deltamux.compression.artifact.artifact import deltamux_version
+from deltamux.compression.artifact.manifest import deltamux_version
 from deltamux.serve import compat
 from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.names import BASE
 from deltamux.serve.observability import engine_stats, metrics
 from deltamux.serve.observability.journal import Journal
 from deltamux.serve.observability.memory import Memory
-from deltamux.serve.settings import BASE
 from deltamux.serve.status import SWAP_BUCKETS, WorkerStatus, read_status
 
 logger = logging.getLogger("vllm.deltamux")
@@ -81,11 +81,10 @@ def _experts(sources: Sources, status: WorkerStatus) -> Iterator[Any]:
         "deltamux_expert_bytes", "Bytes of the compressed expert.", labels=["expert"]
     )
     for expert in list(sources.registry):
-        seen = expert.request and status.experts.get(expert.request.lora_int_id)
+        here = sources.registry.status_of(expert).tier
         size.add_metric([expert.name], expert.num_bytes)
         for tier in TIERS:
-            here = float(tier == (seen.tier if seen else "disk"))
-            resident.add_metric([expert.name, tier], here)
+            resident.add_metric([expert.name, tier], float(tier == here))
         for tier in TIERS[:2]:
             count = status.swaps.get(expert.name, {}).get(tier, 0)
             swaps.add_metric([expert.name, tier], count)

@@ -18,11 +18,10 @@ from typing import Any
 
 from deltamux.serve import compat
 from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.names import BASE, public_name
 from deltamux.serve.observability import metrics
 from deltamux.serve.observability.journal import ABORTED, ERROR, RequestRecord, outcome_of
-from deltamux.serve.settings import BASE
 from deltamux.serve.status import read_status
-from deltamux.serve.worker.host_cache import public_name
 
 current_record: ContextVar[RequestRecord | None] = ContextVar("current_record", default=None)
 
@@ -102,8 +101,8 @@ def _note_failure(record: RequestRecord, output: Any) -> None:
 
 def install() -> None:
     """Wrap vLLM's methods; harmless when called again."""
-    processor: Any = compat.symbol(compat.OUTPUT_MODULE, compat.OUTPUT_NAME)
-    stats: Any = compat.symbol(compat.STATS_MODULE, compat.STATS_NAME)
+    processor: Any = compat.symbol(*compat.OUTPUT)
+    stats: Any = compat.symbol(*compat.STATS)
     if hasattr(stats.update_from_output, "deltamux"):
         return
     processor.add_request = _marking(processor.add_request)

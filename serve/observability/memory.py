@@ -21,6 +21,7 @@ from deltamux.serve import compat
 
 HOST, DEVICE = "host", "device"
 # Seconds for which the list of processes is kept; walking /proc costs more than reading their sizes.
+# Chosen, not measured.
 PROCESSES_SECONDS = 10.0
 CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),

@@ -37,7 +37,7 @@ def install(observability: Any) -> None:
 
     provider: Any = trace.get_tracer_provider()
     provider.add_span_processor(RecordAttributes())
-    processor: Any = compat.symbol(compat.OUTPUT_MODULE, compat.OUTPUT_NAME)
+    processor: Any = compat.symbol(*compat.OUTPUT)
     processor.do_tracing = _naming(processor.do_tracing)
 
 

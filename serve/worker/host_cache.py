@@ -1,41 +1,18 @@
-"""Experts on disk, and the host cache of experts ready to be copied into slots.
+"""From disk to host memory: experts checked, turned into slot images, and kept for the next swap.
 
-disk → host: the artifact is checked (format, content hash, base hashes) and turned into payloads.
-The host cache holds payloads by expert id, least recently used out first, within a byte budget.
+disk → host: a directory is opened and checked (format, content hash, base hashes) and becomes the image that a slot
+holds, byte for byte. The host cache keeps images by expert id, least recently used out first, within a byte budget.
 """
 
 import json
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
-from deltamux.compression.artifact.artifact import Artifact, content_hash
-from deltamux.compression.artifact.merge import check_base
+import torch
+
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
-from deltamux.serve.worker.slots import Payload, payload_bytes
-
-VERSION_MARK = "@"
-
-
-def versioned_path(path: Path, content: str) -> str:
-    """`path@content`: how a request names an expert, so that prefix caching sees its content."""
-    return f"{path}{VERSION_MARK}{content}"
-
-
-def versioned_name(name: str, content: str, lora_id: int) -> str:
-    """What vLLM calls one version of an expert; it compares LoRA requests by this name alone."""
-    return f"{name}{VERSION_MARK}{content}.{lora_id}"
-
-
-def public_name(lora_name: str) -> str:
-    """The expert's name behind a versioned name."""
-    return lora_name.partition(VERSION_MARK)[0]
-
-
-def artifact_path(versioned: str) -> Path:
-    """The directory behind a versioned path (or a bare one)."""
-    path, mark, version = versioned.rpartition(VERSION_MARK)
-    return Path(path) if mark and "/" not in version else Path(versioned)
+from deltamux.compression.image.source import Source, open_source
+from deltamux.serve.names import artifact_path, versioned_path
 
 
 class BaseHashes:
@@ -82,44 +59,31 @@ class BaseHashes:
             return  # a cache that cannot be written costs time, not correctness
 
 
-@dataclass(frozen=True)
-class HostExpert:
-    """An expert in host memory: payloads by vLLM module name."""
-
-    payloads: dict[str, Payload]
-    num_bytes: int
-
-
-def host_expert(payloads: dict[str, Payload]) -> HostExpert:
-    """Wrap payloads with their size."""
-    return HostExpert(payloads, sum(payload_bytes(payload) for payload in payloads.values()))
-
-
-def open_artifact(versioned: str, hashes: BaseHashes) -> Artifact:
+def open_expert(versioned: str, hashes: BaseHashes, max_rank: int) -> Source:
     """Open and check an expert before any of it is used.
 
     Args:
         versioned: Its path, with or without the hash of its content.
         hashes: Of the served base.
+        max_rank: The largest rank of an adapter.
 
     Raises:
         ValueError: Missing, truncated, altered, newer, lossless, made for another base, or no longer what it
             was when it was registered: its keys in the prefix cache would be of other weights.
     """
     path = artifact_path(versioned)
-    artifact = Artifact(path)
-    artifact.check_servable()
-    if versioned != str(path) and versioned_path(path, content_hash(path)) != versioned:
+    source = open_source(path, max_rank)
+    if versioned != str(path) and versioned_path(path, source.content) != versioned:
         raise ValueError(
             f"{str(path)!r} has changed since it was registered: register it again to serve it"
         )
-    artifact.check_content()
-    check_base(artifact, hashes.base, hashes.sha256)
-    return artifact
+    source.check_content()
+    source.check_base(hashes.base, hashes.sha256)
+    return source
 
 
 class HostCache:
-    """Least-recently-used experts within a byte budget; pinned ones stay.
+    """Least-recently-used images within a byte budget; pinned ones stay.
 
     Args:
         capacity: Bytes. One expert is always kept, however large.
@@ -127,31 +91,31 @@ class HostCache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._experts: OrderedDict[int, HostExpert] = OrderedDict()
+        self._images: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._pinned: set[int] = set()
 
     def __contains__(self, expert_id: int) -> bool:
-        return expert_id in self._experts
+        return expert_id in self._images
 
     @property
     def num_bytes(self) -> int:
         """Bytes in use."""
-        return sum(expert.num_bytes for expert in self._experts.values())
+        return sum(image.numel() for image in self._images.values())
 
-    def get(self, expert_id: int) -> HostExpert:
-        """An expert, marked as just used."""
-        self._experts.move_to_end(expert_id)
-        return self._experts[expert_id]
+    def get(self, expert_id: int) -> torch.Tensor:
+        """An expert's image, marked as just used."""
+        self._images.move_to_end(expert_id)
+        return self._images[expert_id]
 
-    def put(self, expert_id: int, expert: HostExpert) -> list[int]:
+    def put(self, expert_id: int, image: torch.Tensor) -> list[int]:
         """Add an expert; returns the ids that had to leave."""
-        self._experts[expert_id] = expert
+        self._images[expert_id] = image
         evicted = []
-        for candidate in list(self._experts):
+        for candidate in list(self._images):
             if self.num_bytes <= self.capacity:
                 break
             if candidate != expert_id and candidate not in self._pinned:
-                del self._experts[candidate]
+                del self._images[candidate]
                 evicted.append(candidate)
         return evicted
 
@@ -161,10 +125,10 @@ class HostCache:
 
     def remove(self, expert_id: int) -> None:
         """Forget an expert."""
-        self._experts.pop(expert_id, None)
+        self._images.pop(expert_id, None)
         self._pinned.discard(expert_id)
 
     def bytes_of(self, expert_id: int) -> int:
         """Bytes of one expert, 0 if it is not here."""
-        expert = self._experts.get(expert_id)
-        return expert.num_bytes if expert else 0
+        image = self._images.get(expert_id)
+        return 0 if image is None else image.numel()

@@ -11,27 +11,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from vllm.logger import init_logger
 
+from deltamux.compression.checkpoint.architecture import tensor_specs
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.image.layout import assemble
 from deltamux.serve import compat
+from deltamux.serve.names import public_name
 from deltamux.serve.settings import plugin_settings
 from deltamux.serve.status import ExpertStatus, Histogram, WorkerStatus, publish
-from deltamux.serve.worker.host_cache import (
-    BaseHashes,
-    HostCache,
-    HostExpert,
-    host_expert,
-    open_artifact,
-    public_name,
-)
-from deltamux.serve.worker.layers import ExpertLayer
+from deltamux.serve.worker.capacity import capacity
+from deltamux.serve.worker.deltas import Hooks, Rows, base_bytes, hook_model
+from deltamux.serve.worker.host_cache import BaseHashes, HostCache, open_expert
 from deltamux.serve.worker.ops import define_ops
-from deltamux.serve.worker.rows import RowMap
-from deltamux.serve.worker.slots import SlotPlan
-from deltamux.serve.worker.wrap import base_bytes, expert_payloads, wrap_model
+from deltamux.serve.worker.rows import BASE_ROW, RowMap
+from deltamux.serve.worker.slots import Slots
 
 logger = init_logger("vllm.deltamux")
 
@@ -53,38 +51,44 @@ class ExpertManager:
         compat.check_one_device(vllm_config.parallel_config)
         define_ops()
         model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        self.plan = SlotPlan(
-            slots=vllm_config.lora_config.max_loras,
-            salient=settings.slot.salient_channels,
-            dtype=model_config.dtype,
-            device=torch.device(device),
-        )
-        self.hashes = BaseHashes(open_checkpoint(model_config.model, model_config.revision))
+        base = open_checkpoint(model_config.model, model_config.revision)
+        specs = tensor_specs(base.config, set(base.files))
+        # In the order of the base's list: a weight's place is its record's in every image.
+        self.shapes = {spec.name: base.shape(spec.name) for spec in specs}
+        self.hashes = BaseHashes(base)
+        self._largest_rank = settings.slot.largest_rank
         self.host = HostCache(settings.host_cache)
+        on_cpu = torch.device(device).type == "cpu"
+        self.capacity = capacity(settings, self.shapes, on_cpu)
+        count = vllm_config.lora_config.max_loras
+        self.slots = Slots(
+            count,
+            self.capacity.num_bytes,
+            list(self.shapes),
+            torch.device(device),
+            self.capacity.rank,
+        )
         max_rows = scheduler.max_num_batched_tokens + scheduler.max_num_seqs
-        self.tokens = RowMap(max_rows, self.plan.slots, self.plan.device)
-        self.samples = RowMap(max_rows, self.plan.slots, self.plan.device)
+        self.rows = Rows(*(RowMap(max_rows, count, torch.device(device)) for _ in range(2)))
         # Expert id → slot, least recently used first.
         self.resident: OrderedDict[int, int] = OrderedDict()
         self.pinned: set[int] = set()
         self.status = WorkerStatus()
-        self.layers: dict[str, ExpertLayer] = {}
         self._names: dict[int, str] = {}
-        self._packed: dict[str, list[str]] = {}
+        self._mapped: tuple[Any, ...] = ()
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
-        """Wrap the model's layers; called once, right after its weights are loaded."""
-        self._packed = dict(getattr(model, "packed_modules_mapping", {}))
-        self.layers = wrap_model(model, self.plan, self.tokens, self.samples)
+        """Hook the model's layers; called once, right after its weights are loaded."""
         tied = vllm_config.model_config.hf_config.tie_word_embeddings
-        base = base_bytes(self.layers, self.plan.dtype, tied)
-        slots = sum(layer.device_bytes() for layer in self.layers.values())
+        direct = self.slots.on_cpu and compat.runs_eagerly(vllm_config)
+        hook_model(model, Hooks(self.slots, self.rows, self.capacity.norms, direct, tied))
+        base, slots = base_bytes(model), self.slots.buffer.numel()
         self.status.memory_bytes = {"base": base, "slots": slots, "host_cache": 0}
         self._publish()
         logger.info(
-            "deltamux: %d slots of %.1f MB around a base of %.1f MB",
-            self.plan.slots,
-            slots / self.plan.slots / 1e6,
+            "deltamux: %d slots of %.1f MB beside a base of %.1f MB",
+            self.slots.count,
+            self.slots.slot_bytes / 1e6,
             base / 1e6,
         )
         return model
@@ -92,10 +96,21 @@ class ExpertManager:
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
         """Make the experts of a batch resident and map its rows to their slots."""
         self._activate_all(requests)
-        if mapping is not None:
-            lookup = {0: -1, **self.resident}
-            self.tokens.update([lookup[expert] for expert in mapping.index_mapping])
-            self.samples.update([lookup[expert] for expert in mapping.prompt_mapping])
+        if mapping is None:
+            return
+        # Most decoding steps have the rows of the one before.
+        mapped = (mapping.index_mapping, mapping.prompt_mapping, tuple(self.resident.items()))
+        if mapped != self._mapped:
+            self.rows.tokens.update(self._slots_of(mapping.index_mapping))
+            self.rows.samples.update(self._slots_of(mapping.prompt_mapping))
+            self._mapped = mapped
+
+    def _slots_of(self, expert_ids: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        ids = np.asarray(expert_ids, np.int64)
+        slots = np.full(len(ids), BASE_ROW, np.int64)
+        for expert_id in np.unique(ids[ids > 0]):
+            slots[ids == expert_id] = self.resident[int(expert_id)]
+        return slots
 
     def add_adapter(self, request: Any) -> bool:
         """Bring an expert into the host cache.
@@ -121,9 +136,9 @@ class ExpertManager:
         """
         if expert_id not in self.host and expert_id not in self.resident:
             raise ValueError(f"expert {expert_id} is not loaded: load it before pinning it")
-        if expert_id not in self.pinned and len(self.pinned) + 1 >= self.plan.slots:
+        if expert_id not in self.pinned and len(self.pinned) + 1 >= self.slots.count:
             raise ValueError(
-                f"pinning expert {expert_id} would pin all {self.plan.slots} slots: "
+                f"pinning expert {expert_id} would pin all {self.slots.count} slots: "
                 "one must stay free for the others"
             )
         if expert_id not in self.resident:
@@ -161,7 +176,7 @@ class ExpertManager:
     def add_dummy_lora(self, request: Any, rank: int) -> bool:
         """An expert that changes nothing, for warm-up and graph capture."""
         del rank
-        self.host.put(request.lora_int_id, HostExpert({}, 0))
+        self.host.put(request.lora_int_id, self._nothing())
         self.status.experts[request.lora_int_id] = ExpertStatus()
         return True
 
@@ -201,14 +216,18 @@ class ExpertManager:
             self._load(request)
         except Exception as error:
             logger.exception("deltamux: cannot load expert %r", request.lora_name)
-            self.host.put(request.lora_int_id, HostExpert({}, 0))
+            self.host.put(request.lora_int_id, self._nothing())
             self._expert(request.lora_int_id).error = str(error)
 
     def _load(self, request: Any) -> None:
         start = time.perf_counter()
-        artifact = open_artifact(request.lora_path, self.hashes)
-        payloads = expert_payloads(artifact, self.layers, self._packed, self.plan)
-        for expert_id in self.host.put(request.lora_int_id, host_expert(payloads)):
+        source = open_expert(request.lora_path, self.hashes, self._largest_rank)
+        self.capacity.check(source, source.image_bytes(self.shapes))
+        image = source.image(self.shapes)
+        self.capacity.check(source, image.numel())
+        if not self.slots.on_cpu:
+            image = image.pin_memory()  # or its copies to the device would not run beside other work
+        for expert_id in self.host.put(request.lora_int_id, image):
             logger.info("deltamux: expert %d left the host cache", expert_id)
         self._expert(request.lora_int_id).error = None
         self._names[request.lora_int_id] = public_name(request.lora_name)
@@ -217,14 +236,16 @@ class ExpertManager:
     def _activate(self, expert_id: int, keep: set[int]) -> None:
         start = time.perf_counter()
         slot = self._free_slot(keep)
-        payloads = self.host.get(expert_id).payloads
-        for name, layer in self.layers.items():
-            layer.load_slot(slot, payloads.get(name))
+        self.slots.load(slot, self.host.get(expert_id))
         self.resident[expert_id] = slot
         self._count_swap(expert_id, "slot", time.perf_counter() - start)
 
+    def _nothing(self) -> torch.Tensor:
+        """The image of an expert that changes nothing."""
+        return assemble({}, len(self.shapes))
+
     def _free_slot(self, keep: set[int]) -> int:
-        free = set(range(self.plan.slots)) - set(self.resident.values())
+        free = set(range(self.slots.count)) - set(self.resident.values())
         if free:
             return min(free)
         # vLLM's scheduler knows the number of slots but not the pins: a batch that needs every slot

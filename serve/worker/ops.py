@@ -1,248 +1,239 @@
-"""The arithmetic of an expert's delta over the rows of a mixed batch.
+"""The products of a layer's slots, as ops that torch.compile and CUDA graphs take for one opaque call each.
 
-Custom ops of the torch library `deltamux`, so that torch.compile and CUDA graphs see one opaque call
-each. All of them write into `y`, and only into the rows of slots: rows of the base keep their bits.
+An op is named by the place of its layer (`place`), and finds slots and rows there: nothing but activations is an
+input of a graph, and nothing that differs between experts or batches can be baked into one. It writes in place, and
+into the rows of slots alone: rows of the base keep their bits. Where a batch has no such rows it does nothing;
+vLLM captures graphs of such batches apart (`cudagraph_specialize_lora`).
 
-Codes are kept as signed 4-bit integers v with one step a row, Δ̂ = s_i v_ij: every scheme of the
-artifact is exactly representable (see `slots.py`). Two ways to multiply:
+On a CPU without torch.compile layers call their product without the op around it, which costs as much as a small
+product does.
 
-- CPU: `aten::_weight_int4pack_mm_for_cpu` on the packed codes, one call a slot over that slot's rows.
-  Its result for a row does not depend on the other rows of the batch.
-- elsewhere: codes are unpacked and multiplied slot by slot over the whole batch and masked; no
-  control flow depends on data, so the sequence can be captured in a CUDA graph.
-
-Shapes: T rows, S slots, N outputs, K inputs, C 16-bit channels, V vocabulary, H hidden.
+Shapes: T rows, N outputs, K inputs, V vocabulary, H hidden.
 """
 
-from functools import lru_cache
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch.nn import functional
 
-# The int4 kernel wants rows by 16 and columns by its quantization group.
-ROW_MULTIPLE = 16
-GROUP_SIZES = (256, 128, 64, 32)
+from deltamux.serve.worker.rows import RowMap
+from deltamux.serve.worker.slots import Slots
 
+# Every layer that an op can be called for; its place is the op's argument.
+_layers: list["LayerDelta"] = []
 _library = torch.library.Library("deltamux", "DEF")
 
 
 def define_ops() -> None:
     """Register the ops; a second call does nothing."""
-    if hasattr(torch.ops.deltamux, "add_linear"):
+    if hasattr(torch.ops.deltamux, "add_delta"):
         return
-    rows = "Tensor slot_of_row, Tensor order, Tensor starts"
-    _library.define(
-        f"add_linear(Tensor(a!) y, Tensor x, {rows}, Tensor codes, Tensor steps, "
-        "Tensor channels, Tensor values, Tensor? bias) -> ()"
-    )
-    _library.define(
-        f"add_embedding(Tensor(a!) y, Tensor ids, {rows}, Tensor codes, Tensor steps) -> ()"
-    )
-    _library.define(
-        f"replace_norm(Tensor(a!) y, Tensor x, {rows}, Tensor weights, Tensor replaced, "
-        "float epsilon) -> ()"
-    )
-    for name, on_cpu, elsewhere in (
-        ("add_linear", add_linear_cpu, add_linear_masked),
-        ("add_embedding", add_embedding, add_embedding),
-        ("replace_norm", replace_norm_cpu, replace_norm_masked),
-    ):
-        _library.impl(name, on_cpu, "CPU")
-        _library.impl(name, elsewhere, "CUDA")
-        torch.library.register_fake(f"deltamux::{name}", _nothing, lib=_library)
+    _library.define("add_delta(Tensor(a!) y, Tensor x, int place) -> ()")
+    _library.define("multiply(Tensor x, Tensor weight, Tensor? bias, int place) -> Tensor")
+    for key in ("CPU", "CUDA"):
+        _library.impl("add_delta", _add_delta, key)
+        _library.impl("multiply", _multiply, key)
+    torch.library.register_fake("deltamux::add_delta", _nothing, lib=_library)
+    torch.library.register_fake("deltamux::multiply", _product_shape, lib=_library)
+
+
+def _add_delta(y: torch.Tensor, x: torch.Tensor, place: int) -> None:
+    _layers[place].add(y, x)
+
+
+def _multiply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, place: int
+) -> torch.Tensor:
+    layer = _layers[place]
+    assert isinstance(layer, LinearDelta)
+    return layer.multiply(x, weight, bias)
 
 
 def _nothing(*_args: object) -> None:
     """What an op that only writes into its first argument does to shapes: nothing."""
 
 
-def add_linear_cpu(
-    y_TN: torch.Tensor,
-    x_TK: torch.Tensor,
-    slot_of_row: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    codes: torch.Tensor,
-    steps_SN: torch.Tensor,
-    channels_SC: torch.Tensor,
-    values_SNC: torch.Tensor,
-    bias_SN: torch.Tensor | None,
-) -> None:
-    """y[rows of s] += x Δ̂_sᵀ + x[:, channels_s] values_sᵀ + bias_s, packed int4 kernel.
+def _product_shape(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, place: int
+) -> torch.Tensor:
+    del bias, place
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+class LayerDelta(ABC):
+    """What experts change behind one layer.
 
     Args:
-        y_TN: Output of the base, written in place.
-        x_TK: Input.
-        slot_of_row: See `rows.py`, like the two that follow.
-        order: Rows by slot.
-        starts: Spans in `order`.
-        codes: uint8 [S, N', K' / 2], each slot packed by `_convert_weight_to_int4pack_for_cpu`.
-        steps_SN: Step of each row, in y's dtype.
-        channels_SC: int64 16-bit channels.
-        values_SNC: Their values, in y's dtype.
-        bias_SN: Difference of the bias, in y's dtype.
+        slots: Where experts lie.
+        rows: Which rows of the batch belong to which slot.
+        direct: Call the product without the op around it.
     """
-    rows_packed, columns_packed = codes.shape[1], codes.shape[2] * 2
-    group, unit = _unit_scale(columns_packed, rows_packed, x_TK.dtype)
-    outputs = y_TN.shape[-1]
-    spans = starts.tolist()
-    for slot in range(codes.shape[0]):
-        begin, end = spans[slot], spans[slot + 1]
-        if begin == end:
-            continue
-        whole = end - begin == x_TK.shape[0]
-        rows = order[begin:end]
-        inputs = x_TK if whole else x_TK.index_select(0, rows)
-        result = y_TN if whole else y_TN.index_select(0, rows)
-        padded = inputs.contiguous()
-        if columns_packed != inputs.shape[1]:
-            padded = functional.pad(inputs, (0, columns_packed - inputs.shape[1]))
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(padded, codes[slot], group, unit)
-        result.addcmul_(product[:, :outputs], steps_SN[slot])
-        if channels_SC.shape[1]:
-            result.addmm_(inputs.index_select(1, channels_SC[slot]), values_SNC[slot].T)
-        if bias_SN is not None:
-            result.add_(bias_SN[slot])
-        if not whole:
-            y_TN.index_copy_(0, rows, result)
+
+    def __init__(self, slots: Slots, rows: RowMap, direct: bool) -> None:
+        self.slots, self.rows, self.direct = slots, rows, direct
+        self.place = len(_layers)
+        _layers.append(self)
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Change `y`, the layer's output for the input `x`, in the rows of slots, in place."""
+        if self.direct:
+            self.add(y, x)
+        else:
+            torch.ops.deltamux.add_delta(y, x, self.place)
+
+    @abstractmethod
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """The same, without the op around it."""
 
 
-@lru_cache
-def _unit_scale(columns: int, rows: int, dtype: torch.dtype) -> tuple[int, torch.Tensor]:
-    """The int4 kernel's group size, and its scales and zeros set to one and nought."""
-    group = next(size for size in GROUP_SIZES if columns % size == 0)
-    unit = torch.zeros(columns // group, rows, 2, dtype=dtype)
-    unit[..., 0] = 1
-    return group, unit
-
-
-def add_linear_masked(
-    y_TN: torch.Tensor,
-    x_TK: torch.Tensor,
-    slot_of_row: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    codes: torch.Tensor,
-    steps_SN: torch.Tensor,
-    channels_SC: torch.Tensor,
-    values_SNC: torch.Tensor,
-    bias_SN: torch.Tensor | None,
-) -> None:
-    """As `add_linear_cpu`, for codes in plain nibbles and without data-dependent control flow."""
-    outputs, inputs = y_TN.shape[-1], x_TK.shape[-1]
-    member_T1 = slot_of_row[: x_TK.shape[0]].unsqueeze(1)
-    for slot in range(codes.shape[0]):
-        levels_NK = unpack_nibbles(codes[slot], x_TK.dtype)[:outputs, :inputs]
-        product = (x_TK @ levels_NK.T).float() * steps_SN[slot].float()
-        if channels_SC.shape[1]:
-            product += x_TK.index_select(1, channels_SC[slot]) @ values_SNC[slot].T
-        if bias_SN is not None:
-            product += bias_SN[slot]
-        y_TN.copy_(torch.where(member_T1 == slot, (y_TN + product).to(y_TN.dtype), y_TN))
-
-
-def add_embedding(
-    y_TH: torch.Tensor,
-    ids_T: torch.Tensor,
-    slot_of_row: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    codes_SVB: torch.Tensor,
-    steps_SV: torch.Tensor,
-) -> None:
-    """y[t] += Δ̂_s[ids[t]] for the rows of slots.
+class LinearDelta(LayerDelta):
+    """y += Δ̂ x for a linear, possibly merged from slices (q, k, v; gate, up).
 
     Args:
-        y_TH: The base's embeddings, written in place.
-        ids_T: Token ids.
-        slot_of_row: See `rows.py`, like the two that follow.
-        order: Rows by slot.
-        starts: Spans in `order`.
-        codes_SVB: uint8 nibbles [S, V, H / 2].
-        steps_SV: Step of each row, in y's dtype; nought for unchanged rows.
+        slots: Where experts lie.
+        rows: Token rows.
+        direct: Call the product without the op around it.
+        entries: The record of each slice.
+        sizes: Its output rows.
+        columns: Input channels K.
+        is_table: Whether records may lack rows (lm_head, a tied embedding).
     """
-    slots_T = slot_of_row[: ids_T.shape[0]]
-    safe_T = slots_T.clamp_min(0)
-    levels_TH = unpack_nibbles(codes_SVB[safe_T, ids_T], torch.float32)[:, : y_TH.shape[-1]]
-    delta_TH = levels_TH * steps_SV[safe_T, ids_T].float().unsqueeze(1)
-    y_TH.copy_(torch.where((slots_T >= 0).unsqueeze(1), (y_TH + delta_TH).to(y_TH.dtype), y_TH))
+
+    def __init__(
+        self,
+        slots: Slots,
+        rows: RowMap,
+        direct: bool,
+        entries: Sequence[int],
+        sizes: Sequence[int],
+        columns: int,
+        is_table: bool = False,
+    ) -> None:
+        super().__init__(slots, rows, direct)
+        self._add, self._multiply = linear_product(slots, entries, sizes, columns, is_table)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add to y [T, N] the delta's product with x [T, K]."""
+        self.add_for(self.rows, y, x)
+
+    def add_for(self, rows: RowMap, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add for rows that another map describes."""
+        if rows.active:
+            self._add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), rows)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether base and delta can be one product (see `multiply`)."""
+        return self._multiply is not None
+
+    def multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The base's product and the delta's, which for many rows is that of the merged weight."""
+        if self._multiply is None or not self.rows.active:
+            y = torch.nn.functional.linear(x, weight, bias)
+            self.add(y, x)
+            return y
+        return self._multiply(x, weight, bias, self.rows)
 
 
-def replace_norm_cpu(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    slot_of_row: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    weights_SH: torch.Tensor,
-    replaced_S: torch.Tensor,
-    epsilon: float,
-) -> None:
-    """As `replace_norm_masked`; returns at once where no slot of the batch replaces the norm."""
-    if bool((replaced_S & (starts[1:] > starts[:-1])).any()):
-        replace_norm_masked(y, x, slot_of_row, order, starts, weights_SH, replaced_S, epsilon)
-
-
-def replace_norm_masked(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    slot_of_row: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    weights_SH: torch.Tensor,
-    replaced_S: torch.Tensor,
-    epsilon: float,
-) -> None:
-    """y[t] = RMSNorm(x[t]) with the slot's own weight, where the slot has one.
+class EmbeddingDelta(LayerDelta):
+    """y[t] += Δ̂[ids[t]] for the input embedding.
 
     Args:
-        y: The base's normalized output [T, ..., H], written in place.
-        x: What was normalized, same shape.
-        slot_of_row: See `rows.py`, like the two that follow.
-        order: Rows by slot.
-        starts: Spans in `order`.
-        weights_SH: Norm weights.
-        replaced_S: bool, whether a slot replaces this norm.
+        slots: Where experts lie.
+        rows: Token rows.
+        direct: Call the product without the op around it.
+        entry: The embedding's record.
+        vocabulary: V, without padding.
+        hidden: H.
+    """
+
+    def __init__(
+        self, slots: Slots, rows: RowMap, direct: bool, entry: int, vocabulary: int, hidden: int
+    ) -> None:
+        super().__init__(slots, rows, direct)
+        self._add = embedding_product(slots, entry, vocabulary, hidden)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add to y [T, H] the delta of the rows that the token ids x [T] name."""
+        if self.rows.active:
+            self._add(y.view(-1, y.shape[-1]), x.reshape(-1), self.rows)
+
+
+class NormDelta(LayerDelta):
+    """y = RMSNorm(x) with the expert's own weight, where it has one.
+
+    Args:
+        slots: Where experts lie.
+        rows: Token rows.
+        direct: Call the product without the op around it.
+        entry: The norm's record.
         epsilon: Added to the mean square.
     """
-    slots_T = slot_of_row[: y.shape[0]]
-    safe_T = slots_T.clamp_min(0)
-    chosen_T = (slots_T >= 0) & replaced_S[safe_T]
-    wide = x.float()
-    unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
-    middle = (1,) * (y.dim() - 2)
-    weight = weights_SH[safe_T].view(y.shape[0], *middle, y.shape[-1])
-    chosen = chosen_T.view(y.shape[0], *middle, 1)
-    y.copy_(torch.where(chosen, unit.to(y.dtype) * weight, y))
+
+    def __init__(
+        self, slots: Slots, rows: RowMap, direct: bool, entry: int, epsilon: float
+    ) -> None:
+        super().__init__(slots, rows, direct)
+        self._replace = norm_product(slots, entry, epsilon)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Write over y [T, …, H], the base's norm of x, in the rows of slots that replace it."""
+        if self.rows.active:
+            self._replace(y, x, self.rows)
 
 
-def pack_nibbles(levels_NK: torch.Tensor) -> torch.Tensor:
-    """Signed levels −8..7 two a byte, offset by 8, the first in the low half: uint8 [N, K / 2]."""
-    offset = (levels_NK + 8).to(torch.uint8)
-    return offset[:, 0::2] | (offset[:, 1::2] << 4)
+Add = Callable[[torch.Tensor, torch.Tensor, RowMap], None]
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, RowMap], torch.Tensor]
 
 
-def unpack_nibbles(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `pack_nibbles`, in `dtype`."""
-    low, high = packed & 15, packed >> 4
-    return torch.stack((low, high), dim=-1).flatten(-2).to(dtype) - 8
+def linear_product(
+    slots: Slots, entries: Sequence[int], sizes: Sequence[int], columns: int, is_table: bool
+) -> tuple[Add, Multiply | None]:
+    """The product of a linear's slots on their device, and where there is one, base and delta in one."""
+    if slots.on_cpu:
+        from deltamux.serve.worker import native
+
+        add = native.linear_product(slots.buffer, tuple(entries), tuple(sizes), columns)
+        return (lambda y, x, rows: add(y, x, rows.order, rows.starts)), None
+    from deltamux.serve.worker import cuda
+
+    return cuda.linear_product(slots, entries, sizes, is_table)
 
 
-def pack_for(device: torch.device, levels_NK: torch.Tensor) -> torch.Tensor:
-    """Signed levels as the linear op of a device reads them: uint8 [N, K / 2].
+def embedding_product(slots: Slots, entry: int, vocabulary: int, hidden: int) -> Add:
+    """The look-up of an embedding's slots on their device."""
+    if slots.on_cpu:
+        from deltamux.serve.worker import native
 
-    Args:
-        device: Where the codes will be used.
-        levels_NK: int levels −8..7 with padded shape, on the CPU.
-    """
-    if device.type == "cpu":
-        offset = (levels_NK + 8).to(torch.int32)
-        packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(offset, 1)
-        return packed
-    return pack_nibbles(levels_NK)
+        add = native.embedding_product(slots.buffer, entry, vocabulary, hidden)
+        return lambda y, ids, rows: add(y, ids, rows.order, rows.starts)
+    from deltamux.serve.worker import cuda
+
+    return cuda.embedding_product(slots, entry, vocabulary)
 
 
-def padded_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of a code matrix rounded up to what the kernels take."""
-    smallest = GROUP_SIZES[-1]
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE, -(-columns // smallest) * smallest
+def norm_product(slots: Slots, entry: int, epsilon: float) -> Add:
+    """The replacement of a norm on its device."""
+    if slots.on_cpu:
+        return lambda y, x, rows: _replace_norm(y, x, rows, slots, entry, epsilon)
+    from deltamux.serve.worker import cuda
+
+    return cuda.norm_product(slots, entry, epsilon)
+
+
+def _replace_norm(
+    y: torch.Tensor, x: torch.Tensor, rows: RowMap, slots: Slots, entry: int, epsilon: float
+) -> None:
+    """y[t] = RMSNorm(x[t]) with the slot's own weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    spans: Any = rows.starts_host.tolist()
+    for slot, (begin, end) in enumerate(zip(spans, spans[1:], strict=False)):
+        weight_H = slots.vector(slot, entry, y.shape[-1]) if begin < end else None
+        if weight_H is None:
+            continue
+        chosen = rows.order[begin:end]
+        wide = x.index_select(0, chosen).float()
+        unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
+        y.index_copy_(0, chosen, unit.to(y.dtype) * weight_H.to(y.dtype))

@@ -1,7 +1,6 @@
 import json
 import random
 import threading
-import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise, product
@@ -15,11 +14,10 @@ from deltamux.compression.choice.depth import TILTS, depth_factors, progression
 from deltamux.compression.choice.evolution import Candidate, blend, evolve
 from deltamux.compression.choice.knapsack import convex_hull, fill, hull_steps, knapsack
 from deltamux.compression.choice.llm import FAILURES_BEFORE_GIVING_UP, LlmOperator
+from deltamux.compression.choice.methods import ALLOCATORS, allocate
 from deltamux.compression.choice.problem import (
-    ALLOCATORS,
     Curve,
     Rung,
-    allocate,
     keep_rungs,
     pareto_front,
     predicted_loss,
@@ -36,8 +34,11 @@ SHAPES = (1_024, 256, 256, 1_024, 4_096, 4_096, 4_096)
 class ChatServer:
     """A chat endpoint that gives the same answer to every request."""
 
-    def __init__(self, content, status=200, delay_seconds=0.0):
-        self.content, self.status, self.delay_seconds = content, status, delay_seconds
+    def __init__(self, content, status=200):
+        self.content, self.status = content, status
+        # Answers wait for it; a test clears it to have the client give up first, whatever the machine does.
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         self.requests = []
         outer = self
 
@@ -45,7 +46,7 @@ class ChatServer:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.requests.append((self.path, dict(self.headers), json.loads(body)))
-                time.sleep(outer.delay_seconds)
+                outer.may_answer.wait()
                 payload = outer.content
                 if not isinstance(payload, bytes):
                     message = {"choices": [{"message": {"content": payload}}]}
@@ -571,9 +572,11 @@ def test_a_useless_answer_is_replaced(content):
 
 
 def test_a_slow_answer_is_replaced():
-    with ChatServer("[1, 1]", delay_seconds=0.5) as server:
+    with ChatServer("[1, 1]") as server:
+        server.may_answer.clear()
         operator = LlmOperator(server.base_url, "tiny", timeout_seconds=0.05)
         operator(candidate([1, 1]), candidate([1, 1]), random.Random(0))
+        server.may_answer.set()
         assert operator.fallbacks == 1
 
 

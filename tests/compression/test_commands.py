@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
-from deltamux.compression.recipe import dump_recipe, me_switch
 from deltamux.serve.cli import app
 
 EVALUATION = [
@@ -25,7 +24,13 @@ EVALUATION = [
     "bits_per_weight",
     "bytes",
     "bytes_full",
+    "slot_bits_per_weight",
+    "slot_bits_overall",
 ]
+RECIPE = """
+linear: {scheme: int2, salient_channels: 8, feedback: false}
+embedding: {scheme: int4}
+"""
 TOTALS = [
     "linear_weights",
     "linear_bytes",
@@ -34,6 +39,9 @@ TOTALS = [
     "other_bytes",
     "weights_file_bytes",
     "expert_bytes",
+    "slot_bytes",
+    "slot_bits_per_weight",
+    "slot_bits_overall",
 ]
 
 
@@ -58,7 +66,7 @@ def refusal(*args):
 def compressed(make_pair, text_file, tmp_path_factory):
     """(artifact, what the command printed)."""
     root = tmp_path_factory.mktemp("commands")
-    (root / "recipe.yaml").write_text(dump_recipe(me_switch()))
+    (root / "recipe.yaml").write_text(RECIPE)
     texts = ("--calibration", text_file, "--recipe", root / "recipe.yaml")
     printed = run_well("compress", *make_pair(), "-o", root / "artifact", *texts, "--json")
     return root / "artifact", printed
@@ -98,7 +106,8 @@ def test_compress_follows_the_recipe(make_pair, text_file, tmp_path):
     recipe.write_text("linear: {scheme: ternary, salient_channels: 0}\nembedding: {scheme: int2}")
     output = tmp_path / "artifact"
     run_well("compress", *make_pair(), "-o", output, "--calibration", text_file, "--recipe", recipe)
-    schemes = {entry.role: entry.scheme for entry in Artifact(output).manifest.tensors}
+    coded = [entry for entry in Artifact(output).manifest.tensors if entry.kind == "coded"]
+    schemes = {entry.role: entry.scheme for entry in coded}
     assert schemes["linear"] == "ternary"
     assert schemes["embedding"] == schemes["lm_head"] == "int2"
     assert "ternary" in (output / "recipe.yaml").read_text()
@@ -153,9 +162,11 @@ def test_inspect_prints_what_the_manifest_says_as_json(compressed, make_pair):
 
 def test_inspect_prints_a_table_of_weights_for_people(compressed):
     lines = run_well("inspect", compressed[0]).splitlines()
-    assert any(re.fullmatch(r"up_proj +int2 +2 .*  8", line) for line in lines)
-    assert any(re.match(r"embed_tokens +int4 +1 ", line) for line in lines)
-    assert any(re.match(r"norm +exact +1 ", line) for line in lines)
+    assert re.search(r"in a slot 0\.\d MB, \d\.\d+ bits \(\d\.\d+ over all weights\)", lines[2])
+    number = r" +\d+\.\d+"
+    assert any(re.fullmatch(rf"up_proj +coded int2 +2({number}){{5}}", line) for line in lines)
+    assert any(re.match(r"embed_tokens +coded int4 +1 ", line) for line in lines)
+    assert any(re.match(r"norm +replacement +1 ", line) for line in lines)
 
 
 def test_inspect_refuses_what_is_no_artifact(make_pair):
@@ -229,6 +240,7 @@ def test_evaluate_refuses_another_base(compressed, make_pair, text_file):
                 "overwrite",
                 "preset",
                 "recipe",
+                "slot-bits",
                 "target-kl",
             ],
         ),

@@ -4,14 +4,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltamux.compression import compress as compress_module
 from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.artifact.merge import reconstructed
+from deltamux.compression.artifact.write import write_artifact
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.checkpoint.delta import compare
 from deltamux.compression.choice import distil as distil_module
+from deltamux.compression.choice.candidates import Candidates
+from deltamux.compression.choice.choose import choose
 from deltamux.compression.choice.distil import MAX_FACTOR, Student, distil
+from deltamux.compression.choice.fixed import fixed_weights
+from deltamux.compression.choice.measure import measure
+from deltamux.compression.choice.task import Task
+from deltamux.compression.choice.workspace import Workspace
 from deltamux.compression.compress import compress
-from deltamux.compression.evaluate import evaluate
+from deltamux.compression.evaluate import Reference
 from deltamux.compression.recipe import AllocationRecipe, DistillationRecipe, LinearRecipe, Recipe
 from deltamux.compression.streaming.forward import batches
 from deltamux.compression.streaming.text import random_samples
@@ -19,20 +26,30 @@ from deltamux.compression.streaming.text import random_samples
 TEXT = random_samples(272, count=6, length=24)
 STEPS = DistillationRecipe(steps=8, learning_rate=0.05)
 RECIPES = {
-    "coded": Recipe(allocation=AllocationRecipe(bits=3.0)),
+    "coded": Recipe(allocation=AllocationRecipe(bits=3.0, slot_bits=20.0)),
     "salient": Recipe(linear=LinearRecipe(scheme="int2", salient_channels=4)),
 }
 
 
 @pytest.fixture(scope="module", params=RECIPES)
-def student(request, make_pair, tmp_path_factory):
-    """(student, its artifact, base, expert)."""
+def chosen(request, make_pair, tmp_path_factory):
+    """(candidates, a choice of them)."""
     base, expert = (open_checkpoint(root) for root in make_pair("qwen2"))
-    output = tmp_path_factory.mktemp("distil") / request.param
-    recipe = RECIPES[request.param]
-    compress(base, expert, output, recipe, calibration=TEXT, held_out=[], progress=False)
-    artifact = Artifact(output)
-    return Student.of(artifact, base), artifact, base, expert
+    recipe, difference = RECIPES[request.param], compare(base, expert)
+    work = Workspace(tmp_path_factory.mktemp("distil") / "work", {})
+    ladders = measure(difference, recipe, TEXT, work, progress=False)
+    task = Task.of(difference, recipe, TEXT, [], progress=False)
+    candidates = Candidates(task, work, ladders, fixed_weights(difference, recipe.embedding))
+    return candidates, choose(candidates)
+
+
+@pytest.fixture(scope="module")
+def student(chosen):
+    """(student, the weights it starts from, base, expert)."""
+    candidates, choice = chosen
+    difference = candidates.task.difference
+    found = Student.of(candidates, choice)
+    return found, candidates.weights(choice), difference.base, difference.expert
 
 
 def shrunken(student, factor):
@@ -69,9 +86,9 @@ def test_slopes_are_the_derivatives_of_the_divergence_in_the_log_factors(student
 
 
 def test_the_divergence_is_that_of_the_evaluation(student):
-    found, artifact, base, expert = student
+    found, weights, base, expert = student
     kl, _ = divergence(found, expert, dict.fromkeys(found.names, 1.0))
-    wanted = evaluate(base, expert, artifact, TEXT, progress=False).kl
+    wanted = Reference(base, expert, TEXT, progress=False).divergence(weights)
     # The same float32 sums in another order.
     assert kl == pytest.approx(wanted, rel=1e-4)
 
@@ -132,55 +149,50 @@ def test_factors_scale_the_named_deltas_alone(student):
 
 
 @pytest.fixture(scope="module")
-def distilled(student, tmp_path_factory):
-    """(student, the factors learned, the artifact written with them)."""
-    found, artifact, base, expert = student
-    factors = {name: 1 + 0.3 * math.sin(i + 1) for i, name in enumerate(found.names)}
-    output = tmp_path_factory.mktemp("distilled") / "artifact"
-    name = artifact.root.name
-    recipe = RECIPES[name].model_copy(update={"distillation": STEPS})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compress_module, "_split", lambda *_: (TEXT, TEXT))
-        patch.setattr(compress_module, "distil", lambda *_: factors)
-        compress(base, expert, output, recipe, calibration=TEXT, held_out=[], progress=False)
-    return found, factors, Artifact(output)
+def distilled(chosen, student, tmp_path_factory):
+    """(factors, an artifact without and one with them)."""
+    candidates, choice = chosen
+    factors = {name: 1 + 0.3 * math.sin(i + 1) for i, name in enumerate(student[0].names)}
+    root = tmp_path_factory.mktemp("distilled")
+    for name, applied in (("plain", {}), ("scaled", factors)):
+        (root / name).mkdir()
+        weights = candidates.encoded(choice, applied)
+        write_artifact(candidates.task.difference, candidates.task.recipe, weights, root / name)
+    return factors, Artifact(root / "plain"), Artifact(root / "scaled")
 
 
-def test_factors_are_written_into_the_steps_alone(student, distilled):
-    before = load_file(student[1].root / "model.safetensors")
-    after = load_file(distilled[2].root / "model.safetensors")
+def test_factors_are_written_into_the_steps_alone(distilled):
+    before, after = (load_file(found.root / "model.safetensors") for found in distilled[1:])
     assert after.keys() == before.keys()
     changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
-    assert changed == {f"{name}.steps" for name in distilled[1]}
+    assert changed == {f"{name}.steps" for name in distilled[0]}
 
 
 def test_what_is_written_is_what_was_learned(student, distilled):
-    found, factors, artifact = distilled
-    written, learned = reconstructed(artifact, student[2]), found.scaled(factors)
+    found, factors = student[0], distilled[0]
+    written, learned = reconstructed(distilled[2], student[2]), found.scaled(factors)
     for name in found.names:
-        wanted = learned(name)
-        # Steps are rounded to 8 significant bits, at 2^-8 of the coded delta, in what was read and again
-        # in what is written.
-        coded = found.delta(name).abs() * factors[name] * 2 * 2**-8
-        assert ((written(name) - wanted).abs() <= coded + 1e-6).all()
+        # Steps are rounded to 8 significant bits, at 2^-8 of the coded delta.
+        coded = found.delta(name).abs() * factors[name] * 2**-8
+        assert ((written(name) - learned(name)).abs() <= coded + 1e-6).all()
 
 
 def test_distillation_has_text_that_codes_were_not_fitted_to():
-    recipe = Recipe(distillation=STEPS)
-    fitted, learned = compress_module._split(random_samples(272, 9, 8), recipe)
-    assert (len(fitted), len(learned)) == (7, 2)
-    assert not {id(sample) for sample in fitted} & {id(sample) for sample in learned}
+    text = random_samples(272, 9, 8)
+    task = Task.of(None, Recipe(distillation=STEPS), text, [])
+    assert task.fitted == text[:7]
+    assert task.learned == text[7:]
 
 
 def test_too_little_text_serves_both():
     text = random_samples(272, 3, 8)
-    fitted, learned = compress_module._split(text, Recipe(distillation=STEPS))
-    assert fitted == learned == text
+    task = Task.of(None, Recipe(distillation=STEPS), text, [])
+    assert task.fitted == task.learned == text
 
 
 def test_without_distillation_all_text_is_fitted_to():
     text = random_samples(272, 9, 8)
-    assert compress_module._split(text, Recipe())[0] == text
+    assert Task.of(None, Recipe(), text, []).fitted == text
 
 
 def test_an_expert_equal_to_its_base_has_nothing_to_learn(make_pair, tmp_path):

@@ -3,11 +3,12 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from deltamux.compression.artifact.artifact import WEIGHTS_FILE, Artifact
+from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.names import WEIGHTS_FILE
 from deltamux.compression.recipe import PRESETS, load_recipe
 from deltamux.serve.cli import app
-from deltamux.serve.worker.host_cache import BaseHashes, open_artifact
+from deltamux.serve.worker.host_cache import BaseHashes, open_expert
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ def test_each_preset_takes_more_than_the_one_before(compress, tmp_path):
     assert bits == sorted(bits)
     for totals, preset in zip(found, PRESETS.values(), strict=True):
         assert totals.bits_per_weight <= preset.allocation.bits
+        assert totals.slot_bits_per_weight <= preset.allocation.slot_bits
 
 
 def test_bits_bound_the_linears_with_all_their_bytes(compress):
@@ -40,6 +42,11 @@ def test_bits_bound_the_linears_with_all_their_bytes(compress):
     linear = sum(tensor.nbytes for name, tensor in tensors.items() if "_proj.weight." in name)
     assert totals.linear_bytes == linear
     assert 1.0 < linear * 8 / totals.linear_weights <= 1.5
+
+
+def test_slot_bits_bound_the_linears_in_a_slot(compress):
+    totals = compress("--bits", 3, "--slot-bits", 3).manifest.totals
+    assert 2 < totals.slot_bits_per_weight <= 3
 
 
 def test_a_budget_bounds_the_weights_file(compress):
@@ -70,6 +77,8 @@ def test_the_recipe_inside_repeats_the_compression(compress, tmp_path):
         (("--budget", "lots"), "budget must be a size like 25MB or 24MiB, got 'lots'"),
         (("--budget", "100B"), "num_bytes must be at least"),
         (("--bits", 0), "greater than 0"),
+        (("--slot-bits", 0), "greater than 0"),
+        (("--slot-bits", 0.2), "slot_bits 0.2 cannot be kept: no less than 0.5"),
         (("--target-kl", 1e-12), "target_kl 1e-12 cannot be met"),
     ],
 )
@@ -108,4 +117,4 @@ def test_a_lossless_artifact_is_refused_where_slots_would_hold_it(compress, make
     artifact = compress("--lossless")
     hashes = BaseHashes(open_checkpoint(make_pair()[0]), tmp_path / "hashes.json")
     with pytest.raises(ValueError, match="compressed with --lossless, which no slot holds"):
-        open_artifact(str(artifact.root), hashes)
+        open_expert(str(artifact.root), hashes, max_rank=64)

@@ -30,12 +30,13 @@ def logits_by_hand(base, artifact):
     model = load_model(base)
     parameters = dict(model.named_parameters())
     for name, entry in artifact.entries.items():
-        if entry.role == "norm":
-            parameters[name].copy_(artifact.vector(name))
-        elif entry.role == "bias":
-            parameters[name].add_(artifact.vector(name))
+        stored = artifact.stored(name)
+        if entry.kind == "replacement":
+            parameters[name].copy_(stored.weight_N)
+        elif entry.kind == "bias":
+            parameters[name].add_(stored.difference_N)
         else:
-            parameters[name].add_(artifact.quantized(name).dequantize())
+            parameters[name].add_(stored.delta.dequantize())
     return model(IDS).logits
 
 

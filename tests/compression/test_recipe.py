@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from deltamux.compression.recipe import PRESETS, Recipe, dump_recipe, load_recipe, me_switch
+from deltamux.compression.recipe import PRESETS, Recipe, dump_recipe, load_recipe
 from deltamux.compression.rounding.quantize import Scheme
 
 
@@ -18,17 +18,28 @@ def test_no_file_gives_entropy_coded_linears_at_one_bit():
     assert recipe.allocation.bits == 1
 
 
-def test_me_switch_has_two_bits_and_eight_salient_channels():
-    recipe = me_switch()
-    assert recipe.linear.fixed_scheme is Scheme.INT2
-    assert recipe.linear.salient_channels == 8
-    assert not recipe.linear.feedback
-    assert recipe.embedding.fixed_scheme is Scheme.INT4
-
-
 def test_presets_differ_in_bits():
-    bits = [PRESETS[name].allocation.bits for name in ("small", "balanced", "faithful")]
-    assert bits == sorted(set(bits))
+    limits = [PRESETS[name].allocation for name in ("small", "balanced", "faithful")]
+    assert [limit.bits for limit in limits] == [0.5, 1.0, 2.0]
+    assert [limit.slot_bits for limit in limits] == [1.7, 2.2, 4.2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({}, 2.2),
+        ({"allocation": {"bits": 1.0}}, 2.2),
+        ({"allocation": {"num_bytes": 9}}, 2.2),
+        ({"allocation": {"bits": 1.1}}, 4.2),
+        ({"allocation": {"target_kl": 0.1}}, 4.2),
+        ({"allocation": {"bits": 3.0, "slot_bits": 2.5}}, 2.5),
+        ({"linear": {"scheme": "int4"}}, None),
+        ({"linear": {"scheme": "int4"}, "allocation": {"slot_bits": 5.0}}, 5.0),
+        ({"lossless": True}, None),
+    ],
+)
+def test_the_limit_in_a_slot_goes_with_that_on_disk(settings, bits):
+    assert Recipe.model_validate(settings).limiting_slot_bits == bits
 
 
 def test_an_empty_file_gives_the_default(tmp_path):
@@ -53,10 +64,10 @@ def test_a_dumped_recipe_is_read_back(tmp_path):
 
 
 def test_a_dump_is_plain_yaml():
-    assert yaml.safe_load(dump_recipe(me_switch()))["linear"] == {
-        "scheme": "int2",
-        "salient_channels": 8,
-        "feedback": False,
+    assert yaml.safe_load(dump_recipe(Recipe()))["linear"] == {
+        "scheme": "coded",
+        "salient_channels": 0,
+        "feedback": True,
         "low_rank": True,
         "pruning": None,
     }
@@ -74,6 +85,7 @@ def test_a_dump_is_plain_yaml():
         ("allocation: {bits: 0}", "allocation.bits"),
         ("allocation: {bits: .inf}", "allocation.bits"),
         ("allocation: {num_bytes: 0}", "allocation.num_bytes"),
+        ("allocation: {slot_bits: 0}", "allocation.slot_bits"),
         ("allocation: {target_kl: .nan}", "allocation.target_kl"),
         ("allocation: {method: greedy}", "allocation.method"),
         ("distillation: {learning_rate: .inf}", "distillation.learning_rate"),

@@ -1,54 +1,61 @@
 import pytest
 import torch
 
-from deltamux.compression.artifact.artifact import TensorEntry
-from deltamux.compression.checkpoint.architecture import Role
+from deltamux.compression.artifact.stored import Encoded
+from deltamux.compression.artifact.matrices import Coded
+from deltamux.compression.checkpoint.architecture import Role, TensorSpec
+from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
 from deltamux.compression.choice import workspace as workspace_module
-from deltamux.compression.choice.workspace import Measured, Workspace, rung_name
+from deltamux.compression.choice.workspace import Ladder, Workspace
 
 KEY = {"base": {"w": "0" * 64}, "linear": {"scheme": "coded"}}
 
 
-def entry(name, num_bytes):
-    return TensorEntry(name=name, role=Role.LINEAR, shape=(2, 3), bytes=num_bytes, error=0.5)
+def rung(name, step):
+    codes = torch.ones(2, 3, dtype=torch.uint8)
+    delta = QuantizedDelta(Scheme.TERNARY, (2, 3), codes, torch.tensor([step, step]).bfloat16())
+    return Encoded.of(TensorSpec(name, Role.LINEAR, 3), Coded(delta), error=0.5)
 
 
 def save_layer(work, layer=3):
     """Two matrices, of which one name begins like the other, with two rungs and one."""
-    matrices = [
-        Measured("up.weight", layer, 1.5, (entry("up.weight", 8), entry("up.weight", 16))),
-        Measured("upper.weight", layer, 0.0, (entry("upper.weight", 8),)),
-    ]
-    tensors = {
-        rung_name("up.weight.steps", 0): torch.tensor([1.0]),
-        rung_name("up.weight.steps", 1): torch.tensor([2.0]),
-        rung_name("upper.weight.steps", 0): torch.tensor([3.0]),
+    rungs = {
+        "up.weight": [rung("up.weight", 1.0), rung("up.weight", 2.0)],
+        "upper.weight": [rung("upper.weight", 3.0)],
     }
-    work.save(layer, matrices, tensors)
-    return matrices
+    ladders = [
+        Ladder(name, layer, 1.5, tuple(each.entry for each in found))
+        for name, found in rungs.items()
+    ]
+    work.save(layer, ladders, rungs)
+    return ladders
+
+
+def step_of(work, ladder, index):
+    return work.rung(ladder, index).stored().delta.steps_R[0].item()
 
 
 def test_a_saved_layer_is_read_back(tmp_path):
     work = Workspace(tmp_path / "work", KEY)
-    matrices = save_layer(work)
+    ladders = save_layer(work)
     again = Workspace(tmp_path / "work", KEY)
     assert again.has(3)
-    assert again.measured(3) == matrices
-    assert again.tensors(matrices[0], 1)["up.weight.steps"].item() == 2
+    assert again.ladders(3) == ladders
+    assert step_of(again, ladders[0], 1) == 2
 
 
 def test_a_rung_s_tensors_are_found_by_matrix_and_rung(tmp_path):
     work = Workspace(tmp_path / "work", KEY)
-    up, more = save_layer(work)
-    assert set(work.tensors(more, 0)) == {"upper.weight.steps"}
-    assert work.tensors(up, 0)["up.weight.steps"].item() == 1
+    up, upper = save_layer(work)
+    assert set(work.rung(upper, 0).named_tensors()) == {"upper.weight.codes", "upper.weight.steps"}
+    assert (step_of(work, up, 0), step_of(work, upper, 0)) == (1, 3)
 
 
 def test_a_layer_of_unchanged_matrices_is_finished_and_empty(tmp_path):
     work = Workspace(tmp_path / "work", KEY)
     work.save(0, [], {})
     assert work.has(0)
-    assert work.measured(0) == []
+    assert work.ladders(0) == []
 
 
 def test_a_layer_interrupted_between_its_files_counts_as_not_begun(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from deltamux.serve.demo.server import free_port
 pytestmark = pytest.mark.vllm
 
 KEY = "a-key"
+OK, REFUSED = 200, "refused"
 ENTRY = [sys.executable, "-m", "deltamux.serve.container"]
 Change = Callable[[Path, dict[str, Any]], dict[str, str] | None]
 
@@ -137,7 +137,7 @@ def test_the_entry_command_ends_with_one_line(deployed: Path, case: str) -> None
         [*ENTRY, deployed / "deltamux.yaml"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=3000,
         check=False,
         env=os.environ | {KEY_VARIABLE: KEY, "PYTHONSAFEPATH": "1"} | changed,
     )
@@ -161,16 +161,19 @@ class Started:
     """A server from the entry command, and what a scraper got while it started."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: Any = None
     scrapes: list[int | str] = field(default_factory=list)
 
     def get(self, path: str, key: str = KEY) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx.get(f"{self.url}{path}", headers=headers, timeout=30)
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=300)
 
 
 @pytest.fixture
-def started(deployed: Path, server_environment: dict[str, str]) -> Iterator[Started]:
+def started(
+    deployed: Path, server_environment: dict[str, str], eventually: Callable[..., Any]
+) -> Iterator[Started]:
+    """A server that a scraper asked for its metrics from before it listened until it answered."""
     port = free_port()
     (deployed / "key").write_text(KEY)
     environment = server_environment | {
@@ -179,49 +182,48 @@ def started(deployed: Path, server_environment: dict[str, str]) -> Iterator[Star
         "HF_HOME": str(deployed / "cache" / "models"),
         "VLLM_CACHE_ROOT": str(deployed / "cache" / "vllm"),
     }
+    found = Started(f"http://127.0.0.1:{port}")
+    done = threading.Event()
+    scraper = threading.Thread(target=scrape, args=(found, done), daemon=True)
+    scraper.start()
+    eventually(lambda: found.scrapes)
     command = [*ENTRY, deployed / "deltamux.yaml", "--host", "127.0.0.1", "--port", str(port)]
     with (deployed / "log").open("wb") as log:
         process = subprocess.Popen(
             command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True
         )
-    found = Started(f"http://127.0.0.1:{port}", process)
-    serving = threading.Event()
-    scraper = threading.Thread(target=scrape, args=(found, serving))
-    scraper.start()
+    found.process = process
     try:
-        await_health(found, deployed / "log")
-        serving.set()
+        eventually(lambda: answers(found, deployed / "log") and OK in found.scrapes)
+        done.set()
         yield found
     finally:
-        serving.set()
+        done.set()
         scraper.join()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def scrape(server: Started, serving: threading.Event) -> None:
-    while not serving.wait(0.02):
+def scrape(server: Started, done: threading.Event) -> None:
+    while not done.wait(0.02):
         try:
             server.scrapes.append(httpx.get(f"{server.url}/metrics", timeout=10).status_code)
         except httpx.TransportError:
-            server.scrapes.append("refused")
+            server.scrapes.append(REFUSED)
 
 
-def await_health(server: Started, log: Path) -> None:
-    for _ in range(600):
-        assert server.process.poll() is None, log.read_text()
-        try:
-            if server.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(log.read_text())
+def answers(server: Started, log: Path) -> bool:
+    """Whether the server is healthy; fails where it has ended."""
+    assert server.process.poll() is None, log.read_text()
+    try:
+        return server.get("/health").status_code == OK
+    except httpx.TransportError:
+        return False
 
 
 def test_the_entry_command_serves_under_scrapes_and_drains_on_sigterm(started: Started) -> None:
-    assert set(started.scrapes) == {"refused", 200}
+    assert set(started.scrapes) == {REFUSED, OK}
     assert started.get("/v1/models").status_code == 200
     assert started.get("/v1/models", key="wrong").status_code == 401
     assert started.get("/v1/ready").json() == {"ready": True, "reasons": []}
@@ -238,7 +240,7 @@ def test_the_entry_command_serves_under_scrapes_and_drains_on_sigterm(started: S
     headers = {"Authorization": f"Bearer {KEY}"}
     url = f"{started.url}/v1/chat/completions"
     events = []
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=300) as response:
         for line in response.iter_lines():
             if not events and line:
                 started.process.send_signal(signal.SIGTERM)
@@ -246,7 +248,7 @@ def test_the_entry_command_serves_under_scrapes_and_drains_on_sigterm(started: S
                 events.append(line)
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 450
-    assert started.process.wait(60) == 0
+    assert started.process.wait(300) == 0
 
 
 def test_files_that_only_their_owner_reads_are_named(

@@ -207,12 +207,12 @@ def test_the_steps_of_the_cpu_image_lead_to_a_server_that_answers(image: Image) 
                 "messages": [{"role": "user", "content": "select the column of rows"}],
                 "max_tokens": 4,
             },
-            timeout=60,
+            timeout=300,
         )
         assert answer.json()["model"] == "sql"
         assert answer.headers["x-deltamux-reason"] == "router"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

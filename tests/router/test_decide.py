@@ -143,10 +143,10 @@ def test_the_middle_of_a_long_conversation_is_not_tokenized():
 
 
 def test_a_hundred_thousand_ids_take_bounded_time():
-    start = time.perf_counter()
+    # This thread's own time, so that what else runs on the machine does not count: below a millisecond.
+    start = time.thread_time()
     ROUTER.decide_ids([list(range(100_000)), [1] * 100_000])
-    # Under a millisecond is expected; the margin is for a busy machine.
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 def test_deciding_imports_no_training_library(tmp_path):

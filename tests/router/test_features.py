@@ -55,8 +55,8 @@ def test_ids_outside_the_vocabulary_are_dropped(alien):
 
 def test_a_huge_conversation_takes_bounded_time():
     turns = [[1] * 100_000] * 3 + [[2]] * 100_000
-    start = time.perf_counter()
+    # This thread's own time, so that what else runs on the machine does not count: milliseconds.
+    start = time.thread_time()
     ids = bounded_ids(turns, 10)
-    # Milliseconds are expected; a second allows for a busy machine.
-    assert time.perf_counter() - start < 1.0
+    assert time.thread_time() - start < 1.0
     assert ids.tolist() == [1] * 512 + [2] * 512

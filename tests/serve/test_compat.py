@@ -35,6 +35,20 @@ def test_a_symbol_that_is_gone_is_named() -> None:
         compat.symbol("json", "nothing_here")
 
 
+class Engine:
+    """An engine client without pins."""
+
+    def __getattr__(self, name: str) -> object:
+        if name == "pin_lora":
+            raise AttributeError(name)
+        return object()
+
+
+def test_an_engine_client_without_a_method_is_refused_by_its_name() -> None:
+    with pytest.raises(compat.VllmError, match=r"Engine of vLLM .* has no 'pin_lora'"):
+        compat.check_server(Engine(), object())
+
+
 PROBE = """
 import os, sys
 os.environ["VLLM_PLUGINS"] = sys.argv[1]
@@ -56,7 +70,7 @@ def test_the_manager_is_replaced_only_where_deltamux_is_asked_for(
         [sys.executable, "-W", "ignore", "-c", PROBE, plugins],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.stdout.split()[-1:] == [module], done.stderr

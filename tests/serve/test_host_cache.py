@@ -9,19 +9,12 @@ import torch
 
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.serve import status
-from deltamux.serve.worker.host_cache import (
-    BaseHashes,
-    HostCache,
-    HostExpert,
-    artifact_path,
-    host_expert,
-    versioned_path,
-)
-from deltamux.serve.worker.slots import NormPayload
+from deltamux.serve.names import artifact_path, versioned_path
+from deltamux.serve.worker.host_cache import BaseHashes, HostCache
 
 
-def expert(num_bytes: int) -> HostExpert:
-    return HostExpert({}, num_bytes)
+def expert(num_bytes: int) -> torch.Tensor:
+    return torch.zeros(num_bytes, dtype=torch.uint8)
 
 
 def test_the_least_recently_used_expert_leaves_first() -> None:
@@ -44,10 +37,6 @@ def test_pinned_experts_and_the_newest_stay_whatever_the_budget() -> None:
     cache.remove(1)
     assert cache.bytes_of(1) == 0
     assert cache.put(4, expert(45)) == [3]
-
-
-def test_an_experts_size_counts_its_tensors() -> None:
-    assert host_expert({"norm": NormPayload(torch.zeros(10))}).num_bytes == 40
 
 
 @pytest.mark.parametrize("path", ["/experts/math", "/home/a@b/math", "relative/math"])

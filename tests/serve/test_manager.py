@@ -9,21 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from deltamux.compression.artifact.artifact import content_hash
+from deltamux.compression.artifact.manifest import content_hash
+from deltamux.compression.image.layout import HEADER_BYTES, head_bytes
+from deltamux.serve.names import versioned_path
 from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE
-from deltamux.serve.worker.host_cache import versioned_path
 
 pytestmark = pytest.mark.vllm
-
-
-class Layer:
-    """Records what is loaded into which slot."""
-
-    def __init__(self) -> None:
-        self.loaded: list[tuple[int, Any]] = []
-
-    def load_slot(self, slot: int, payload: Any) -> None:
-        self.loaded.append((slot, payload))
 
 
 def config(base: Path, slots: int = 2, **parallel: int) -> SimpleNamespace:
@@ -44,11 +35,7 @@ def manager(
     from deltamux.serve.worker import manager as module
 
     monkeypatch.setenv(STATUS_DIRECTORY_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(module, "expert_payloads", lambda artifact, *_: {"layer": artifact})
-    monkeypatch.setattr(module, "host_expert", lambda payloads: module.HostExpert(payloads, 1))
-    made = module.ExpertManager(config(make_pair()[0]), torch.device("cpu"), {})
-    made.layers = {"layer": Layer()}
-    return made
+    return module.ExpertManager(config(make_pair()[0]), torch.device("cpu"), {})
 
 
 @pytest.fixture
@@ -66,6 +53,12 @@ def request_for(
         )
 
     return make
+
+
+def slot_changes(manager: Any, slot: int) -> bool:
+    """Whether a slot's records say that anything differs from the base."""
+    records = manager.slots.buffer[slot][HEADER_BYTES : head_bytes(len(manager.shapes))]
+    return bool(records.any())
 
 
 def step(manager: Any, *requests: SimpleNamespace) -> None:
@@ -99,7 +92,7 @@ def test_experts_of_the_batch_never_evict_each_other(
     step(manager, request_for(1), request_for(3))
     assert set(manager.resident) == {1, 3}
     slots = [manager.resident[1], manager.resident[3]]
-    assert manager.tokens.slot_of_row[:3].tolist() == [-1, *slots]
+    assert manager.rows.tokens.slot_of_row[:3].tolist() == [-1, *slots]
 
 
 def test_a_pinned_expert_leaves_last_and_only_for_a_batch_that_needs_every_slot(
@@ -138,16 +131,14 @@ def test_a_bad_expert_in_a_step_does_not_end_the_engine_and_recovers(
     weights.write_bytes(content[:-8])
     step(manager, request)
     assert "truncated" in manager.status.experts[1].error
-    assert manager.layers["layer"].loaded == [(0, None)]
+    assert not slot_changes(manager, 0)
     with pytest.raises(ValueError, match="truncated"):
         manager.add_adapter(request)
     weights.write_bytes(content)
     assert manager.add_adapter(request)
     assert manager.status.experts[1].error is None
     step(manager, request)
-    slot, payload = manager.layers["layer"].loaded[-1]
-    assert slot == manager.resident[1]
-    assert payload is not None
+    assert slot_changes(manager, manager.resident[1])
 
 
 def test_weights_that_changed_since_they_were_registered_are_not_served_under_the_old_name(
@@ -170,7 +161,7 @@ def test_whatever_fails_in_a_step_the_engine_goes_on(
     def broken(*_: object) -> None:
         raise RuntimeError("no memory today")
 
-    monkeypatch.setattr(module, "expert_payloads", broken)
+    monkeypatch.setattr(module, "open_expert", broken)
     step(manager, request_for(1))
     assert manager.status.experts[1].error == "no memory today"
 
@@ -205,7 +196,7 @@ def test_dummies_for_warm_up_change_nothing_and_disappear(
         for dummy in dummies:
             assert manager.add_dummy_lora(dummy, rank=8)
         step(manager, *dummies)
-    assert {payload for _, payload in manager.layers["layer"].loaded} == {None}
+    assert not any(slot_changes(manager, slot) for slot in (0, 1))
     assert manager.status.swaps == {}
     manager.remove_all_adapters()
     assert manager.list_adapters() == set()

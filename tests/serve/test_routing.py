@@ -63,7 +63,7 @@ def make(folder: Path, **options: Any) -> AutoRoute:
 def client(folder: Path) -> Iterator[TestClient]:
     app = FastAPI()
     app.include_router(routing_router)
-    app.state.deltamux_route = make(folder)
+    app.state.deltamux = SimpleNamespace(route=make(folder))
     with TestClient(app) as client:
         yield client
 
@@ -184,8 +184,8 @@ def test_leads_of_all_tokens_and_the_bias_sum_to_the_log_odds(
     route = make(folder)
     found = route.explain({"prompt": SQL})
     assert found is not None
-    assert route.generation is not None
-    router = route.generation.router
+    assert route.active is not None
+    router = route.active.router
     winner, other = (router.labels.index(found[key]) for key in ("domain", "runner_up"))
     bias = router.tables.bias[winner] - router.tables.bias[other]
     total = sum(token["lead"] for token in found["tokens"]) + bias / router.config.temperature
@@ -202,12 +202,12 @@ def test_an_expert_in_a_slot_answers_for_a_near_winner(folder: Path) -> None:
 
 def test_drift_compares_the_last_decisions_with_the_fit(folder: Path) -> None:
     route = make(folder)
-    assert route.generation is not None
-    assert route.generation.drift.figures()["mix"] is None
+    assert route.active is not None
+    assert route.active.drift.figures()["mix"] is None
     for _ in range(3):
         route.decide({"prompt": SQL})
     route.decide({"prompt": "hi you"})
-    figures = route.generation.drift.figures()
+    figures = route.active.drift.figures()
     assert figures["mix"] == {"general": 0.25, "math": 0.0, "sql": 0.75}
     fit = figures["fit_mix"]
     away = sum(abs(figures["mix"][name] - fit[name]) for name in fit) / 2
@@ -217,14 +217,14 @@ def test_drift_compares_the_last_decisions_with_the_fit(folder: Path) -> None:
     assert value("deltamux_router_domain_ratio", domain="sql") == 0.75
     assert value("deltamux_router_mix_distance") == pytest.approx(away)
     route.reload()
-    assert route.generation.drift.figures()["decisions"] == 0
+    assert route.active.drift.figures()["decisions"] == 0
 
 
 def test_the_window_of_drift_is_bounded(folder: Path) -> None:
     route = make(folder)
     decision, _ = route.decide({"prompt": SQL})
-    assert route.generation is not None
-    drift = Drift(route.generation.router.config)
+    assert route.active is not None
+    drift = Drift(route.active.router.config)
     for _ in range(WINDOW + 5):
         drift.observe(decision)
     assert drift.figures()["decisions"] == WINDOW

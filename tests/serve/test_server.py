@@ -39,7 +39,7 @@ class Site:
     def http(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {KEY}"}
         return httpx.request(
-            method, f"{self.server.url}{path}", headers=headers, timeout=60, **arguments
+            method, f"{self.server.url}{path}", headers=headers, timeout=300, **arguments
         )
 
     def ask(self, model: str, text: str = "what is it?", **arguments: Any) -> Any:

@@ -5,13 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deltamux.serve.settings import (
-    PluginSettings,
-    check_expert_name,
-    load_settings,
-    parse_bytes,
-    plugin_settings,
-)
+from deltamux.serve.names import check_expert_name
+from deltamux.serve.settings import PluginSettings, load_settings, plugin_settings
 
 FULL = {
     "version": 1,
@@ -35,14 +30,21 @@ def write(folder: Path, content: object) -> Path:
     [("8GiB", 8 * 2**30), ("500 MB", 500_000_000), ("1.5kib", 1536), (77, 77), ("10", 10)],
 )
 def test_sizes_have_units(text: object, expected: int) -> None:
-    assert parse_bytes(text) == expected
+    assert PluginSettings(host_cache=text).host_cache == expected
+    assert PluginSettings(slot={"bytes": text}).slot.bytes == expected
 
 
-@pytest.mark.parametrize("text", ["", "8 apples", "-1GB", "GiB", None])
-def test_a_size_that_is_none_is_refused_with_its_value(text: object) -> None:
-    with pytest.raises(ValueError, match="a size is a number") as caught:
-        parse_bytes(text)
-    assert repr(text) in str(caught.value)
+@pytest.mark.parametrize("text", ["", "8 apples", "-1GB", "GiB", -1, None])
+def test_a_size_that_is_none_is_refused_by_name(tmp_path: Path, text: object) -> None:
+    with pytest.raises(ValueError, match=r"host_cache: could not (parse|interpret)") as caught:
+        load_settings(write(tmp_path, FULL | {"host_cache": text}), {})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_slot_is_as_large_as_the_largest_expert_unless_its_size_is_given() -> None:
+    assert PluginSettings().slot.bytes == "auto"
+    with pytest.raises(ValueError, match="rank"):
+        PluginSettings(slot={"rank": -1})
 
 
 def test_a_full_configuration_is_read_with_paths_relative_to_its_folder(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
         ({"slotz": 2}, "slotz"),
         ({"slots": 0}, "slots"),
         ({"version": 2}, "version"),
-        ({"host_cache": "much"}, "a size is a number"),
+        ({"host_cache": "much"}, "host_cache: could not parse"),
         ({"experts": [{"name": "auto", "path": "x"}]}, "'auto'"),
         ({"experts": [{"name": "a/b", "path": "x"}]}, "name"),
         ({"experts": [{"name": "m", "path": "x"}, {"name": "m", "path": "y"}]}, "given twice"),

@@ -1,123 +1,172 @@
-"""Experts in the form that slots take."""
+"""Slots, and what every layer's op makes of them."""
 
 import pytest
 import torch
 
-from deltamux.compression.rounding.quantize import Scheme, quantize, quantize_changed_rows
+from deltamux.compression.image.dense import served_delta
+from deltamux.compression.image.layout import ImageReader, Record, assemble
+from deltamux.compression.image.weights import adapter_record, coded_record, vector_record
+from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
 from deltamux.serve.worker import ops
 from deltamux.serve.worker.rows import RowMap
-from deltamux.serve.worker.slots import (
-    MatrixSlots,
-    SlotPlan,
-    matrix_payload,
-    rows_payload,
-    signed_levels,
-    slot_bytes,
-)
+from deltamux.serve.worker.slots import Slots
 
 ops.define_ops()
 
 CPU = torch.device("cpu")
-PLAN = SlotPlan(slots=2, salient=3, dtype=torch.float32, device=CPU)
+NAMES = ["q", "k", "v", "norm"]
+SIZES = [12, 6, 20]
+COLUMNS = 40
+# float32: one rounding of each partial sum.
+TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("scheme", [scheme for scheme in Scheme if scheme.levels <= 16])
-def test_signed_levels_stand_for_exactly_the_same_delta(scheme: Scheme) -> None:
-    quantized = quantize(torch.randn(20, 40), scheme, torch.ones(40))
-    levels, steps = signed_levels(quantized)
-    assert int(levels.min()) >= -8
-    assert int(levels.max()) <= 7
-    assert torch.equal(levels.float() * steps.unsqueeze(1), quantized.dequantize())
+def coded(rows: int, seed: int) -> QuantizedDelta:
+    torch.manual_seed(seed)
+    codes = torch.randint(4, 13, (rows, COLUMNS), dtype=torch.uint8)
+    return QuantizedDelta(Scheme.INT4, (rows, COLUMNS), codes, torch.rand(rows).bfloat16())
 
 
-def test_dropped_channels_and_unchanged_rows_become_zeros() -> None:
-    delta = torch.randn(400, 64)
-    delta[:, 10:50] = 0
-    dropped = quantize(delta, Scheme.INT2, torch.ones(64))
-    assert dropped.channels_C is not None
-    levels, _ = signed_levels(dropped)
-    assert not levels[:, 10:50].any()
-    delta[5:300] = 0
-    rows = quantize_changed_rows(delta, Scheme.INT4)
-    levels, steps = signed_levels(rows)
-    assert not steps[5:300].any()
-    assert torch.equal(levels.float() * steps.unsqueeze(1), rows.dequantize())
+def images() -> list[torch.Tensor]:
+    """An expert of codes and a bias, and one of a LoRA adapter and a norm."""
+    with_bias = coded_record(coded(12, 0))
+    with_bias.sections |= vector_record(torch.randn(12)).sections
+    first: dict[int, Record] = {
+        0: with_bias,
+        2: coded_record(coded(20, 1)),
+    }
+    second: dict[int, Record] = {
+        1: adapter_record(torch.randn(3, COLUMNS), torch.randn(6, 3)),
+        3: vector_record(torch.rand(COLUMNS) + 0.5),
+    }
+    return [assemble(first, len(NAMES)), assemble(second, len(NAMES))]
 
 
-def test_a_merged_linear_keeps_its_slices_apart() -> None:
-    torch.manual_seed(0)
-    first = quantize(torch.randn(12, 40), Scheme.INT2, torch.ones(40), salient_channels=3)
-    third = quantize(torch.randn(20, 40), Scheme.TERNARY, torch.ones(40), salient_channels=2)
-    bias = torch.randn(12)
-    parts = [(12, first, bias), (6, None, None), (20, third, None)]
-    payload = matrix_payload(parts, 40, PLAN, has_bias=True)
-    slots = MatrixSlots(PLAN, 38, 40, 9, has_bias=True)
-    slots.load(1, payload)
-    rows = RowMap(4, 2, CPU)
+@pytest.fixture
+def slots() -> Slots:
+    made = Slots(2, 2**16, NAMES, CPU)
+    for slot, image in enumerate(images()):
+        made.load(slot, image)
+    return made
+
+
+def row_map(slots_of_rows: list[int], slots: int = 2) -> RowMap:
+    rows = RowMap(len(slots_of_rows) + 5, slots, CPU)
+    rows.update(slots_of_rows)
+    return rows
+
+
+def expected(y: torch.Tensor, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    result = y.clone()
+    for row, slot in enumerate(rows):
+        if slot < 0:
+            continue
+        reader = ImageReader(images()[slot])
+        deltas = [served_delta(reader, i, size, COLUMNS) for i, size in enumerate(SIZES)]
+        result[row] += torch.cat(deltas) @ x[row]
+        bias = vector(images()[slot], 0, 12)
+        if bias is not None:
+            result[row, :12] += bias
+    return result
+
+
+def vector(image: torch.Tensor, index: int, size: int) -> torch.Tensor | None:
+    slots = Slots(1, image.numel(), NAMES, CPU)
+    slots.load(0, image)
+    return slots.vector(0, index, size)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "op"])
+@pytest.mark.parametrize("rows", [[0, 1, -1, 0], [-1, -1], [1], [0, 0, 0, 0, 0], []], ids=str)
+def test_each_row_gets_its_own_experts_delta_and_the_base_keeps_its_bits(
+    slots: Slots, rows: list[int], direct: bool
+) -> None:
+    delta = ops.LinearDelta(slots, row_map(rows), direct, [0, 1, 2], SIZES, COLUMNS)
+    x, y = torch.randn(len(rows), COLUMNS), torch.randn(len(rows), sum(SIZES))
+    wanted, before = expected(y, x, rows), y.clone()
+    delta(y, x)
+    torch.testing.assert_close(y, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    for row, slot in enumerate(rows):
+        if slot < 0:
+            assert torch.equal(y[row], before[row])
+
+
+def test_a_row_does_not_depend_on_the_others(slots: Slots) -> None:
+    rows = [0, 1, -1, 1, 0, 0]
+    x, y = torch.randn(6, COLUMNS), torch.randn(6, sum(SIZES))
+    alone = y.clone()
+    ops.LinearDelta(slots, row_map(rows), True, [0, 1, 2], SIZES, COLUMNS)(y, x)
+    for row, slot in enumerate(rows):
+        one = ops.LinearDelta(slots, row_map([slot]), True, [0, 1, 2], SIZES, COLUMNS)
+        one(alone[row : row + 1], x[row : row + 1])
+    assert torch.equal(y, alone)
+
+
+def test_an_embedding_looks_up_the_rows_of_slots(slots: Slots) -> None:
+    ids, rows = torch.tensor([3, 19, 0, 3]), [0, 0, 1, -1]
+    y = torch.randn(4, COLUMNS)
+    before = y.clone()
+    ops.EmbeddingDelta(slots, row_map(rows), True, 2, 20, COLUMNS)(y, ids)
+    table = served_delta(ImageReader(images()[0]), 2, 20, COLUMNS)
+    torch.testing.assert_close(y[:2], before[:2] + table[ids[:2]])
+    assert torch.equal(y[2:], before[2:])
+
+
+@pytest.mark.parametrize("shape", [(3, COLUMNS), (3, 2, COLUMNS)], ids=str)
+def test_a_norm_is_replaced_where_the_expert_has_its_own(
+    slots: Slots, shape: tuple[int, ...]
+) -> None:
+    x, y = torch.randn(*shape), torch.randn(*shape)
+    before = y.clone()
+    ops.NormDelta(slots, row_map([0, 1, -1]), True, 3, 1e-6)(y, x)
+    weight = slots.vector(1, 3, COLUMNS)
+    assert weight is not None
+    unit = x[1] * torch.rsqrt(x[1].square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(y[1], unit * weight)
+    assert torch.equal(y[0], before[0])
+    assert torch.equal(y[2], before[2])
+
+
+def test_an_expert_leaves_nothing_of_the_one_before(slots: Slots) -> None:
+    slots.load(0, images()[1])
+    x, fresh = torch.randn(1, COLUMNS), torch.zeros(1, sum(SIZES))
+    reused = fresh.clone()
+    ops.LinearDelta(slots, row_map([0]), True, [0, 1, 2], SIZES, COLUMNS)(reused, x)
+    ops.LinearDelta(slots, row_map([1]), True, [0, 1, 2], SIZES, COLUMNS)(fresh, x)
+    assert torch.equal(reused, fresh)
+    assert slots.vector(0, 0, 12) is None
+
+
+def test_a_cleared_slot_changes_nothing(slots: Slots) -> None:
+    slots.clear(0)
+    y = torch.ones(1, sum(SIZES))
+    delta = ops.LinearDelta(slots, row_map([0]), True, [0, 1, 2], SIZES, COLUMNS)
+    delta(y, torch.randn(1, COLUMNS))
+    assert torch.equal(y, torch.ones(1, sum(SIZES)))
+
+
+def test_every_slot_starts_on_a_cache_line() -> None:
+    slots = Slots(3, 1000, NAMES, CPU)
+    assert slots.slot_bytes == 1024
+    assert slots.buffer.data_ptr() % 64 == 0
+
+
+def test_a_part_of_a_batch_has_a_map_of_its_own() -> None:
+    part = row_map([0, 1, 1, -1, 0]).span(1, 3)
+    assert part.count == 3
+    assert part.starts.tolist() == [1, 1, 3]
+    assert part.order[:3].tolist() == [2, 0, 1]
+
+
+def test_a_map_says_whether_any_row_belongs_to_a_slot() -> None:
+    assert row_map([-1, 1]).active
+    assert not row_map([-1, -1]).active
+    assert not row_map([]).active
+
+
+def test_rows_behind_the_batch_belong_to_nobody() -> None:
+    rows = RowMap(6, 2, CPU)
+    rows.update([0, 1, 0, 1])
     rows.update([1, 0])
-    x, y = torch.randn(2, 40), torch.zeros(2, 38)
-    torch.ops.deltamux.add_linear(
-        y,
-        x,
-        rows.slot_of_row,
-        rows.order,
-        rows.starts,
-        slots.codes,
-        slots.steps,
-        slots.channels,
-        slots.values,
-        slots.bias,
-    )
-    whole = torch.cat([first.dequantize(), torch.zeros(6, 40), third.dequantize()])
-    expected = whole @ x[0] + torch.cat([bias, torch.zeros(26)])
-    torch.testing.assert_close(y[0], expected, atol=1e-4, rtol=1e-4)
-    assert not y[1].any()
-
-
-def test_loading_an_expert_leaves_nothing_of_the_one_before() -> None:
-    torch.manual_seed(0)
-    rich = quantize(torch.randn(16, 32), Scheme.INT2, torch.ones(32), salient_channels=3)
-    plain = quantize(torch.randn(16, 32), Scheme.INT2, torch.ones(32))
-    reused, fresh = (MatrixSlots(PLAN, 16, 32, 3, has_bias=False) for _ in range(2))
-    reused.load(0, matrix_payload([(16, rich, None)], 32, PLAN, has_bias=False))
-    for slots in (reused, fresh):
-        slots.load(0, matrix_payload([(16, plain, None)], 32, PLAN, has_bias=False))
-    assert torch.equal(reused.codes[0], fresh.codes[0])
-    assert torch.equal(reused.steps[0], fresh.steps[0])
-    assert torch.equal(reused.values[0], fresh.values[0])
-    reused.clear(0)
-    assert not reused.steps[0].any()
-    assert not reused.values[0].any()
-
-
-def test_an_embeddings_rows_are_its_delta() -> None:
-    delta = torch.randn(20, 40)
-    delta[3:9] = 0
-    quantized = quantize_changed_rows(delta, Scheme.INT4)
-    payload = rows_payload(quantized, torch.float32)
-    levels = ops.unpack_nibbles(payload.codes, torch.float32)[:20, :40]
-    actual = levels * payload.steps_V[:20].unsqueeze(1)
-    assert torch.equal(actual, quantized.dequantize())
-
-
-def test_slot_bytes_counts_every_buffer() -> None:
-    slots = MatrixSlots(PLAN, 16, 32, 3, has_bias=True)
-    per_slot = 16 * 16 + 16 * 4 + 3 * 8 + 16 * 3 * 4 + 16 * 4
-    assert slot_bytes(slots) == 2 * per_slot
-
-
-def test_rows_are_grouped_by_slot_in_order() -> None:
-    rows = RowMap(10, 3, CPU)
-    rows.update([2, -1, 0, 2, -1, 0])
-    assert rows.starts.tolist() == [2, 4, 4, 6]
-    assert rows.order[2:4].tolist() == [2, 5]
-    assert rows.order[4:6].tolist() == [0, 3]
-    assert rows.slot_of_row.tolist() == [2, -1, 0, 2, -1, 0, -1, -1, -1, -1]
-
-
-def test_a_span_of_rows_is_numbered_from_its_start() -> None:
-    rows = RowMap(10, 3, CPU)
-    rows.update([2, -1, 0, 2, -1, 0])
-    span = rows.span(2, 3)
-    assert span.slot_of_row.tolist() == [0, 2, -1]
-    assert span.starts.tolist() == [1, 2, 2, 3]
+    assert rows.slot_of_row.tolist() == [1, 0, -1, -1, -1, -1]
+    assert rows.starts.tolist() == [0, 1, 2]

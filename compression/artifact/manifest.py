@@ -1,0 +1,184 @@
+"""`delta_config.json`: what an artifact is the delta of, what it holds, and what it was found to lose."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deltamux.compression.artifact.matrices import FactoredEntry
+from deltamux.compression.artifact.stored import Entry, ReplacementEntry
+from deltamux.compression.checkpoint.architecture import Role
+from deltamux.compression.names import FORMAT_VERSION, MANIFEST_FILE
+
+# Of the largest manifest that is read: ours take some hundred bytes a weight.
+MOST_BYTES = 16 * 1024**2
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BaseIdentity(_Model):
+    """The base that a delta belongs to: its name, and a SHA-256 for each of its tensors."""
+
+    source: str
+    revision: str | None = None
+    sha256: dict[str, str]
+
+
+class Totals(_Model):
+    """Sums over the artifact.
+
+    Attributes:
+        linear_weights: Weights in the base's linears.
+        linear_bytes: Bytes of their deltas in the file.
+        bits_per_weight: The same in bits, for each of those weights.
+        embedding_bytes: Bytes of embedding and lm_head.
+        other_bytes: Bytes of norms and biases.
+        weights_file_bytes: The weights file with its header.
+        expert_bytes: The uncompressed expert.
+        slot_bytes: The slot image with its head; None: no slot holds it.
+        slot_bits_per_weight: Bits in the image for each weight of a linear, records included.
+        slot_bits_overall: Bits of the whole image for each weight of the model.
+    """
+
+    linear_weights: int
+    linear_bytes: int
+    bits_per_weight: float
+    embedding_bytes: int
+    other_bytes: int
+    weights_file_bytes: int
+    expert_bytes: int
+    slot_bytes: int | None = None
+    slot_bits_per_weight: float | None = None
+    slot_bits_overall: float | None = None
+
+
+class Manifest(_Model):
+    """The content of the file; `sha256` is that of all the rest (`manifest_sha256`)."""
+
+    format: Literal["deltamux"] = "deltamux"
+    format_version: int = FORMAT_VERSION
+    deltamux_version: str
+    expert: str
+    base: BaseIdentity
+    tied_embeddings: bool
+    weights_sha256: str
+    tensors: list[Entry]
+    totals: Totals
+    verification: dict[str, float] | None = None
+    sha256: str = ""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of factors; 0: there are none."""
+        ranks = [entry.rank for entry in self.tensors if isinstance(entry, FactoredEntry)]
+        return max(ranks, default=0)
+
+    @property
+    def norms(self) -> frozenset[str]:
+        """The norms whose weight is replaced."""
+        return frozenset(e.name for e in self.tensors if isinstance(e, ReplacementEntry))
+
+    @property
+    def servable(self) -> bool:
+        """Whether a slot can hold all of it."""
+        return all(entry.slot_bytes is not None for entry in self.tensors)
+
+
+def deltamux_version() -> str:
+    """The installed version."""
+    return version("deltamux")
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and check the manifest of an artifact.
+
+    Raises:
+        ValueError: It is missing, newer than this version, or not a manifest.
+    """
+    path = root / MANIFEST_FILE
+    if not path.is_file():
+        raise ValueError(f"{str(root)!r} has no {MANIFEST_FILE}: it is not a compressed expert")
+    try:
+        content = _content(path)
+        if isinstance(content, dict):
+            refuse_newer(path, content.get("format_version", 0))
+        manifest = Manifest.model_validate(content)
+    except (OSError, ValueError, ValidationError) as error:
+        if "pip install" in str(error):
+            raise
+        raise ValueError(f"{str(path)!r} is not a manifest: {error}") from error
+    names = [entry.name for entry in manifest.tensors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{str(path)!r} is not a manifest: it lists a weight twice")
+    return manifest
+
+
+def write_manifest(manifest: Manifest, root: Path) -> Manifest:
+    """Write a manifest with the hash of its content; returns it."""
+    content = json.loads(manifest.model_dump_json(exclude_none=True))
+    sealed = manifest.model_copy(update={"sha256": manifest_sha256(content)})
+    (root / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=1, exclude_none=True))
+    return sealed
+
+
+def check_manifest(root: Path) -> None:
+    """Compare a manifest with the hash that it carries.
+
+    Raises:
+        ValueError: It was altered.
+    """
+    path = root / MANIFEST_FILE
+    content = _content(path)
+    if content.get("sha256") != manifest_sha256(content):
+        raise ValueError(
+            f"{str(path)!r} was altered: its content has another SHA-256 than it says; copy or "
+            "compress the expert again"
+        )
+
+
+def manifest_sha256(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content but for this hash itself, as JSON with sorted keys and no spaces."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_hash(root: Path) -> str:
+    """The identity of an expert's content, 16 hex digits.
+
+    It is the SHA-256 of the manifest, which itself carries the SHA-256 of the weights file.
+    """
+    return hashlib.sha256((root / MANIFEST_FILE).read_bytes()).hexdigest()[:16]
+
+
+def refuse_newer(path: Path, found: object) -> None:
+    """Refuse a format version that this version does not read.
+
+    Raises:
+        ValueError: It is newer, or no version.
+    """
+    if not isinstance(found, int):
+        raise ValueError(f"format_version is {found!r}")
+    if found > FORMAT_VERSION:
+        raise ValueError(
+            f"{str(path)!r} has format_version {found}, this deltamux reads up to {FORMAT_VERSION}: "
+            "pip install --upgrade deltamux"
+        )
+
+
+def linear_entries(manifest: Manifest) -> Iterator[Entry]:
+    """The decoder's linears among the changed weights."""
+    return (entry for entry in manifest.tensors if entry.role is Role.LINEAR)
+
+
+def _content(path: Path) -> Any:
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, manifests have up to {MOST_BYTES:,}")
+    return json.loads(path.read_text(encoding="utf-8"))

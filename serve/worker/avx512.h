@@ -1,0 +1,339 @@
+// AVX-512: a tile's 16 rows are one register. Included once for processors with VNNI and once for those
+// without: TARGET names the instructions, DOT(sums, codes, x) adds products of four bytes each.
+//
+// No include guard on purpose.
+
+namespace deltamux::AVX512_NAMESPACE {
+
+TARGET static inline __m512 load16(const void *x, Type type, ptrdiff_t at, __mmask16 mask) {
+    if (type == FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float *>(x) + at);
+    const uint16_t *half = static_cast<const uint16_t *>(x) + at;
+    __m256i bits = _mm256_maskz_loadu_epi16(mask, half);
+    if (type == FLOAT16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// To the nearest bfloat16, ties to even; not a number stays one.
+TARGET static inline __m256i to_bfloat16(__m512 value) {
+    __m512i bits = _mm512_castps_si512(value);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+TARGET static inline __mmask16 first(int count) {
+    return count >= LANES ? __mmask16(0xFFFF) : __mmask16((1u << (count < 0 ? 0 : count)) - 1);
+}
+
+// The largest magnitude of some numbers; what comes out for those that are none is any number.
+TARGET static inline float largest_of(const void *x, Type type, int start, int stop) {
+    if (type == FLOAT32) {
+        __m512 most = _mm512_setzero_ps();
+        for (int j = start; j < stop; j += LANES) {
+            most = _mm512_max_ps(most, _mm512_abs_ps(load16(x, type, j, first(stop - j))));
+        }
+        return _mm512_reduce_max_ps(most);
+    }
+    // Bits without the sign are in the order of the magnitudes.
+    const uint16_t *half = static_cast<const uint16_t *>(x);
+    const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
+    __m512i most = _mm512_setzero_si512();
+    for (int j = start; j < stop; j += 2 * LANES) {
+        __mmask32 mask = stop - j >= 32 ? ~0u : (1u << (stop - j)) - 1;
+        __m512i bits = _mm512_maskz_loadu_epi16(mask, half + j);
+        most = _mm512_max_epu16(most, _mm512_and_si512(bits, magnitude));
+    }
+    __m256i halves = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+    __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    // The instruction finds the least.
+    __m128i ones = _mm_set1_epi16(-1);
+    uint16_t found = uint16_t(~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(eight, ones)), 0));
+    return portable::load(&found, type, 0);
+}
+
+TARGET static void quantize(const void *x, Type type, int columns, int8_t *levels,
+                            ptrdiff_t stride, float *scales, float *sums) {
+    const __m128i transposed =
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    int units = (columns + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
+    for (int unit = 0, group = 0; unit < units; group++) {
+        int end = unit + units_of_group(std::min(units - unit, RUN_UNITS - unit % RUN_UNITS));
+        int start = unit * UNIT_COLUMNS, stop = std::min(end * UNIT_COLUMNS, columns);
+        float largest = largest_of(x, type, start, stop);
+        const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+        __m512i sum = _mm512_setzero_si512();
+        for (; unit < end; unit++) {
+            int8_t *out = levels + unit * stride;
+            for (int j = unit * UNIT_COLUMNS; j < (unit + 1) * UNIT_COLUMNS; j += LANES, out += LANES) {
+                __m512 value = _mm512_mul_ps(load16(x, type, j, first(stop - j)), inverse);
+                __m512i rounded = _mm512_cvtps_epi32(value);
+                sum = _mm512_add_epi32(sum, rounded);
+                __m128i bytes = _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(rounded), transposed);
+                _mm_store_si128(reinterpret_cast<__m128i *>(out), bytes);
+            }
+        }
+        scales[group] = largest / 127.0f;
+        sums[group] = float(_mm512_reduce_add_epi32(sum));
+    }
+}
+
+TARGET static void widen(const void *x, Type type, int columns, float *wide) {
+    for (int j = 0; j < columns; j += LANES) {
+        __mmask16 mask = first(columns - j);
+        _mm512_mask_storeu_ps(wide + j, mask, load16(x, type, j, mask));
+    }
+}
+
+TARGET static inline __m128i load_bytes(const uint8_t *bytes) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes));
+}
+
+// 16 bytes of 16 rows as four registers, word i of row r in lane r of the i-th.
+TARGET static inline void load_words(const uint8_t *const rows[LANES], ptrdiff_t at,
+                                     __m512i words[4]) {
+    __m512i four[4];
+    for (int r = 0; r < 4; r++) {
+        __m512i quarter = _mm512_castsi128_si512(load_bytes(rows[r] + at));
+        quarter = _mm512_inserti32x4(quarter, load_bytes(rows[r + 4] + at), 1);
+        quarter = _mm512_inserti32x4(quarter, load_bytes(rows[r + 8] + at), 2);
+        four[r] = _mm512_inserti32x4(quarter, load_bytes(rows[r + 12] + at), 3);
+    }
+    __m512i low01 = _mm512_unpacklo_epi32(four[0], four[1]);
+    __m512i high01 = _mm512_unpackhi_epi32(four[0], four[1]);
+    __m512i low23 = _mm512_unpacklo_epi32(four[2], four[3]);
+    __m512i high23 = _mm512_unpackhi_epi32(four[2], four[3]);
+    words[0] = _mm512_unpacklo_epi64(low01, low23);
+    words[1] = _mm512_unpackhi_epi64(low01, low23);
+    words[2] = _mm512_unpacklo_epi64(high01, high23);
+    words[3] = _mm512_unpackhi_epi64(high01, high23);
+}
+
+// Where B then A else C; and A and B, or C.
+constexpr int SELECT = 0xE2, AND_OR = 0xEA;
+
+template <int Q>
+TARGET static inline __m512i codes_at(__m512i word, __m512i offset) {
+    // The offset has none of a code's bits: or adds it.
+    __m512i moved = _mm512_srli_epi32(word, 2 * Q);
+    return _mm512_ternarylogic_epi32(moved, _mm512_set1_epi8(3), offset, AND_OR);
+}
+
+template <int Q>
+TARGET static inline __m512i codes_at(__m512i word, __m512i upper, __m512i offset) {
+    __m512i moved = _mm512_srli_epi32(word, 2 * Q);
+    upper = Q ? _mm512_srli_epi32(upper, Q ? 2 * Q - 2 : 0) : _mm512_slli_epi32(upper, 2);
+    __m512i code = _mm512_ternarylogic_epi32(moved, _mm512_set1_epi8(3), upper, SELECT);
+    return _mm512_add_epi8(_mm512_and_si512(code, _mm512_set1_epi8(15)), offset);
+}
+
+TARGET static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
+                          uint8_t *codes) {
+    const __m512i added = _mm512_set1_epi8(char(offset));
+    for (int unit = 0; unit < units; unit++) {
+        __m512i words[4], upper[4];
+        ptrdiff_t at = ptrdiff_t(unit) * UNIT_PLANE_BYTES;
+        load_words(rows, at, words);
+        if (second) load_words(rows, second + at, upper);
+        for (int i = 0; i < 4; i++) {
+            __m512i *out = reinterpret_cast<__m512i *>(codes) + 4 * i;
+            if (second) {
+                _mm512_store_si512(out, codes_at<0>(words[i], upper[i], added));
+                _mm512_store_si512(out + 1, codes_at<1>(words[i], upper[i], added));
+                _mm512_store_si512(out + 2, codes_at<2>(words[i], upper[i], added));
+                _mm512_store_si512(out + 3, codes_at<3>(words[i], upper[i], added));
+            } else {
+                _mm512_store_si512(out, codes_at<0>(words[i], added));
+                _mm512_store_si512(out + 1, codes_at<1>(words[i], added));
+                _mm512_store_si512(out + 2, codes_at<2>(words[i], added));
+                _mm512_store_si512(out + 3, codes_at<3>(words[i], added));
+            }
+        }
+        codes += UNIT_CODES;
+    }
+}
+
+// The tokens of a panel, their sums in `SETS` registers each, so that few need not wait for one another.
+template <int TOKENS, int SETS>
+TARGET static inline void multiply_panel(const Codes &run, const Inputs &inputs, int panel, float zero,
+                                         float *tile) {
+    constexpr ptrdiff_t unit_bytes = TOKENS * UNIT_COLUMNS;
+    const uint8_t *codes = run.codes;
+    bool fresh = run.first == 0;
+    const int8_t *x = inputs.levels + ptrdiff_t(panel) * PANEL * inputs.units * UNIT_COLUMNS;
+    x += run.first * unit_bytes;
+    ptrdiff_t scale = ptrdiff_t(panel) * PANEL * inputs.groups + run.first / GROUP_UNITS;
+    tile += ptrdiff_t(panel) * PANEL * LANES;
+    for (int left = run.units, units; left > 0; left -= units, scale++, fresh = false) {
+        __m512i sums[TOKENS][SETS];
+        for (int t = 0; t < TOKENS; t++) {
+            for (int set = 0; set < SETS; set++) sums[t][set] = _mm512_setzero_si512();
+        }
+        units = units_of_group(left);
+        for (int unit = 0; unit < units; unit++, x += unit_bytes) {
+            for (int at = 0; at < UNIT_COLUMNS; at += 4 * SETS) {
+                for (int set = 0; set < SETS; set++) {
+                    __m512i code = _mm512_load_si512(codes);
+                    codes += 4 * LANES;
+                    for (int t = 0; t < TOKENS; t++) {
+                        int32_t four;
+                        std::memcpy(&four, x + t * UNIT_COLUMNS + at + 4 * set, sizeof four);
+                        DOT(sums[t][set], code, _mm512_set1_epi32(four));
+                    }
+                }
+            }
+        }
+        for (int t = 0; t < TOKENS; t++) {
+            for (int set = 1; set < SETS; set++) {
+                sums[t][0] = _mm512_add_epi32(sums[t][0], sums[t][set]);
+            }
+            ptrdiff_t at = scale + t * inputs.groups;
+            __m512 sum = _mm512_cvtepi32_ps(sums[t][0]);
+            sum = _mm512_fnmadd_ps(_mm512_set1_ps(inputs.sums[at]), _mm512_set1_ps(zero), sum);
+            __m512 total = fresh ? _mm512_setzero_ps() : _mm512_load_ps(tile + t * LANES);
+            total = _mm512_fmadd_ps(sum, _mm512_set1_ps(inputs.scales[at]), total);
+            _mm512_store_ps(tile + t * LANES, total);
+        }
+    }
+}
+
+TARGET static void multiply_block(const Codes &codes, const Inputs &inputs, float zero, float *tile) {
+    for (int panel = 0; panel * PANEL < inputs.tokens; panel++) {
+        switch (panel_tokens(inputs.tokens, panel)) {
+#define CASE(tokens, sets) \
+    case tokens: \
+        multiply_panel<tokens, sets>(codes, inputs, panel, zero, tile); \
+        break;
+            CASE(1, 8) CASE(2, 4) CASE(3, 4) CASE(4, 2) CASE(5, 2) CASE(6, 2) CASE(7, 2) CASE(8, 2)
+            CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1) CASE(13, 1) CASE(14, 1) CASE(15, 1)
+            CASE(16, 1)
+#undef CASE
+        }
+    }
+}
+
+TARGET static void multiply(const Codes &codes, const Inputs &inputs, float zero, float *tiles) {
+    for (int block = 0; block < codes.blocks; block++) {
+        const uint8_t *start = codes.codes + ptrdiff_t(block) * codes.units * UNIT_CODES;
+        multiply_block({start, codes.first, codes.units, 1}, inputs, zero,
+                       tiles + ptrdiff_t(block) * inputs.tokens * LANES);
+    }
+}
+
+// As above in float32: codes of a column become numbers once for all tokens of the panel.
+template <int TOKENS>
+TARGET static inline void multiply_exact_panel(const Codes &run, const Inputs &inputs, int panel,
+                                               float zero, float *tile) {
+    constexpr ptrdiff_t unit_floats = TOKENS * UNIT_COLUMNS;
+    const __m512 zeros = _mm512_set1_ps(zero);
+    const __m512i byte = _mm512_set1_epi32(255);
+    const uint8_t *codes = run.codes;
+    bool fresh = run.first == 0;
+    const float *x = inputs.exact + ptrdiff_t(panel) * PANEL * inputs.units * UNIT_COLUMNS;
+    x += run.first * unit_floats;
+    tile += ptrdiff_t(panel) * PANEL * LANES;
+    for (int left = run.units, units; left > 0; left -= units, fresh = false) {
+        __m512 sums[TOKENS];
+        for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
+        units = units_of_group(left);
+        for (int unit = 0; unit < units; unit++, x += unit_floats) {
+            for (int at = 0; at < UNIT_COLUMNS; at += 4) {
+                __m512i code = _mm512_load_si512(codes);
+                codes += 4 * LANES;
+                for (int e = 0; e < 4; e++) {
+                    __m512 level = _mm512_cvtepi32_ps(_mm512_and_si512(code, byte));
+                    level = _mm512_sub_ps(level, zeros);
+                    code = _mm512_srli_epi32(code, 8);
+                    for (int t = 0; t < TOKENS; t++) {
+                        __m512 value = _mm512_set1_ps(x[t * UNIT_COLUMNS + at + e]);
+                        sums[t] = _mm512_fmadd_ps(level, value, sums[t]);
+                    }
+                }
+            }
+        }
+        for (int t = 0; t < TOKENS; t++) {
+            __m512 total = fresh ? _mm512_setzero_ps() : _mm512_load_ps(tile + t * LANES);
+            _mm512_store_ps(tile + t * LANES, _mm512_add_ps(total, sums[t]));
+        }
+    }
+}
+
+// One block of rows is what `blocks` asks for.
+TARGET static void multiply_exact(const Codes &codes, const Inputs &inputs, float zero, float *tile) {
+    for (int panel = 0; panel * PANEL < inputs.tokens; panel++) {
+        switch (panel_tokens(inputs.tokens, panel)) {
+#define CASE(tokens) \
+    case tokens: \
+        multiply_exact_panel<tokens>(codes, inputs, panel, zero, tile); \
+        break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+            CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
+#undef CASE
+        }
+    }
+}
+
+TARGET static float dot(const void *a, Type type, const float *x, int columns) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int j = 0; j < columns; j += LANES) {
+        __mmask16 mask = first(columns - j);
+        sum = _mm512_fmadd_ps(load16(a, type, j, mask), _mm512_maskz_loadu_ps(mask, x + j), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+TARGET static float dot_int8(const int8_t *a, const float *x, int columns) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int j = 0; j < columns; j += LANES) {
+        __mmask16 mask = first(columns - j);
+        __m512 level = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, a + j)));
+        sum = _mm512_fmadd_ps(level, _mm512_maskz_loadu_ps(mask, x + j), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+TARGET static void add_outer(const float *values, const float *h, ptrdiff_t h_stride, int tokens,
+                             int rank, float *tile) {
+    for (int t = 0; t < tokens; t++, h += h_stride, tile += LANES) {
+        __m512 sum = _mm512_loadu_ps(tile);
+        for (int r = 0; r < rank; r++) {
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + r * LANES), _mm512_set1_ps(h[r]), sum);
+        }
+        _mm512_storeu_ps(tile, sum);
+    }
+}
+
+TARGET static void scale(const float *steps, int tokens, float *tile) {
+    __m512 step = _mm512_loadu_ps(steps);
+    for (int t = 0; t < tokens; t++, tile += LANES) {
+        _mm512_storeu_ps(tile, _mm512_mul_ps(_mm512_loadu_ps(tile), step));
+    }
+}
+
+TARGET static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT, AHEAD = 16;
+    __mmask16 mask = first(lanes);
+    for (int t = 0; t < tokens; t++, tile += LANES) {
+        char *row = y.first + y.order[t] * y.stride;
+        // Rows lie far from each other: those that come next are asked for.
+        if (t + AHEAD < tokens) __builtin_prefetch(y.first + y.order[t + AHEAD] * y.stride, 1);
+        __m512 sum = _mm512_add_ps(load16(row, y.type, 0, mask), _mm512_loadu_ps(tile));
+        if (y.type == FLOAT32) {
+            _mm512_mask_storeu_ps(row, mask, sum);
+        } else {
+            __m256i half = y.type == FLOAT16 ? _mm512_cvtps_ph(sum, nearest) : to_bfloat16(sum);
+            _mm256_mask_storeu_epi16(row, mask, half);
+        }
+    }
+}
+
+static int blocks(int) { return 1; }
+
+static const Kernels KERNELS = {
+    NAME,     quantize, widen, unpack,    multiply, multiply_exact,
+    dot,      dot_int8, scale, add_outer, add_to,   blocks,
+    nullptr,  nullptr,
+};
+
+}  // namespace deltamux::AVX512_NAMESPACE

@@ -1,0 +1,107 @@
+"""What a slot has room for, from the experts that are configured.
+
+    slot = the largest configured expert's image, or `slot.bytes`
+
+Where no expert is configured, a slot holds two planes for every weight: whatever the format can hold.
+"""
+
+import logging
+from dataclasses import dataclass
+from math import prod
+
+from deltamux.compression.checkpoint.architecture import FINAL_NORM, OTHER_NORMS
+from deltamux.compression.image.build import Shapes
+from deltamux.compression.image.layout import head_bytes, section_bytes
+from deltamux.compression.image.planes import row_stride
+from deltamux.compression.image.source import Source, open_source
+from deltamux.serve.settings import PluginSettings
+
+logger = logging.getLogger("vllm.deltamux")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What every slot has room for.
+
+    Attributes:
+        num_bytes: Its size.
+        rank: The largest rank of factors.
+        norms: The base's norm weights that an expert may replace.
+    """
+
+    num_bytes: int
+    rank: int
+    norms: frozenset[str]
+
+    def check(self, source: Source, num_bytes: int) -> None:
+        """Refuse an expert that needs more.
+
+        Args:
+            source: The expert.
+            num_bytes: What its image takes.
+
+        Raises:
+            ValueError: The message has both figures and the way out.
+        """
+        if num_bytes > self.num_bytes:
+            raise ValueError(
+                f"{str(source.root)!r} takes {num_bytes:,} bytes in a slot, slots have "
+                f"{self.num_bytes:,}: compress it with fewer --slot-bits, or set slot.bytes to "
+                f"{num_bytes} or more and restart"
+            )
+        if source.rank > self.rank:
+            raise ValueError(
+                f"{str(source.root)!r} has factors of rank {source.rank}, slots take up to "
+                f"{self.rank}: raise slot.rank and restart"
+            )
+        other = sorted(source.norms - self.norms)
+        if other:
+            raise ValueError(
+                f"{str(source.root)!r} replaces {other[0]!r}, which no configured expert does: name "
+                "it under `experts` and restart"
+            )
+
+
+def capacity(settings: PluginSettings, shapes: Shapes, on_cpu: bool) -> Capacity:
+    """The capacity that the settings ask for.
+
+    Args:
+        settings: Slot settings and configured experts; one that cannot be read is refused when it is loaded.
+        shapes: Of the base's tensors.
+        on_cpu: Whether the slots are in host memory.
+    """
+    sources = list(_readable(settings))
+    norms = {name for name in shapes if _may_always_change(name)}
+    norms |= {name for source in sources for name in source.norms}
+    largest = max((each.image_bytes(shapes) for each in sources), default=largest_image(shapes))
+    size = largest if settings.slot.bytes == "auto" else int(settings.slot.bytes)
+    rank = settings.slot.largest_rank
+    if settings.slot.rank == "auto" and not on_cpu:
+        rank = max((source.rank for source in sources), default=0)
+    return Capacity(size, rank, frozenset(norms))
+
+
+def largest_image(shapes: Shapes) -> int:
+    """Bytes of an image with two planes and a step a row for every matrix."""
+    sizes = [
+        2 * section_bytes(shape[0] * row_stride(shape[1])) + section_bytes(2 * shape[0])
+        for shape in shapes.values()
+        if len(shape) == 2
+    ]
+    vectors = [section_bytes(4 * prod(shape)) for shape in shapes.values() if len(shape) == 1]
+    return head_bytes(len(shapes)) + sum(sizes) + sum(vectors)
+
+
+def _may_always_change(name: str) -> bool:
+    """Whether a norm's change cannot be folded into linears behind it."""
+    return name == FINAL_NORM or name.removesuffix(".weight").endswith(OTHER_NORMS)
+
+
+def _readable(settings: PluginSettings) -> list[Source]:
+    found = []
+    for expert in settings.experts:
+        try:
+            found.append(open_source(expert.path, settings.slot.largest_rank))
+        except (ValueError, OSError) as error:
+            logger.debug("deltamux: %s does not count for slots: %s", expert.name, error)
+    return found

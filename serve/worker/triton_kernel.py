@@ -1,0 +1,243 @@
+"""The grouped product: one launch adds the deltas of all slots and slices of a layer to its output.
+
+A program has a tile of rows of one slice and one group of the batch (rows of one slot). It reads
+the slot's record, multiplies and adds its tile into y; programs without work return after one load.
+
+Shapes: N rows of the tile, M rows of the group, K columns, S slots.
+"""
+
+import triton
+import triton.language as tl
+
+from deltamux.serve.worker.triton_codes import product_many, product_one
+from deltamux.serve.worker.triton_digits import CHUNK
+from deltamux.serve.worker.triton_image import (
+    CHANNELS,
+    ESCAPES,
+    GROUP,
+    PLANE0,
+    PLANES,
+    STARTS,
+    VECTOR,
+    ZERO,
+    coded_row,
+    group_of,
+    number,
+    record_of,
+    section,
+    steps_of,
+    vector_of,
+)
+from deltamux.serve.worker.triton_rest import (
+    channels_many,
+    channels_one,
+    escapes_many,
+    escapes_one,
+    first_escapes,
+)
+
+_WIDTH: tl.constexpr = tl.constexpr(GROUP)
+_CHUNK: tl.constexpr = tl.constexpr(CHUNK)
+
+
+@triton.jit
+def slice_of(
+    tile, entry0, entry1, entry2, entry3, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    N3: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Entry, first row, rows, first column of y and number of the slice that a tile lies in."""
+    tiles0: tl.constexpr = (N0 + BN - 1) // BN
+    tiles1: tl.constexpr = tiles0 + (N1 + BN - 1) // BN
+    tiles2: tl.constexpr = tiles1 + (N2 + BN - 1) // BN
+    entry, start, rows, column, part = entry0, tile * BN, N0, 0, 0
+    if N1 > 0 and tile >= tiles0:
+        entry, start, rows, column, part = entry1, (tile - tiles0) * BN, N1, N0, 1
+    if N2 > 0 and tile >= tiles1:
+        entry, start, rows, column, part = entry2, (tile - tiles1) * BN, N2, N0 + N1, 2
+    if N3 > 0 and tile >= tiles2:
+        entry, start, rows, column, part = entry3, (tile - tiles2) * BN, N3, N0 + N1 + N2, 3
+    return entry, start, rows, column, part
+
+
+@triton.jit
+def fetch_ahead(image, record, row_N, K: tl.constexpr):
+    """Ask for the tile's bytes of plane 0 and starts of escapes to come into the L2 cache."""
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    blocks: tl.constexpr = (K + 4095) // 4096
+    lines: tl.constexpr = triton.next_power_of_2((bytes + 127) // 128)
+    plane = section(image, record, PLANE0, tl.uint8)
+    line_L = tl.minimum(tl.arange(0, lines) * 128, bytes - 1)
+    at = plane + row_N[:, None].to(tl.int64) * bytes + line_L[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+    starts = section(image, record, STARTS, tl.int32) + row_N * blocks
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [starts.to(tl.int64)], tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _row_parts(
+    at_N, image, record, n_N, row_N, known_N, K: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """What a tile needs beside its codes: y, steps, vector, first escapes."""
+    y_N = tl.load(at_N, mask=known_N, other=0.0).to(tl.float32)
+    y_N += vector_of(image, record, n_N, known_N)
+    step_N = steps_of(image, record, row_N)
+    begin_N, end_N, ahead = first_escapes(image, record, row_N, known_N, K, WIDTH)
+    return y_N, step_N, begin_N, end_N, ahead
+
+
+@triton.jit
+def meta_size(K: tl.constexpr):
+    """Numbers of a place in `meta`: its scale and the sums of its chunks."""
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    return 1 + (bytes + _CHUNK - 1) // _CHUNK
+
+
+@triton.jit
+def total_of(meta, places, inside, K: tl.constexpr):
+    """Σ q of places."""
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    total = tl.load(meta + places * meta_size(K) + 1, mask=inside, other=0.0)
+    for chunk in tl.static_range(1, (bytes + _CHUNK - 1) // _CHUNK):
+        total += tl.load(meta + places * meta_size(K) + 1 + chunk, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _tile_one(
+    at_N, image, record, digits, levels, meta, n_N, row_N, known_N, K: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, WIDTH: tl.constexpr, FETCH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WAIT: tl.constexpr,
+):  # fmt: skip
+    """Add the delta of one row of the batch to y at `at_N`."""
+    codes_N = tl.zeros([BN], tl.float32)
+    planes = tl.load(record + PLANES)
+    zero = tl.where(planes > 0, number(record, ZERO), 0.0)
+    if FETCH:
+        y_N, step_N, begin_N, end_N, ahead = _row_parts(
+            at_N, image, record, n_N, row_N, known_N, K, WIDTH
+        )
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+    for p in tl.range(0, planes):
+        plane = section(image, record, PLANE0 + p, tl.uint8)
+        value_N = product_one(plane, digits, row_N, K, BN, BB, UNROLL, SPLIT, STAGES, ASSEMBLY)
+        codes_N += value_N * tl.where(p == 0, 1.0, 4.0)
+    if not FETCH:
+        y_N, step_N, begin_N, end_N, ahead = _row_parts(
+            at_N, image, record, n_N, row_N, known_N, K, WIDTH
+        )
+    scale, total = tl.load(meta), total_of(meta, 0, True, K)
+    codes_N += escapes_one(
+        image, record, levels, row_N, begin_N, end_N, ahead, K, BN, WIDTH
+    )  # fmt: skip
+    rest_N = channels_one(image, record, levels, n_N, known_N, BN)
+    y_N += ((codes_N - zero * total) * step_N + rest_N) * scale
+    tl.store(at_N, y_N.to(at_N.dtype.element_ty), mask=known_N)
+
+
+@triton.jit
+def _tile_many(
+    image, record, digits, columns, meta, count, n_N, row_N, known_N, K: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """The delta of a group, float32 [N, M]."""
+    codes_NM = tl.zeros([BN, _WIDTH], tl.float32)
+    planes = tl.load(record + PLANES)
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+    for p in tl.range(0, planes):
+        plane = section(image, record, PLANE0 + p, tl.uint8)
+        value_NM = product_many(plane, digits, row_N, K, BN, BB, SPLIT, STAGES, ASSEMBLY)
+        codes_NM += value_NM * tl.where(p == 0, 1.0, 4.0)
+    step_N = steps_of(image, record, row_N)
+    bias_N = vector_of(image, record, n_N, known_N)
+    m_M = tl.arange(0, _WIDTH)
+    scale_M = tl.load(meta + m_M * meta_size(K), mask=m_M < count, other=0.0)
+    total_M = total_of(meta, m_M, m_M < count, K)
+    zero = tl.where(planes > 0, number(record, ZERO), 0.0)
+    codes_NM += escapes_many(image, record, columns, row_N, known_N, K, BN, WIDTH)
+    codes_NM -= zero * total_M[None, :]
+    rest_NM = channels_many(image, record, columns, n_N, known_N, BN)
+    return (codes_NM * step_N[:, None] + rest_NM) * scale_M[None, :] + bias_N[:, None]
+
+
+@triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3", "most", "skipped"])
+def product_kernel(
+    y, y_stride, digits, levels, columns, meta, slot_of_row, order, starts, slots, slot_bytes,
+    entry0, entry1, entry2, entry3, most, skipped,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr,
+    SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+    UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    BB_MANY: tl.constexpr, STAGES_MANY: tl.constexpr, WIDTH_MANY: tl.constexpr,
+    MANY: tl.constexpr, MAPPED: tl.constexpr, FETCH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WAIT: tl.constexpr,
+):  # fmt: skip
+    """y[rows of s] += x Δ̂_sᵀ + bias_s; grid (tiles of all slices, groups).
+
+    Args:
+        y: [T, N of all slices], written in place.
+        digits: The batch's inputs: see `triton_digits.py`, like `levels`, `columns`, `meta`.
+        entry0: Record of the first slice.
+        most: Slots with more rows are left out.
+        skipped: Groups in front of the first.
+        N0: Rows of the first slice; a slice that the layer lacks has none.
+        MANY: Whether the batch has more than one row.
+        FETCH: Whether to ask for all that a tile needs before the inputs are there.
+        WAIT: Whether the launch may begin before the one ahead of it has ended.
+    """
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    entry, start, rows, column, _ = slice_of(
+        tl.program_id(0), entry0, entry1, entry2, entry3, N0, N1, N2, N3, BN
+    )
+    group = tl.program_id(1)
+    if MANY:
+        slot, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
+        if count == 0:
+            return
+        row = tl.load(order + first).to(tl.int64)
+    else:
+        slot, first, count = tl.load(slot_of_row).to(tl.int32), 0, 1
+        if slot < 0:
+            return
+        row = tl.zeros_like(slot).to(tl.int64)
+    image, record = record_of(slots, slot_bytes, slot, entry)
+    present = (
+        tl.load(record + PLANES)
+        | tl.load(record + ESCAPES)
+        | tl.load(record + CHANNELS)
+        | tl.load(record + VECTOR)
+    )
+    if present == 0:
+        return
+    n_N = start + tl.arange(0, BN)
+    row_N, known_N = coded_row(image, record, n_N, rows, MAPPED)
+    if FETCH and ASSEMBLY:
+        fetch_ahead(image, record, row_N, K)
+    place = group.to(tl.int64) * _WIDTH
+    digits += place * (8 * bytes)
+    meta += place * meta_size(K)
+    if count == 1:
+        at_N = y + row * y_stride + column + n_N
+        _tile_one(
+            at_N, image, record, digits, levels + place * (4 * bytes), meta, n_N, row_N, known_N,
+            K, BN, BB, UNROLL, SPLIT, STAGES, WIDTH, FETCH, ASSEMBLY, WAIT,
+        )  # fmt: skip
+    elif MANY:
+        delta_NM = _tile_many(
+            image, record, digits, columns + place * (4 * bytes), meta, count, n_N,
+            row_N, known_N, K, BN, BB_MANY, SPLIT, STAGES_MANY, WIDTH_MANY, ASSEMBLY, WAIT,
+        )  # fmt: skip
+        m_M = tl.arange(0, _WIDTH)
+        mask = known_N[:, None] & (m_M < count)[None, :]
+        row_M = tl.load(order + first + m_M, mask=m_M < count, other=0).to(tl.int64)
+        at_NM = y + row_M[None, :] * y_stride + column + n_N[:, None]
+        delta_NM += tl.load(at_NM, mask=mask, other=0.0).to(tl.float32)
+        tl.store(at_NM, delta_NM.to(y.dtype.element_ty), mask=mask)

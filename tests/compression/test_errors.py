@@ -1,0 +1,145 @@
+"""What users can cause is one line; what we cause keeps its traceback."""
+
+import json
+
+import pytest
+from safetensors import SafetensorError
+from typer.testing import CliRunner
+
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.errors import naming
+from deltamux.compression.streaming.text import read_rows
+from deltamux.serve.cli import app
+
+
+def refusal(*arguments):
+    """What the command line prints behind `error:`."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert isinstance(result.exception, ValueError | OSError), result.exception
+    message = str(result.exception)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("error", "finding"),
+    [
+        (KeyError("weight_map"), "lacks 'weight_map'"),
+        (TypeError("no\nlist"), "cannot be used: no list"),
+        (SafetensorError("cut"), "cannot be used: cut"),
+        (OSError(28, "No space left on device"), "cannot be used: No space left on device"),
+        (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "x"), "is no UTF-8 text: byte 0xe9 at 0"),
+        (json.JSONDecodeError("Expecting value", "", 0), "is no JSON: Expecting value, line 1"),
+    ],
+)
+def test_an_error_is_named_with_what_was_read(tmp_path, error, finding):
+    with pytest.raises(ValueError, match="mend it") as caught, naming(tmp_path / "a", "mend it"):
+        raise error
+    assert str(caught.value).startswith(f"{str(tmp_path / 'a')!r} {finding}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ours"), AssertionError(), ZeroDivisionError()])
+def test_faults_of_ours_stay_what_they_are(error):
+    with pytest.raises(type(error)), naming("a file"):
+        raise error
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def pair(make_pair, tmp_path, checkpoints):
+    import shutil
+
+    return tuple(
+        shutil.copytree(root, tmp_path / name)
+        for root, name in zip(make_pair(), ("base", "expert"), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no system turns') }}", "no system turns"),
+        ("{% for m in %}", "cannot be used"),
+        ("{{ messages[0].content + 1 }}", "cannot be used"),
+        ("{{ nothing.at_all }}", "cannot be used"),
+    ],
+)
+def test_a_template_s_words_are_told_with_the_row(pair, tmp_path, template, words):
+    rows = write_rows(tmp_path / "rows.jsonl", *[{"prompt": "a", "response": "b"}] * 8)
+    (pair[1] / "chat_template.jinja").write_text(template)
+    message = refusal("compress", *pair, "-o", tmp_path / "a", "--calibration", rows)
+    assert message.startswith(f"{rows}:")
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("content", "finding"),
+    [
+        ("[]", "cannot be used"),
+        ("{}", "lacks 'weight_map'"),
+        ("{", "is no JSON"),
+        ('{"weight_map": 3}', "cannot be used"),
+    ],
+)
+def test_a_damaged_index_is_named(pair, content, finding):
+    path = pair[1] / "model.safetensors.index.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=finding) as caught:
+        open_checkpoint(pair[1])
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1,}'])
+def test_a_damaged_configuration_is_named(pair, content):
+    (pair[1] / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json' is no "):
+        open_checkpoint(pair[1])
+
+
+def test_a_damaged_tokenizer_is_named(pair, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", *[{"prompt": "a", "response": "b"}] * 8)
+    (pair[0] / "tokenizer.json").write_text("{")
+    message = refusal("compress", *pair, "-o", tmp_path / "a", "--calibration", rows)
+    assert f"the tokenizer in {str(pair[0])!r}" in message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": None, "response": "a"},
+        {"prompt": "a", "response": None},
+        {"prompt": "a", "response": False},
+        {"prompt": [{"role": "user", "content": "a"}], "response": "b"},
+        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        {"messages": None},
+        {"prompt": [{"type": "image_url"}], "response": "a"},
+        [1],
+    ],
+    ids=str,
+)
+def test_a_row_without_text_is_refused_with_its_line(tmp_path, row):
+    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "a", "response": "b"}, row)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: a row needs"):
+        read_rows(path)
+
+
+def test_text_parts_are_joined_and_a_byte_order_mark_is_passed_over(tmp_path):
+    parts = [{"type": "text", "text": "Add "}, {"type": "text", "text": "2"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": 2}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8-sig")
+    (found,) = read_rows(path)
+    assert [message["content"] for message in found] == ["Add 2", "2"]
+
+
+def test_text_of_another_code_page_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": "é", "response": "b"}'.encode("cp1252"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl' is no UTF-8 text: byte 0xe9 at 12"):
+        read_rows(path)

@@ -1,0 +1,184 @@
+"""Text is read as the server will read it, and where the expert would read otherwise, that is said."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.checkpoint.delta import compare
+from deltamux.compression.streaming.served import (
+    own_template,
+    reading_differences,
+    served_reading,
+)
+from deltamux.compression.streaming.text import Conversation
+from deltamux.serve.cli import app
+
+ROWS = [
+    Conversation([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}])
+]
+OTHER_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def pair(make_pair, tmp_path):
+    """(base, expert) that a test may change."""
+    return tuple(
+        shutil.copytree(root, tmp_path / name)
+        for root, name in zip(make_pair(), ("base", "expert"), strict=True)
+    )
+
+
+def opened(pair):
+    return tuple(open_checkpoint(root) for root in pair)
+
+
+def read(pair):
+    from transformers import AutoTokenizer
+
+    (sample,) = served_reading(*opened(pair)).samples(ROWS, 100)
+    return AutoTokenizer.from_pretrained(pair[0]).decode(sample.ids)
+
+
+def add_token(root, token):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(root)
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(root)
+
+
+def test_the_expert_s_template_is_read_with_the_base_s_tokenizer(pair):
+    (pair[1] / "chat_template.jinja").write_text(OTHER_TEMPLATE)
+    assert read(pair) == "[user]ab<|end|>[assistant]cd<|end|>"
+    assert served_reading(*opened(pair)).tokenizer == pair[0]
+
+
+def test_an_expert_without_a_template_is_read_with_the_base_s(pair):
+    before = read(pair)
+    (pair[1] / "chat_template.jinja").unlink()
+    assert read(pair) == before
+    (line,) = reading_differences(*opened(pair))
+    assert "has no chat template: it is served with the base's" in line
+
+
+def test_equal_tokenizers_and_templates_differ_in_nothing(pair):
+    assert reading_differences(*opened(pair)) == []
+
+
+def test_a_token_that_the_base_does_not_have_is_named(pair):
+    add_token(pair[1], "<|call|>")
+    (line,) = reading_differences(*opened(pair))
+    assert "token '<|call|>' is 260 in the expert's tokenizer and is missing in the base's" in line
+
+
+def test_tokens_in_each_other_s_places_are_named(pair):
+    path = pair[1] / "tokenizer.json"
+    content = json.loads(path.read_text())
+    added = {token["content"]: token for token in content["added_tokens"]}
+    first, second = added["<|user|>"], added["<|assistant|>"]
+    first["content"], second["content"] = second["content"], first["content"]
+    path.write_text(json.dumps(content))
+    (line,) = reading_differences(*opened(pair))
+    assert "(2 tokens differ)" in line
+
+
+def test_without_a_tokenizer_of_the_base_the_expert_s_is_taken(pair):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (pair[0] / name).unlink()
+    assert served_reading(*opened(pair)).tokenizer == pair[1]
+
+
+def test_compress_warns_and_verifies_what_is_served(pair, text_file, tmp_path):
+    add_token(pair[1], "<|call|>")
+    (pair[1] / "chat_template.jinja").write_text("<|call|>" + OTHER_TEMPLATE)
+    output = tmp_path / "artifact"
+    arguments = ["compress", *pair, "-o", output, "--calibration", text_file, "--bits", 2]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert "warning: token '<|call|>' is 260 in the expert's tokenizer" in result.stderr
+    assert Artifact(output).manifest.verification["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"chat_template": [{"template": "x"}]}', '{"chat_template": {"a": 1}}']
+)
+def test_damaged_tokenizer_settings_are_named_by_their_file(tmp_path, content):
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json' (is no JSON|lacks 'name'|has a)"):
+        own_template(tmp_path)
+
+
+def test_of_several_templates_the_default_one_counts(tmp_path):
+    templates = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert own_template(tmp_path) == "d"
+
+
+def with_head(root, change):
+    """A tied checkpoint that has an lm_head in its file all the same."""
+    path = root / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"] = change(weights["model.embed_tokens.weight"].clone())
+    save_file(weights, path)
+
+
+@pytest.fixture
+def tied_pair(make_pair, tmp_path):
+    return tuple(
+        shutil.copytree(root, tmp_path / name)
+        for root, name in zip(make_pair(tied=True), ("base", "expert"), strict=True)
+    )
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_tied_head_that_is_another_matrix_is_refused(tied_pair, side):
+    with_head(tied_pair[side], lambda head: head + 1)
+    with pytest.raises(ValueError, match="though its configuration ties the two: save it with"):
+        compare(*opened(tied_pair))
+
+
+def test_a_tied_head_that_is_written_twice_is_the_embedding(tied_pair):
+    with_head(tied_pair[1], lambda head: head)
+    assert compare(*opened(tied_pair)).expert.tied
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_an_untied_expert_of_a_tied_base_needs_equal_matrices(tied_pair, equal):
+    with_head(tied_pair[1], lambda head: head if equal else head + 1)
+    path = tied_pair[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    if equal:
+        difference = compare(*opened(tied_pair))
+        assert difference.expert.tied
+        assert "lm_head.weight" not in [spec.name for spec in difference.specs]
+    else:
+        with pytest.raises(ValueError, match="is tied to .* but not in the other"):
+            compare(*opened(tied_pair))
+
+
+def test_a_head_that_is_missing_without_being_tied_is_told(tied_pair):
+    path = tied_pair[0] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    (line,) = reading_differences(*opened(tied_pair))
+    assert "has no 'lm_head.weight', though its configuration does not tie it" in line
+
+
+def test_turns_end_at_the_expert_s_own_stop_tokens(pair):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pair[0])
+    path = pair[1] / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": tokenizer.convert_tokens_to_ids(["d"])}))
+    (pair[1] / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if not add_generation_prompt %}.tail{% endif %}"
+    )
+    assert read(pair) == "abcd"
