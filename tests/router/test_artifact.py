@@ -20,6 +20,7 @@ def make_config(**changes):
         "experts": {"general": None, "math": "math-v2", "sql": "sql"},
         "threshold": 0.6,
         "temperature": 0.8,
+        "trust": 2.0,
         "vocab_size": VOCAB,
         "buckets": BUCKETS,
         "prefix_tokens": 8,
@@ -35,8 +36,9 @@ def make_config(**changes):
 
 def make_tables(num_domains=3):
     rng = np.random.default_rng(0)
-    shapes = [(VOCAB, num_domains), (BUCKETS, num_domains), (num_domains,)]
-    return Tables(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    shapes = [(rows, num_domains) for rows in (VOCAB, BUCKETS, VOCAB)]
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in [*shapes, (num_domains,)]]
+    return Tables(*weights, trust=2.0)
 
 
 @pytest.fixture
@@ -52,14 +54,14 @@ def edit_config(directory, **changes):
 
 
 def test_what_was_written_is_read_back(artifact):
-    config, tables, _ = load_artifact(artifact)
+    config, tables = load_artifact(artifact)
     assert config == make_config()
     for name, original in vars(make_tables()).items():
         # float16 keeps 11 significant bits.
         np.testing.assert_allclose(getattr(tables, name), original, rtol=2**-11)
 
 
-def test_wire_names_and_types_are_those_of_format_version_1(artifact):
+def test_wire_names_and_types_are_those_of_format_version_2(artifact):
     assert sorted(p.name for p in artifact.iterdir()) == [
         "router.safetensors",
         "router_config.json",
@@ -71,6 +73,7 @@ def test_wire_names_and_types_are_those_of_format_version_1(artifact):
     assert {name: array.dtype.name for name, array in arrays.items()} == {
         "tokens": "float16",
         "pairs": "float16",
+        "meaning": "float16",
         "bias": "float32",
     }
 
@@ -108,8 +111,14 @@ def test_weights_that_float16_cannot_hold_are_not_written(tmp_path, bad):
 
 @pytest.mark.parametrize("field", ["format_version", "feature_version"])
 def test_a_newer_version_is_refused_with_the_upgrade_command(artifact, field):
-    edit_config(artifact, **{field: 2})
-    with pytest.raises(ValueError, match=f"{field} 2.*pip install --upgrade deltamux"):
+    edit_config(artifact, **{field: 3})
+    with pytest.raises(ValueError, match=f"{field} 3.*pip install --upgrade deltamux"):
+        load_artifact(artifact)
+
+
+def test_an_older_version_is_refused_with_the_way_out(artifact):
+    edit_config(artifact, format_version=1)
+    with pytest.raises(ValueError, match=r"format_version 1.*fit the router again"):
         load_artifact(artifact)
 
 
@@ -160,7 +169,7 @@ def test_tables_of_another_shape_are_refused(artifact):
         load_artifact(artifact)
 
 
-@pytest.mark.parametrize("name", ["tokens", "pairs", "bias"])
+@pytest.mark.parametrize("name", ["tokens", "pairs", "meaning", "bias"])
 def test_a_table_that_is_missing_or_not_finite_is_refused(artifact, name):
     path = artifact / "router.safetensors"
     arrays = load_file(path)
