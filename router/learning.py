@@ -106,7 +106,9 @@ def suggest(
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 (output / f"cluster-{number}.jsonl").write_text(lines, encoding="utf-8")
     if as_json:
-        shown = [{"prompts": len(c.prompts), "words": c.words, "examples": c.examples} for c in clusters]
+        shown = [
+            {"prompts": len(c.prompts), "words": c.words, "examples": c.examples} for c in clusters
+        ]
         typer.echo(json.dumps(shown))
         return
     for number, cluster in enumerate(clusters, start=1):

@@ -23,7 +23,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import record
-from benchmarks.routing.data import DOMAINS, SPECIALISTS, STYLES, Row, bare, dataset, read_rows, sample
+from benchmarks.routing.data import (
+    DOMAINS,
+    SPECIALISTS,
+    STYLES,
+    Row,
+    bare,
+    dataset,
+    read_rows,
+    sample,
+)
 from benchmarks.routing.vectors import Remembering
 from deltamux.router.console import table
 from deltamux.router.decide.encoder import load_encoder
@@ -54,7 +63,9 @@ def splits(rows: Rows) -> Iterator[tuple[Rows, Asked]]:
     yield {d: own[150:] for d, own in rows.items()}, asked
 
 
-def judge(rows: Rows, base: str, encoder: Any, seed: int) -> dict[tuple[float, float], dict[str, float]]:
+def judge(
+    rows: Rows, base: str, encoder: Any, seed: int
+) -> dict[tuple[float, float], dict[str, float]]:
     """Share of right answers by setting and kind."""
     tokenizer = Path(base, "tokenizer.json").read_bytes()
     encode = build_encode(tokenizer)[0]
@@ -75,7 +86,9 @@ def judge(rows: Rows, base: str, encoder: Any, seed: int) -> dict[tuple[float, f
                     vector = encoder.vector(text) if encoder else None
                     best = material.labels[int(np.argmax(tables.scores(ids, vector)))]
                     found.setdefault(kind, []).append(best == domain)
-    return {key: {kind: float(np.mean(v)) for kind, v in found.items()} for key, found in right.items()}
+    return {
+        key: {kind: float(np.mean(v)) for kind, v in found.items()} for key, found in right.items()
+    }
 
 
 def main() -> None:
@@ -87,7 +100,9 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path)
     arguments = parser.parse_args()
     files = {name: read_rows(arguments.data / name / "train.jsonl") for name in DOMAINS}
-    encoder = Remembering(load_encoder(), arguments.vectors) if arguments.features == "encoder" else None
+    encoder = (
+        Remembering(load_encoder(), arguments.vectors) if arguments.features == "encoder" else None
+    )
     figures = [
         judge(sample(files, ROWS, np.random.default_rng(seed)), arguments.base, encoder, seed)
         for seed in range(arguments.seeds)

@@ -38,7 +38,11 @@ def sections() -> dict[str, list[str]]:
 
 def followups() -> list[str]:
     """Return every short reply as it is typed in haste and as it is written with care."""
-    forms = [(text, end) for key, end in (("questions", "?"), ("replies", ".")) for text in sections()[key]]
+    forms = [
+        (text, end)
+        for key, end in (("questions", "?"), ("replies", "."))
+        for text in sections()[key]
+    ]
     return [form for text, end in forms for form in (text, text[0].upper() + text[1:] + end)]
 
 
@@ -79,5 +83,7 @@ def _fill(pattern: str, words: dict[str, list[str]], random: Random) -> str:
     while "{" in pattern:
         start = pattern.index("{")
         end = pattern.index("}", start)
-        pattern = pattern[:start] + random.choice(words[pattern[start + 1 : end]]) + pattern[end + 1 :]
+        pattern = (
+            pattern[:start] + random.choice(words[pattern[start + 1 : end]]) + pattern[end + 1 :]
+        )
     return pattern
