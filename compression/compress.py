@@ -61,7 +61,7 @@ def compress(
     """
     output = output.expanduser()
     _check_output(output, overwrite)
-    task = prepare(base, expert, recipe, calibration, held_out, progress)
+    task = prepare(base, expert, recipe, texts=(calibration, held_out), progress=progress)
     work = _workspace(task, output)
     # Inside the workspace, so that what a killed run leaves is deleted with it.
     with tempfile.TemporaryDirectory(dir=work.root) as scratch:
@@ -84,16 +84,24 @@ def prepare(  # noqa: PLR0917 - as `compress` takes them
     base: Checkpoint,
     expert: Checkpoint,
     recipe: Recipe,
-    calibration: list[Sample],
-    held_out: list[Sample],
+    *,
+    texts: tuple[list[Sample], list[Sample]],
     progress: bool = True,
 ) -> Task:
     """Check everything that can be checked before the long work, and share out the text.
+
+    Args:
+        base: The shared model.
+        expert: Its full fine-tune.
+        recipe: What is to be done.
+        texts: For calibration, and held out.
+        progress: Show bars.
 
     Raises:
         ValueError: The two checkpoints have no delta, or the recipe needs text that is not there.
     """
     difference = compare(base, expert)
+    calibration, held_out = texts
     if not recipe.lossless:
         check_measurable(recipe.allocation, bool(held_out))
         difference.check_finite()
@@ -133,4 +141,5 @@ def _candidates(task: Task, work: Workspace) -> Candidates:
     if task.recipe.lossless:
         return Candidates(task, work, [], exact_weights(task.difference, task.progress))
     ladders = measure(task.difference, task.recipe, task.fitted, work, task.progress)
-    return Candidates(task, work, ladders, fixed_weights(task.difference, task.recipe.embedding))
+    fixed = fixed_weights(task.difference, task.recipe.embedding, task.recipe.limiting_slot_bits)
+    return Candidates(task, work, ladders, fixed)

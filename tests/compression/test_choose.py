@@ -1,6 +1,6 @@
 import re
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -44,6 +44,7 @@ TEXT = random_samples(272, count=6, length=32)
 HELD_OUT = random_samples(272, count=10, length=32)[6:]
 # Records and padding take most of a slot of matrices so small.
 WIDE_SLOT = 20.0
+ROOMY = Recipe(allocation={"slot_bits": WIDE_SLOT})
 BITS = (0.05, 0.2, 0.5, 1.0, 2.0, 3.3, 8.0)
 
 
@@ -54,7 +55,7 @@ class Case:
     difference: Difference
     work: Workspace
     target: object
-    recipe: Recipe = field(default_factory=lambda: Recipe(allocation={"slot_bits": WIDE_SLOT}))
+    recipe: Recipe = ROOMY
 
     def __post_init__(self):
         ladders = measure(self.difference, self.recipe, TEXT, self.work, progress=False)
@@ -323,3 +324,16 @@ def test_a_measured_objective_decides_between_tilts(case):
 
     choice = case.choose(measured, method="atp", objective="measured", bits=1.0)
     assert choice == asked[2]
+
+
+def test_the_step_of_an_embedding_widens_until_a_slot_has_room(case):
+    def embedding(slot_bits):
+        found = fixed_weights(case.difference, EmbeddingRecipe(), slot_bits)
+        return next(each.entry for each in found if each.entry.role == "embedding")
+
+    whole, narrow = embedding(None), embedding(1.8)
+    weights = narrow.shape[0] * narrow.shape[1]
+    assert whole.slot_bytes * 8 > 2.7 * weights
+    assert narrow.slot_bytes * 8 <= 2.7 * weights
+    assert whole.error < narrow.error < 0.5
+    assert embedding(20.0) == whole
