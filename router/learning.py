@@ -15,7 +15,7 @@ from deltamux.router.decide.tokenizer import load_tokenizer
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
 
 
-def refit(
+def refit(  # noqa: PLR0917 - a command line, called by name
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The router in use.")],
     log: Annotated[Path, typer.Argument(help="The server's decision log (router.log).")],
     data: Annotated[Path, typer.Option(help="What the router was fitted on, as for fit.")],
@@ -106,7 +106,9 @@ def suggest(
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 (output / f"cluster-{number}.jsonl").write_text(lines, encoding="utf-8")
     if as_json:
-        shown = [{"prompts": len(c.prompts), "words": c.words, "examples": c.examples} for c in clusters]
+        shown = [
+            {"prompts": len(c.prompts), "words": c.words, "examples": c.examples} for c in clusters
+        ]
         typer.echo(json.dumps(shown))
         return
     for number, cluster in enumerate(clusters, start=1):

@@ -123,7 +123,7 @@ def outcome(probabilities: np.ndarray, name: str, threshold: float) -> dict[str,
     best = probabilities.argmax(axis=1)
     special = np.array([DOMAINS[b] in SPECIALISTS for b in best])
     routed = special & (probabilities.max(axis=1) >= threshold)
-    own = name.split()[0]
+    own = name.split(maxsplit=1)[0]
     if own == "none":
         return {"right": float((~routed).mean()), "wrong": float(routed.mean())}
     mine = best == DOMAINS.index(own)

@@ -11,8 +11,8 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from threading import Lock
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np

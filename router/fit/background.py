@@ -25,7 +25,7 @@ PER_SUBJECT: Final = 3
 
 @lru_cache(maxsize=1)
 def sections() -> dict[str, list[str]]:
-    """Return the lines of each section; "\\n" in a line stands for the end of a line."""
+    """Return the lines of each section; a backslash and an n in a line stand for its end."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in _FILE.read_text(encoding="utf-8").splitlines():
@@ -38,14 +38,18 @@ def sections() -> dict[str, list[str]]:
 
 def followups() -> list[str]:
     """Return every short reply as it is typed in haste and as it is written with care."""
-    forms = [(text, end) for key, end in (("questions", "?"), ("replies", ".")) for text in sections()[key]]
+    forms = [
+        (text, end)
+        for key, end in (("questions", "?"), ("replies", "."))
+        for text in sections()[key]
+    ]
     return [form for text, end in forms for form in (text, text[0].upper() + text[1:] + end)]
 
 
 def everyday_prompts(seed: int = 0) -> list[str]:
     """Return requests of everyday life, without duplicates, in a fixed order."""
     random = Random(seed)
-    words = {name: items for name, items in map(_list, sections()["words"])}
+    words = dict(map(_list, sections()["words"]))
     texts = [_fill(p, words, random) for p in sections()["patterns"] for _ in range(PER_PATTERN)]
     return list(dict.fromkeys(texts))
 
@@ -79,5 +83,7 @@ def _fill(pattern: str, words: dict[str, list[str]], random: Random) -> str:
     while "{" in pattern:
         start = pattern.index("{")
         end = pattern.index("}", start)
-        pattern = pattern[:start] + random.choice(words[pattern[start + 1 : end]]) + pattern[end + 1 :]
+        pattern = (
+            pattern[:start] + random.choice(words[pattern[start + 1 : end]]) + pattern[end + 1 :]
+        )
     return pattern

@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from deltamux.router.decide.tables import Probabilities
-from deltamux.router.fit.data import Prompt
 from deltamux.router.fit.classifier import Examples, fit_classifier
+from deltamux.router.fit.data import Prompt
 from deltamux.router.fit.design import Design
 from deltamux.router.fit.metrics import Labels
 

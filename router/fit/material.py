@@ -18,8 +18,8 @@ from deltamux.router.fit.augment import Example, augment
 from deltamux.router.fit.base_directory import resolve_base
 from deltamux.router.fit.classifier import Examples
 from deltamux.router.fit.crossval import Kinship, context_groups
-from deltamux.router.fit.design import Design, build_design
 from deltamux.router.fit.data import Dataset, Prompt
+from deltamux.router.fit.design import Design, build_design
 from deltamux.router.fit.embedding import EmbeddingRows, find_embedding
 from deltamux.router.fit.options import Options
 

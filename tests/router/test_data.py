@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from deltamux.router.fit.data import Prompt, fingerprints, read_dataset
 from deltamux.router.fit.background import followups
+from deltamux.router.fit.data import Prompt, fingerprints, read_dataset
 
 
 def write(path, *rows):

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from deltamux.router.decide.artifact import load_artifact
 from deltamux.router.decide import encoder
+from deltamux.router.decide.artifact import load_artifact
 from deltamux.router.decide.encoder import MAX_PIECES, WIDTH, SentenceEncoder, join, load_encoder
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import load_tokenizer

@@ -1,8 +1,8 @@
 """Frames found in labelled prompts, what is made of them, and what deltamux adds by itself."""
 
 from deltamux.router.fit.augment import GENERATED_WEIGHT, VIEWS_LIKE, augment
-from deltamux.router.fit.data import Prompt
 from deltamux.router.fit.background import everyday_prompts, followups, subject_prompts
+from deltamux.router.fit.data import Prompt
 from deltamux.router.fit.frames import find_frames, make_views
 
 CODE = [
