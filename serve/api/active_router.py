@@ -1,8 +1,4 @@
-<<<<<<< HEAD:serve/api/pick.py
-"""What decides at one time: a router, its shadow, and their figures."""
-=======
-"""The router in use, with its shadow and their figures; and what they read of a request."""
->>>>>>> main:serve/api/active_router.py
+"""The router in use, with its shadow and their figures."""
 
 import logging
 import time

@@ -27,20 +27,10 @@ from deltamux.router.decide.decision import (
 from deltamux.router.decide.explain import explain
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode
-<<<<<<< HEAD
+from deltamux.serve.api.active_router import ActiveRouter, ask_shadow, load_active_router
 from deltamux.serve.api.asked import Hints, Reader, RequestError, hints, request_id
 from deltamux.serve.api.decision_log import DecisionLog
-from deltamux.serve.api.pick import Generation, ask_shadow, load_generation
-=======
-from deltamux.serve.api.active_router import (
-    ActiveRouter,
-    ask_shadow,
-    load_active_router,
-    request_ids,
-    request_texts,
-)
 from deltamux.serve.names import BASE
->>>>>>> main
 from deltamux.serve.observability import routing_metrics
 from deltamux.serve.settings import RouterSettings
 
@@ -107,17 +97,13 @@ class AutoRoute:
         """What decides now; None where no router is usable."""
         return self._active
 
-<<<<<<< HEAD
     def experts(self) -> list[str]:
         """Return who the router may choose, the base included."""
         router = self.router
         names = router.config.experts.values() if router else []
         return sorted({name for name in names if name is not None} | {BASE})
 
-    def reload(self, path: Path | None = None, shadow: Path | None = None) -> Generation:
-=======
     def reload(self, path: Path | None = None, shadow: Path | None = None) -> ActiveRouter:
->>>>>>> main
         """Load the router again, or another one, and put it in the place of the old one.
 
         Args:
@@ -135,7 +121,9 @@ class AutoRoute:
         settings = settings or RouterSettings(path=Path(str(path)))
         changes = {"path": path or settings.path, "shadow": shadow or settings.shadow}
         try:
-            fresh = load_active_router(settings.model_copy(update=changes), self._tokenizer_directory)
+            fresh = load_active_router(
+                settings.model_copy(update=changes), self._tokenizer_directory
+            )
         except (ValueError, OSError):
             routing_metrics.reloads_total.labels("refused").inc()
             raise
@@ -148,11 +136,7 @@ class AutoRoute:
 
         Args:
             request: A chat, completions, responses or messages request of vLLM, or a dict.
-<<<<<<< HEAD
-            observe: Count the decision among those that drift is measured of, and log it.
-=======
-            counted: Count the decision among those that drift is measured of.
->>>>>>> main
+            counted: Count the decision among those that drift is measured of, and log it.
 
         Returns:
             The decision, and the seconds it took, tokenization included.
@@ -161,8 +145,7 @@ class AutoRoute:
             RequestError: Its hints are malformed, or it holds prompts of different experts.
         """
         start = time.perf_counter()
-<<<<<<< HEAD
-        found = self.decide_each(request, observe)
+        found = self.decide_each(request, counted)
         names = sorted({decision.expert or BASE for decision in found})
         if len(names) > 1:
             raise RequestError(
@@ -171,44 +154,31 @@ class AutoRoute:
             )
         return found[0], time.perf_counter() - start
 
-    def decide_each(self, request: Any, observe: bool = False) -> list[Decision]:
+    def decide_each(self, request: Any, counted: bool = False) -> list[Decision]:
         """Route every conversation of a request; arguments and errors are those of `decide`."""
-        generation, said = self._generation, hints(request)
-        made = self._decide(generation, request, said)
+        active, said = self._active, hints(request)
         decisions = []
-        for decision, conversation in made:
-            final = self._servable(decision)
-            decisions.append(final)
-            if observe and generation is not None and conversation is not None:
-                generation.drift.observe(final)
-                ask_shadow(generation, conversation, final)
+        for made, conversation in self._decide(active, request, said):
+            chosen = self._servable(made)
+            decision = chosen
+            if chosen.expert is None and self.fallback:
+                decision = replace(chosen, expert=self.fallback)
+            decisions.append(decision)
+            if counted and active is not None and conversation is not None:
+                active.drift.observe(chosen)
+                ask_shadow(active, conversation, chosen)
                 if self.log is not None:
-                    self.log.decided(request_id(request), conversation.texts, final)
-        if observe:
+                    self.log.decided(request_id(request), conversation.texts, decision)
+        if counted:
             self._reader.remember(request)
         return decisions
 
     def _servable(self, decision: Decision) -> Decision:
-        """The decision, with somebody who can answer."""
-=======
-        active = self._active
-        decision, conversation = self._decide(active, request)
->>>>>>> main
-        if decision.expert and not self._serves(decision.expert):
-            self._report(decision.expert)
-            decision = replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
-        if decision.expert is None and self.fallback:
-<<<<<<< HEAD
-            return replace(decision, expert=self.fallback)
-        return decision
-=======
-            decision = replace(decision, expert=self.fallback)
-        seconds = time.perf_counter() - start
-        if counted and active is not None and conversation is not None:
-            active.drift.observe(chosen)
-            ask_shadow(active, conversation, chosen)
-        return decision, seconds
->>>>>>> main
+        """The decision, or the base where its expert is not served."""
+        if decision.expert is None or self._serves(decision.expert):
+            return decision
+        self._report(decision.expert)
+        return replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
 
     async def decide_aside(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
         """Route one request on the event loop; in a thread where a sentence encoder is asked.
@@ -226,32 +196,20 @@ class AutoRoute:
         if active is None:
             return None
         try:
-<<<<<<< HEAD
-            conversation = self._reader.read(generation.router, request)[0]
-            return explain(generation.router, conversation, generation.decode)
-=======
-            conversation = self._read(active.router, request)
+            conversation = self._reader.read(active.router, request)[0]
             return explain(active.router, conversation, active.decode)
->>>>>>> main
         except Exception:
             logger.exception("deltamux: the router cannot explain a request")
             return None
 
-<<<<<<< HEAD
     def not_served(self) -> list[str]:
         """Return the experts that the router may choose and that cannot answer now."""
         return [name for name in self.experts() if name != BASE and not self._serves(name)]
 
-    def _put(self, generation: Generation) -> None:
-        """Let a generation decide from now on: one assignment, so no request sees a mixture."""
-        self._generation = generation
-        self.settings = generation.settings
-=======
     def _put(self, active: ActiveRouter) -> None:
         """Let it decide from now on: one assignment, so no request sees a mixture."""
         self._active = active
         self.settings = active.settings
->>>>>>> main
         self.error = None
         routing_metrics.collector.drift = active.drift
 
@@ -261,23 +219,13 @@ class AutoRoute:
             logger.error("deltamux: the router chooses %r, which is not served", expert)
 
     def _decide(
-<<<<<<< HEAD
-        self, generation: Generation | None, request: Any, said: Hints
+        self, active: ActiveRouter | None, request: Any, said: Hints
     ) -> list[tuple[Decision, Conversation | None]]:
         """The router's decisions, and what it read; without the latter the router failed."""
         failed = Decision(None, BASE, 0.0, REASON_ROUTER_ERROR, {})
-        if generation is None:
-            return [(failed, None)]
-        router, margin = generation.router, generation.settings.resident_margin
-=======
-        self, active: ActiveRouter | None, request: Any
-    ) -> tuple[Decision, Conversation | None]:
-        """The router's decision, and what it read; without the latter the router failed."""
-        failed = Decision(None, BASE, 0.0, REASON_ROUTER_ERROR, {})
         if active is None:
-            return failed, None
+            return [(failed, None)]
         router, margin = active.router, active.settings.resident_margin
->>>>>>> main
         try:
             resident = None
             if margin > 0 and self._residents is not None:

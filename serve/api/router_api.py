@@ -14,10 +14,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
+from deltamux.serve.api.active_router import ActiveRouter
 from deltamux.serve.api.asked import RequestError, bare_id
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.handlers import error_response
-from deltamux.serve.api.active_router import ActiveRouter
 from deltamux.serve.api.state import server_state
 
 routing_router = APIRouter(prefix="/v1")
@@ -58,17 +58,10 @@ def _route(request: Request) -> AutoRoute:
     return server_state(request).route
 
 
-<<<<<<< HEAD
-def _describe(generation: Generation, route: AutoRoute) -> dict[str, Any]:
-    """A generation, for people."""
-    config = generation.router.config
-    shadow = generation.settings.shadow
-=======
-def _describe(active: ActiveRouter) -> dict[str, Any]:
+def _describe(active: ActiveRouter, route: AutoRoute) -> dict[str, Any]:
     """The router in use, for people."""
     config = active.router.config
     shadow = active.settings.shadow
->>>>>>> main
     return {
         "object": "router",
         "path": str(active.settings.path),
@@ -76,12 +69,8 @@ def _describe(active: ActiveRouter) -> dict[str, Any]:
         "features": config.features,
         "labels": config.labels,
         "experts": config.experts,
-<<<<<<< HEAD
         "not_served": route.not_served(),
-        "thresholds": generation.router.thresholds(),
-=======
         "thresholds": active.router.thresholds(),
->>>>>>> main
         "heldout": config.heldout.model_dump(),
         "drift": active.drift.figures(),
     }
@@ -92,7 +81,6 @@ async def decide(body: RouteBody, request: Request) -> JSONResponse:
     """The decision that `model="auto"` would take, without generating; of several prompts, each."""
     route = _route(request)
     asked = body.model_dump(exclude_none=True, exclude={"explain"})
-<<<<<<< HEAD
     start = time.perf_counter()
     try:
         decisions = await run_in_threadpool(route.decide_each, asked)
@@ -101,14 +89,6 @@ async def decide(body: RouteBody, request: Request) -> JSONResponse:
     shown = [made.to_json() | {"probabilities": made.probabilities} for made in decisions]
     content: dict[str, Any] = shown[0] if len(shown) == 1 else {"decisions": shown}
     content |= {"seconds": time.perf_counter() - start, "error": route.error}
-=======
-    decision, seconds = await route.decide_aside(asked, counted=False)
-    content: dict[str, Any] = decision.to_json() | {
-        "probabilities": decision.probabilities,
-        "seconds": seconds,
-        "error": route.error,
-    }
->>>>>>> main
     if body.explain:
         content["explanation"] = await run_in_threadpool(route.explain, asked)
     return JSONResponse(content)
@@ -137,11 +117,7 @@ async def show(request: Request) -> JSONResponse:
     active = _route(request).active
     if active is None:
         return _refusal(str(_route(request).error), HTTPStatus.NOT_FOUND, "NotFoundError")
-<<<<<<< HEAD
-    return JSONResponse(_describe(generation, _route(request)))
-=======
-    return JSONResponse(_describe(active))
->>>>>>> main
+    return JSONResponse(_describe(active, _route(request)))
 
 
 @routing_router.post("/router/reload")
