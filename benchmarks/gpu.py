@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -269,7 +270,9 @@ def main() -> None:
     result = measure()
     table(result)
     record("gpu-kernels", result)
-    if not options.kernels:
+    if not options.kernels and find_spec("vllm") is None:
+        print("vLLM is not installed: its engine is left out")
+    elif not options.kernels:
         torch.cuda.empty_cache()
         subprocess.run([sys.executable, "-m", "benchmarks.gpu_engine"], check=True)
 

@@ -26,7 +26,7 @@ from deltamux.serve.worker import (
     triton_kernel,
     triton_rows,
 )
-from deltamux.serve.worker.triton_launch import LATENCY, THROUGHPUT, Tiling
+from deltamux.serve.worker.triton_launch import LATENCY, MIDDLE, SINGLE, THROUGHPUT, Tiling
 
 ARCHITECTURES = {80: "A100", 90: "H100"}
 REGISTERS, MOST_WARPS, MOST_PROGRAMS = 65536, 64, 32
@@ -86,15 +86,20 @@ def product(name: str, cut: Tiling, columns: int, many: bool, early: bool) -> Ke
 def kernels(architecture: int) -> Iterator[Kernel]:
     early = architecture >= 90
     for columns in (4096, 14336):
-        yield product(f"product, few programs, K {columns}", LATENCY, columns, False, early)
-        yield product(f"product, many programs, K {columns}", THROUGHPUT, columns, True, early)
+        for name, cut, many in (
+            ("one row, small", LATENCY, False),
+            ("one row", SINGLE, False),
+            ("rows, small", MIDDLE, True),
+            ("rows", THROUGHPUT, True),
+        ):
+            yield product(f"product, {name}, K {columns}", cut, columns, many, early)
         constants = SHARED_CONSTANTS | {
             "K": columns, "BYTES": columns // 4, "BLOCK": triton.next_power_of_2(columns),
             "CHUNK": triton_digits.CHUNK, "SINGLE": False, "EARLY": early,
         }  # fmt: skip
         warps = triton_digits.warps_for(columns)
         yield Kernel(f"digits, K {columns}", triton_digits.digits_kernel, constants, warps)
-    merge = {"K": 4096, "BN": 16, "BK": 128, "MAPPED": False, "HAS_BASE": True, "HAS_BIAS": True}
+    merge = {"K": 4096, "BN": 4, "BK": 1024, "MAPPED": False, "HAS_BASE": True, "HAS_BIAS": True}
     yield Kernel("merged weight", triton_dense.dense_kernel, merge, 4)
     table = {"K": 4096, "BK": 1024, "MAPPED": True}
     yield Kernel("embedding", triton_rows.embedding_kernel, table, 4)
@@ -106,7 +111,7 @@ def kernels(architecture: int) -> Iterator[Kernel]:
     yield Kernel("factors, left", triton_factors.left_kernel, left, 4)
 
 
-def compiled(kernel: Kernel, architecture: int) -> Compiled:
+def make(kernel: Kernel, architecture: int) -> Any:
     """Compile a kernel; a compiler's error is let through."""
     names: list[str] = list(kernel.function.arg_names)
     signature = {}
@@ -121,8 +126,17 @@ def compiled(kernel: Kernel, architecture: int) -> Compiled:
         if name in POINTERS or name in STRIDES
     }
     source = ASTSource(kernel.function, signature, kernel.constants, aligned)
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    options = {
+        "num_warps": kernel.warps,
+        "num_stages": kernel.stages,
+        "enable_fp_fusion": True,
+    }
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def compiled(kernel: Kernel, architecture: int) -> Compiled:
+    """What ptxas made of a kernel."""
+    made = make(kernel, architecture)
     usage = resource_usage(made.asm["cubin"])
     shared = int(made.metadata.shared)
     programs = resident(usage["REG"], shared, kernel.warps, architecture)

@@ -181,9 +181,7 @@ def device_options(tiny: bool) -> dict[str, Any]:
     return {"kv_cache_memory_bytes": 2**28, "dtype": "float32" if tiny else "bfloat16"}
 
 
-def step_seconds(
-    seconds: Callable[..., float], requests: list[Any]
-) -> dict[str, dict[str, float]]:
+def step_seconds(seconds: Callable[..., float], requests: list[Any]) -> dict[str, dict[str, float]]:
     """Seconds of a decoding step, by batch and by experts active."""
     found: dict[str, dict[str, list[float]]] = {}
     for repeat in range(ROUNDS + 1):
@@ -201,9 +199,7 @@ def step_seconds(
     }
 
 
-def prefill_seconds(
-    seconds: Callable[..., float], request: Any, length: int
-) -> dict[str, float]:
+def prefill_seconds(seconds: Callable[..., float], request: Any, length: int) -> dict[str, float]:
     """Seconds of one long prompt, for the base and for an expert."""
     mixes = {"base": [None], "expert": [request]}
     times: dict[str, list[float]] = {name: [] for name in mixes}
@@ -298,7 +294,6 @@ def escapes_of(columns: int) -> int:
 def fill_host_cache(worker: Any, count: int) -> int:
     """Runs in the worker: a random image under every expert's id; a slot's bytes."""
     from deltamux.compression.image.layout import assemble
-
     from deltamux.serve import compat
 
     manager = manager_of(worker)

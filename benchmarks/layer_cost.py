@@ -73,7 +73,7 @@ def run(group: Group, tokens: int, device: torch.device) -> dict[str, float]:
         before = time.perf_counter()
         linear = Linear(delta_NK, moment_KK, factored)
         rungs = measure_linear(SPEC, linear, Recipe())
-        num_bytes += sum(entry.bytes for entry, _ in rungs)
+        num_bytes += sum(rung.entry.bytes for rung in rungs)
         num_rungs += len(rungs)
         spent["ladders"] += time.perf_counter() - before
         release_memory()

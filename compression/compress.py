@@ -59,6 +59,7 @@ def compress(
         ValueError: The output exists, is no artifact to replace, the two checkpoints have no delta
             (see `compare` and `Difference.check_finite`), or the recipe's limits cannot be kept.
     """
+    output = output.expanduser()
     _check_output(output, overwrite)
     task = prepare(base, expert, recipe, calibration, held_out, progress)
     work = _workspace(task, output)
@@ -66,10 +67,10 @@ def compress(
     with tempfile.TemporaryDirectory(dir=work.root) as scratch:
         candidates = _candidates(task, work)
         choice = choose(candidates)
-        factors = tune(candidates, choice)
+        stretches = tune(candidates, choice)
         target = Path(scratch) / "artifact"
         target.mkdir()
-        weights = candidates.encoded(choice, factors)
+        weights = candidates.encoded(choice, stretches)
         manifest = write_artifact(task.difference, recipe, weights, target)
         manifest = finish_artifact(manifest, recipe, verify(task, target), target)
         if output.exists():

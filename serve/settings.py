@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from deltamux.compression.validation import problems
 from deltamux.serve.names import BASE, NAME_PATTERN, check_expert_name
 
 ENVIRONMENT_PREFIX = "DELTAMUX_"
@@ -143,16 +144,6 @@ def load_settings(path: Path, environment: dict[str, str] | None = None) -> Sett
             f"{str(path)!r} is not a deltamux configuration: {problems(error)}"
         ) from error
     return _with_absolute_paths(settings, path.parent.absolute())
-
-
-def problems(error: ValidationError) -> str:
-    """What pydantic found, in one line: `experts.0.path: Field required; …`."""
-    found = []
-    for each in error.errors():
-        place = ".".join(map(str, each["loc"]))
-        said = each["msg"].removeprefix("Value error, ")
-        found.append(f"{place}: {said}" if place else said)
-    return "; ".join(found)
 
 
 def _override(content: dict[str, Any], environment: dict[str, str]) -> None:

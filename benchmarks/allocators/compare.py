@@ -17,14 +17,14 @@ from itertools import chain
 from benchmarks.make_experts import RUNS
 from benchmarks.peers.quality import Bench, add_arguments, open_bench
 from benchmarks.record import keep, record
-from deltamux.compression.artifact.merge import reconstructed
-from deltamux.compression.choice.budget import importances, rate_curves
-from deltamux.compression.choice.draft import linear_weights
+from deltamux.compression.artifact.write import linear_weights
+from deltamux.compression.choice.choose import importances, rate_curves
 from deltamux.compression.choice.evolution import evolve
 from deltamux.compression.choice.measure import measure
-from deltamux.compression.choice.problem import ALLOCATORS, Allocator, Choice, allocate
-from deltamux.compression.choice.selection import TRIAL_SAMPLES
-from deltamux.compression.evaluate import Evaluation, Reference
+from deltamux.compression.choice.methods import ALLOCATORS, Allocator, allocate
+from deltamux.compression.choice.problem import Choice
+from deltamux.compression.choice.tune import best_stretch
+from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.pruning.scores import Pattern, Score
 from deltamux.compression.recipe import (
     EmbeddingRecipe,
@@ -47,27 +47,24 @@ SMALL_SEARCH = partial(evolve, population=4, generations=4)
 
 
 class Trial:
-    """Choices of rungs, stretched, written, read back and compared with the expert."""
+    """Choices of rungs, stretched and compared with the expert."""
 
     def __init__(self, bench: Bench, recipe: Recipe) -> None:
         self.bench = bench
         work = bench.workspace(recipe)
-        measured = measure(bench.difference, recipe, bench.calibration, work, progress=False)
-        self.rungs = bench.rungs(recipe, work, measured)
-        text = bench.calibration[-TRIAL_SAMPLES:]
-        self.own = Reference(bench.difference.base, bench.expert, text, progress=False)
+        ladders = measure(bench.difference, recipe, bench.calibration, work, progress=False)
+        self.candidates = bench.candidates(recipe, work, ladders)
 
     def divergence(self, choice: Choice) -> float:
         """On calibration text, before the stretch."""
-        source = reconstructed(self.rungs.write(choice), self.bench.difference.base)
-        return self.own.divergence(source)
+        return self.candidates.divergence(choice, 1.0)
 
     def held_out(self, choice: Choice) -> tuple[Evaluation, float]:
         """The comparison on held-out text, and the bits per linear weight."""
-        stretch, _ = self.rungs.best_stretch(choice, self.own)
-        artifact = self.rungs.write(choice, self.rungs.stretched(stretch))
-        source = reconstructed(artifact, self.bench.difference.base)
-        return self.bench.reference.compare(source), artifact.manifest.totals.bits_per_weight
+        stretches = self.candidates.evenly(best_stretch(self.candidates, choice))
+        linear_bytes, _ = self.bench.bytes_of(self.candidates, choice)
+        bits = linear_bytes * 8 / linear_weights(self.bench.difference)
+        return self.bench.reference.compare(self.candidates.weights(choice, stretches)), bits
 
 
 def allocations(bench: Bench, bits: float, searched: bool) -> Iterator[dict]:
@@ -79,8 +76,8 @@ def allocations(bench: Bench, bits: float, searched: bool) -> Iterator[dict]:
     plans += [(f"knapsack, {kind}", "knapsack", kind) for kind in Importance if kind != "weights"]
     for label, method, kind in plans:
         before = time.perf_counter()
-        costs = importances(kind, trial.rungs.measured, bench.expert, bench.calibration)
-        curves = rate_curves(trial.rungs.measured, costs)
+        costs = importances(kind, trial.candidates.ladders, bench.expert, bench.calibration)
+        curves = rate_curves(trial.candidates.ladders, costs)
         budget = int(bits * linear_weights(bench.difference) / 8)
         yield row(label, trial, allocate(method, curves, budget), before)
         if searched and method in ("atp", "knapsack-atp", "evolution"):
@@ -98,10 +95,10 @@ def prunings(bench: Bench, bits: float) -> Iterator[dict]:
         linear = LinearRecipe(pruning=pruning)
         trial = Trial(bench, Recipe(linear=linear, embedding=EmbeddingRecipe()))
         costs = importances(
-            Importance.WEIGHTS, trial.rungs.measured, bench.expert, bench.calibration
+            Importance.WEIGHTS, trial.candidates.ladders, bench.expert, bench.calibration
         )
         budget = int(bits * linear_weights(bench.difference) / 8)
-        choice = allocate("knapsack", rate_curves(trial.rungs.measured, costs), budget)
+        choice = allocate("knapsack", rate_curves(trial.candidates.ladders, costs), budget)
         yield row(f"{score.value} {pattern.value}", trial, choice, before)
 
 

@@ -27,15 +27,19 @@ from benchmarks.make_experts import CACHE, RUNS
 from benchmarks.peers.methods import PEERS, Matrix, dare, delta_come, low_rank
 from benchmarks.peers.report import print_bars, print_means
 from benchmarks.record import record
-from deltamux.compression.artifact.merge import reconstructed
+from deltamux.compression.artifact.write import linear_weights
 from deltamux.compression.checkpoint.architecture import Role, TensorSpec
 from deltamux.compression.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from deltamux.compression.checkpoint.delta import Difference, compare
+from deltamux.compression.choice.candidates import Candidates
+from deltamux.compression.choice.choose import choose
 from deltamux.compression.choice.distil import Student, distil
-from deltamux.compression.choice.draft import linear_weights
+from deltamux.compression.choice.fixed import fixed_weights
 from deltamux.compression.choice.measure import measure, measure_key
-from deltamux.compression.choice.selection import Job, Rungs
-from deltamux.compression.choice.workspace import Measured, Workspace
+from deltamux.compression.choice.problem import Choice
+from deltamux.compression.choice.task import Task
+from deltamux.compression.choice.tune import best_stretch
+from deltamux.compression.choice.workspace import Ladder, Workspace
 from deltamux.compression.evaluate import Evaluation, Reference
 from deltamux.compression.recipe import (
     AllocationRecipe,
@@ -49,7 +53,7 @@ from deltamux.compression.streaming.text import Sample, encode_rows, read_rows
 HEADLINE_BUDGETS = (2.1, 1.6, 1.05, 0.5)
 LOWER_BUDGETS = (0.25, 0.1)
 DISTILLED_BUDGETS = (0.25,)
-DISTILLATION = DistillationRecipe(steps=6, learning_rate=0.03)
+DISTILLATION = DistillationRecipe(passes=6, learning_rate=0.03)
 DISTILLATION_SAMPLES = 12
 MAX_TOKENS = 256
 PEERS_AT_OTHER_BUDGETS = {
@@ -107,12 +111,20 @@ class Bench:
             kind = f"-{pruning.score.value}-{pruning.pattern.value}"
         return Workspace(self.cache / f"ladders-{self.name}-{self.seed}{kind}", key)
 
-    def rungs(self, recipe: Recipe, work: Workspace, measured: list[Measured]) -> Rungs:
-        """The ladders, to be chosen from and written."""
-        target = self.cache / f"artifact-{self.name}"
-        target.mkdir(exist_ok=True)
-        job = Job(self.difference, recipe, target, held_out=[], progress=False)
-        return Rungs(job, work, measured)
+    def candidates(self, recipe: Recipe, work: Workspace, ladders: list[Ladder]) -> Candidates:
+        """The ladders, to be chosen from."""
+        task = Task.of(self.difference, recipe, self.calibration, held_out=[], progress=False)
+        return Candidates(task, work, ladders, fixed_weights(self.difference, recipe.embedding))
+
+    def bytes_of(self, candidates: Candidates, choice: Choice) -> tuple[int, int]:
+        """What a choice takes for the linears, and for the rest."""
+        linears, rest = 0, 0
+        for weight in candidates.encoded(choice):
+            if weight.entry.role is Role.LINEAR:
+                linears += weight.entry.bytes
+            else:
+                rest += weight.entry.bytes
+        return linears, rest
 
     def row(
         self, method: str, num_bytes: int, embedding: int, seconds: float, result: Evaluation
@@ -155,7 +167,7 @@ def peers(bench: Bench) -> Iterator[Row]:
 
 
 def ours(bench: Bench) -> Iterator[Row]:
-    """Every budget from one set of ladders; the artifact is written, read back and measured.
+    """Every budget from one set of ladders, measured as it would be read back.
 
     The lower budgets, which only complete the curve, from the first draw alone.
     """
@@ -163,7 +175,7 @@ def ours(bench: Bench) -> Iterator[Row]:
     budgets = HEADLINE_BUDGETS if bench.seed else HEADLINE_BUDGETS + LOWER_BUDGETS
     every_rung = Recipe(allocation=AllocationRecipe(bits=min(budgets)))
     work = bench.workspace(every_rung)
-    measured = measure(bench.difference, every_rung, bench.calibration, work, progress=False)
+    ladders = measure(bench.difference, every_rung, bench.calibration, work, progress=False)
     # Ladders that an earlier run measured took what they took then.
     took = work.root / "seconds.txt"
     if not took.exists():
@@ -172,19 +184,17 @@ def ours(bench: Bench) -> Iterator[Row]:
     for bits in budgets:
         before = time.perf_counter()
         recipe = Recipe(allocation=AllocationRecipe(bits=bits))
-        rungs = bench.rungs(recipe, work, measured)
-        choice, stretch = rungs.select(bench.calibration)
-        artifact = rungs.write(choice, rungs.stretched(stretch))
-        totals = artifact.manifest.totals
+        candidates = bench.candidates(recipe, work, ladders)
+        choice = choose(candidates)
+        stretches = candidates.evenly(best_stretch(candidates, choice))
+        sizes = bench.bytes_of(candidates, choice)
         spent = seconds + time.perf_counter() - before
-        result = bench.reference.compare(reconstructed(artifact, bench.difference.base))
+        result = bench.reference.compare(candidates.weights(choice, stretches))
         name = f"deltamux@{bits:g}"
-        yield bench.row(name, totals.linear_bytes, totals.embedding_bytes, spent, result)
+        yield bench.row(name, *sizes, spent, result)
         if bench.seed == 0 and bench.name in DISTILLED_EXPERTS and bits in DISTILLED_BUDGETS:
-            result, more = distilled(bench, Student.of(artifact, bench.difference.base))
-            yield bench.row(
-                f"{name}+distil", totals.linear_bytes, totals.embedding_bytes, spent + more, result
-            )
+            result, more = distilled(bench, Student.of(candidates, choice))
+            yield bench.row(f"{name}+distil", *sizes, spent + more, result)
 
 
 def distilled(bench: Bench, student: Student) -> tuple[Evaluation, float]:

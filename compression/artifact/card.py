@@ -20,6 +20,8 @@ base by deltamux, or turn{% else %}Turn{% endif %} it back into a checkpoint wit
 | base | {{ base }} |
 | checkpoint | {{ full_mb }} MB |
 | this delta | {{ delta_mb }} MB |
+{% if servable %}| in a slot | {{ slot_mb }} MB |
+{% endif -%}
 {% for key, value in verification.items() -%}
 | {{ key }} | {{ value }} |
 {% endfor %}
@@ -43,7 +45,8 @@ def write_card(manifest: Manifest, recipe: Recipe, target: Path) -> None:
         base=manifest.base.source,
         bits=f"{totals.bits_per_weight:.3f}",
         method=_method(recipe),
-        servable=not recipe.lossless,
+        servable=totals.slot_bytes is not None,
+        slot_mb=f"{(totals.slot_bytes or 0) / 1e6:.1f}",
         full_mb=f"{totals.expert_bytes / 1e6:.1f}",
         delta_mb=f"{totals.weights_file_bytes / 1e6:.1f}",
         verification={k: f"{v:.5g}" for k, v in (manifest.verification or {}).items()},

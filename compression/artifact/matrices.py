@@ -52,7 +52,9 @@ class CodedEntry(WeightEntry):
         if self.rows > rows or max(self.channels, self.salient) > columns:
             raise ValueError(f"{self.name!r} has more rows or channels in codes than it has")
         if self.scheme.levels > MOST_LEVELS:
-            raise ValueError(f"{self.name!r} has scheme {self.scheme.value!r}, which is for factors")
+            raise ValueError(
+                f"{self.name!r} has scheme {self.scheme.value!r}, which is for factors"
+            )
         return self
 
     def forms(self) -> dict[str, Form]:

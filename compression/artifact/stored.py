@@ -198,12 +198,12 @@ class Encoded:
         """The weight, decoded."""
         return self.entry.read(self.parts)
 
-    def scaled(self, factor: float) -> "Encoded":
-        """The same with a linear's steps times a factor; what is in 16 bit stays."""
-        if factor == 1.0:
+    def scaled(self, stretch: float) -> "Encoded":
+        """The same with a linear's steps times a stretch; what is in 16 bit stays."""
+        if stretch == 1.0:
             return self
         assert isinstance(self.entry, CodedEntry | FactoredEntry)
-        steps = self.parts[self.entry.scaled_by].float() * factor
+        steps = self.parts[self.entry.scaled_by].float() * stretch
         return replace(self, parts=self.parts | {self.entry.scaled_by: steps.to(torch.bfloat16)})
 
     def named_tensors(self) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.names import CONFIG_FILE, FORMAT
 
 # A norm weight that changes by more than this many times its smaller value is not folded: neither
-# the ratio nor the calibration energy, which is divided by its square, would mean anything.
+# the ratio nor the calibration energy, which is divided by its square, would mean anything. Chosen, not measured.
 FOLD_LIMIT = 100.0
 
 # What a weight may be stored in: a narrower float is worth nothing without its scale.

@@ -10,8 +10,8 @@ from functools import cached_property
 
 import torch
 
-from deltamux.compression.artifact.merge import expert_weights
 from deltamux.compression.artifact.matrices import Coded, Factored
+from deltamux.compression.artifact.merge import expert_weights
 from deltamux.compression.artifact.stored import Encoded, LinearDelta, Stored
 from deltamux.compression.choice.problem import Choice
 from deltamux.compression.choice.task import Task
@@ -19,7 +19,8 @@ from deltamux.compression.choice.workspace import Ladder, Workspace
 from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.streaming.forward import WeightSource
 
-Factors = Mapping[str, float]
+# What the steps of linears are multiplied with, by name.
+Stretches = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -39,38 +40,38 @@ class Candidates:
     fixed: list[Encoded]
     _divergences: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
 
-    def encoded(self, choice: Choice, factors: Factors | None = None) -> Iterator[Encoded]:
+    def encoded(self, choice: Choice, stretches: Stretches | None = None) -> Iterator[Encoded]:
         """The weights of a choice as they go into the file.
 
         Args:
             choice: A rung for every ladder: 0 stands for no delta, i for the i-th entry.
-            factors: What steps are multiplied with, by the linear's name.
+            stretches: What steps are multiplied with, by the linear's name.
         """
         yield from self.fixed
         for ladder, rung in zip(self.ladders, choice, strict=True):
             if rung:
-                yield self._rung(ladder, rung, (factors or {}).get(ladder.name, 1.0))
+                yield self._rung(ladder, rung, (stretches or {}).get(ladder.name, 1.0))
 
-    def weights(self, choice: Choice, factors: Factors | None = None) -> WeightSource:
+    def weights(self, choice: Choice, stretches: Stretches | None = None) -> WeightSource:
         """The decompressed expert of a choice, as it would be read back from the file."""
         chosen = self._chosen(choice)
 
         def stored(name: str) -> Stored | None:
             if name not in chosen:
                 return self._fixed.get(name)
-            return self._rung(*chosen[name], (factors or {}).get(name, 1.0)).stored()
+            return self._rung(*chosen[name], (stretches or {}).get(name, 1.0)).stored()
 
         return expert_weights(self.task.difference.base, stored)
 
-    def smooth_weights(self, choice: Choice, factors: Factors) -> WeightSource:
-        """The same with factors that steps are not rounded for, for slopes."""
+    def smooth_weights(self, choice: Choice, stretches: Stretches) -> WeightSource:
+        """The same with steps that are not rounded to what is stored, for slopes."""
         chosen, base = self._chosen(choice), self.task.difference.base
         plain = self.weights(choice)
 
         def load(name: str) -> torch.Tensor:
-            if name not in chosen or name not in factors:
+            if name not in chosen or name not in stretches:
                 return plain(name)
-            return self.linear(choice, name).dense(base.load(name), factors[name])
+            return self.linear(choice, name).dense(base.load(name), stretches[name])
 
         return load
 
@@ -84,23 +85,23 @@ class Candidates:
         """The linears that a choice keeps something of."""
         return list(self._chosen(choice))
 
-    def compared(self, choice: Choice, factors: Factors | None = None) -> Evaluation:
+    def compared(self, choice: Choice, stretches: Stretches | None = None) -> Evaluation:
         """The comparison with the expert on the held-out text."""
         assert self.task.reference is not None
-        return self.task.reference.compare(self.weights(choice, factors))
+        return self.task.reference.compare(self.weights(choice, stretches))
 
     def divergence(self, choice: Choice, stretch: float) -> float:
-        """The KL on the trial text, with one factor on all deltas; measured once for each."""
+        """The KL on the trial text, with one stretch for all deltas; measured once for each."""
         key = tuple(choice), stretch
         if key not in self._divergences:
             assert self.task.trial is not None
-            source = self.weights(choice, self.stretched(stretch))
+            source = self.weights(choice, self.evenly(stretch))
             self._divergences[key] = self.task.trial.divergence(source)
         return self._divergences[key]
 
-    def stretched(self, factor: float) -> dict[str, float]:
-        """One factor for every linear."""
-        return {ladder.name: factor for ladder in self.ladders}
+    def evenly(self, stretch: float) -> dict[str, float]:
+        """One stretch for every linear."""
+        return {ladder.name: stretch for ladder in self.ladders}
 
     @cached_property
     def _fixed(self) -> dict[str, Stored]:
@@ -110,5 +111,5 @@ class Candidates:
         pairs = zip(self.ladders, choice, strict=True)
         return {ladder.name: (ladder, rung) for ladder, rung in pairs if rung}
 
-    def _rung(self, ladder: Ladder, rung: int, factor: float) -> Encoded:
-        return self.work.rung(ladder, rung - 1).scaled(factor)
+    def _rung(self, ladder: Ladder, rung: int, stretch: float) -> Encoded:
+        return self.work.rung(ladder, rung - 1).scaled(stretch)

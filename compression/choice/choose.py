@@ -22,7 +22,7 @@ from deltamux.compression.choice.problem import (
     total_bytes,
     total_slot_bytes,
 )
-from deltamux.compression.choice.tune import STRETCHES
+from deltamux.compression.choice.tune import TRIED_STRETCHES
 from deltamux.compression.choice.workspace import Ladder
 from deltamux.compression.recipe import AllocationRecipe, Importance, ObjectiveKind, Recipe
 from deltamux.compression.streaming.fisher import output_sensitivity
@@ -41,8 +41,10 @@ SEARCH_BITS = (0.1, 6.0)
 SEARCH_STEPS = 7
 # Conversations that the Fisher information is taken of; chosen, not measured.
 SENSITIVITY_SAMPLES = 24
-# What an error of a low-rank rung costs to that of the same error of a full-rank one.
-LOW_RANK_COST = 4.0
+# What an error of a low-rank rung costs to that of the same error of a full-rank one. In the first 15 layers of a math
+# fine-tune of SmolLM2-135M, at 0.3 bits, 1, 2, 4 and 8 leave a KL of 1.23, 1.19, 0.95 and 0.75 thousandths, at 0.5
+# bits of 0.73, 0.55, 0.22 and 0.15; without low-rank rungs it is 3.4 and 0.12.
+LOW_RANK_COST = 8.0
 # Of a limit on disk that the limit in a slot leaves unused before that is worth a warning.
 UNUSED_SHARE = 0.1
 
@@ -99,7 +101,7 @@ def choose(candidates: Candidates) -> Choice:
         return min(found, key=lambda choice: total_bytes(curves, choice))
     if task.trial is None:
         return found[1]
-    return min(found, key=lambda choice: candidates.divergence(choice, STRETCHES[1]))
+    return min(found, key=lambda choice: candidates.divergence(choice, TRIED_STRETCHES[1]))
 
 
 def _choose_of(candidates: Candidates, curves: list[Curve], kept: list[list[int]]) -> Choice:

@@ -22,7 +22,7 @@ from deltamux.compression.choice.knapsack import knapsack
 from deltamux.compression.choice.problem import Choice, Curve, Objective
 from deltamux.compression.choice.uniform import largest_fit
 
-# By size: of equally good tilts the first, and so the most even allocation, is kept.
+# By size: of equally good tilts the first, and so the most even allocation, is kept. Steps chosen, not measured.
 TILTS = (0.0, 0.2, -0.2, 0.4, -0.4, 0.6, -0.6, 0.8, -0.8)
 
 

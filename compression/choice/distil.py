@@ -8,7 +8,7 @@ expert's outputs). With y = (W + e^θ Δ̂) x the gradient is
 
 What the layer-wise stretch of `ladder.py` cannot see, because errors meet in later layers and on text that
 was not calibrated on, is learned here. A few passes of Adam (Kingma & Ba 2014, arXiv 1412.6980) suffice,
-as the factors start close to one. Base, codes and expert stream layer by layer, so that memory holds
+as the stretches start close to one. Base, codes and expert stream layer by layer, so that memory holds
 one layer and the activations between layers.
 """
 
@@ -29,8 +29,8 @@ from deltamux.compression.streaming.forward import StreamedModel, WeightSource, 
 from deltamux.compression.streaming.text import Sample
 
 BATCH_TOKENS = 2_048
-# A factor outside of these bounds would mean another fine-tune, not a better scale; chosen, not measured.
-MAX_FACTOR = 2.0
+# A stretch outside of these bounds would mean another fine-tune, not a better scale; chosen, not measured.
+MAX_STRETCH = 2.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Student:
     """A compressed expert whose steps are to be learned.
 
     Attributes:
-        scaled: Factors on the linears' steps, by weight name, to the weights with them.
+        scaled: Stretches of the linears' steps, by weight name, to the weights with them.
         delta: The part of a linear's delta that its steps scale, float32 [N, K].
         names: Those linears.
     """
@@ -51,7 +51,7 @@ class Student:
     def of(cls, candidates: Candidates, choice: Choice) -> "Student":
         """A choice over its base."""
         return cls(
-            scaled=lambda factors: candidates.smooth_weights(choice, factors),
+            scaled=lambda stretches: candidates.smooth_weights(choice, stretches),
             delta=lambda name: candidates.linear(choice, name).scalable(),
             names=candidates.changed(choice),
         )
@@ -64,7 +64,7 @@ def distil(
     recipe: DistillationRecipe,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Learn a factor for the steps of every matrix of the decoder.
+    """Learn a stretch for the steps of every matrix of the decoder.
 
     Args:
         student: What learns.
@@ -74,25 +74,27 @@ def distil(
         progress: Show a bar.
 
     Returns:
-        Weight name to factor: that of the pass with the lowest divergence.
+        Weight name to stretch: that of the pass with the lowest divergence.
     """
     teacher = _Teacher(expert, list(batches(samples, BATCH_TOKENS)))
     logs = torch.zeros(len(student.names), requires_grad=True)
     optimizer = torch.optim.Adam([logs], lr=recipe.learning_rate)
     best, best_kl = dict.fromkeys(student.names, 1.0), math.inf
-    with tqdm(total=recipe.steps + 1, desc="distil", unit="pass", disable=not progress) as bar:
-        for step in range(recipe.steps + 1):
-            factors = dict(zip(student.names, logs.detach().exp().tolist(), strict=True))
-            kl, slopes = _gradient(student, factors, teacher, expert)
+    with tqdm(total=recipe.passes + 1, desc="distil", unit="pass", disable=not progress) as bar:
+        for index in range(recipe.passes + 1):
+            stretches = dict(zip(student.names, logs.detach().exp().tolist(), strict=True))
+            kl, slopes = _gradient(student, stretches, teacher, expert)
             if kl < best_kl:
-                best, best_kl = factors, kl
+                best, best_kl = stretches, kl
             bar.update()
             bar.set_postfix(kl=f"{kl:.5f}")
             logs.grad = torch.tensor([slopes[name] for name in student.names])
-            optimizer.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / (recipe.steps + 1))
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * (
+                1 - index / (recipe.passes + 1)
+            )
             optimizer.step()
             with torch.no_grad():
-                logs.clamp_(-math.log(MAX_FACTOR), math.log(MAX_FACTOR))
+                logs.clamp_(-math.log(MAX_STRETCH), math.log(MAX_STRETCH))
     return best
 
 
@@ -111,10 +113,10 @@ class _Teacher:
 
 
 def _gradient(
-    student: Student, factors: dict[str, float], teacher: _Teacher, expert: Checkpoint
+    student: Student, stretches: dict[str, float], teacher: _Teacher, expert: Checkpoint
 ) -> tuple[float, dict[str, float]]:
-    """KL in nats per predicting position, and its slope in the logarithm of every factor."""
-    model = StreamedModel(expert.root, student.scaled(factors), torch.float32, expert.tied)
+    """KL in nats per predicting position, and its slope in the logarithm of every stretch."""
+    model = StreamedModel(expert.root, student.scaled(stretches), torch.float32, expert.tied)
     run = Activated.through(model, teacher.plan)
     positions = sum(len(state.targets_P) for state in run.states)
     head_VH = model.head()
@@ -128,16 +130,16 @@ def _gradient(
         return (log.exp() - wanted.exp()) @ head_VH / positions
 
     gradients = final_gradients(run, at)
-    slopes = dict.fromkeys(factors, 0.0)
+    slopes = dict.fromkeys(stretches, 0.0)
     deltas: dict[str, torch.Tensor] = {}
 
     def add_slope(name: str, x_BTK: torch.Tensor, gradient_BTN: torch.Tensor) -> None:
-        if name not in factors:
+        if name not in stretches:
             return
         if name not in deltas:
             deltas[name] = student.delta(name).to(x_BTK.device)
         product_BTN = x_BTK @ deltas[name].T
-        slopes[name] += factors[name] * float((product_BTN * gradient_BTN).sum())
+        slopes[name] += stretches[name] * float((product_BTN * gradient_BTN).sum())
 
     for layer in reversed(range(model.num_layers)):
         gradients = layer_gradients(run, layer, gradients, add_slope)

@@ -19,6 +19,7 @@ from deltamux.compression.choice.knapsack import fill, hull_steps, knapsack
 from deltamux.compression.choice.problem import Choice, Curve, Objective
 from deltamux.compression.choice.uniform import largest_fit, uniform
 
+# Sizes and chances of the search; chosen, not measured: what an evaluation costs bounds the first two.
 POPULATION = 16
 GENERATIONS = 12
 ELITE = 2

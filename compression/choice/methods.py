@@ -160,7 +160,9 @@ def _limited(objective: Objective, fits: Callable[[Choice], bool]) -> Objective:
 
 def _filled(curves: Sequence[Curve], choice: Choice, budgets: tuple[int, int]) -> Choice:
     """Spend what is left of both budgets on rungs that are not dominated on disk."""
-    kept = [sorted({*pareto_front(curve), rung}) for curve, rung in zip(curves, choice, strict=True)]
+    kept = [
+        sorted({*pareto_front(curve), rung}) for curve, rung in zip(curves, choice, strict=True)
+    ]
     pruned = [keep_rungs(curve, front) for curve, front in zip(curves, kept, strict=True)]
     start = [front.index(rung) for front, rung in zip(kept, choice, strict=True)]
     found = fill(pruned, start, *budgets)

@@ -10,8 +10,7 @@ from deltamux.compression.streaming.text import Sample
 
 # The part of the calibration text that distillation has for itself: one in so many; chosen, not measured.
 DISTILLATION_SHARE = 4
-# Calibration conversations that choices are compared on; chosen, not measured: enough that two runs agree on the
-# better of two choices, few enough that comparing takes seconds.
+# Calibration conversations that choices are compared on; chosen, not measured.
 TRIAL_SAMPLES = 12
 
 
@@ -45,7 +44,7 @@ class Task:
         progress: bool = True,
     ) -> "Task":
         """Share out the calibration text."""
-        count = len(calibration) // DISTILLATION_SHARE if recipe.distillation.steps else 0
+        count = len(calibration) // DISTILLATION_SHARE if recipe.distillation.passes else 0
         split = len(calibration) - count
         learned = calibration[split:] if count else calibration
         return cls(difference, recipe, calibration[:split], learned, held_out, progress)

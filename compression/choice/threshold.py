@@ -24,6 +24,7 @@ import torch
 from deltamux.compression.choice.knapsack import fill
 from deltamux.compression.choice.problem import Choice, Curve
 
+# Of Adam; chosen, not measured.
 LEARNING_RATE = 0.1
 NUM_STEPS = 200
 # Beyond this shift of a sigmoid's argument every ladder is at one of its ends.
@@ -31,7 +32,7 @@ LARGEST_SHIFT = 80.0
 SHIFTS_AT_ONCE = 65
 # 160 / 64^7 < 1e-10: the shift is then as fine as the bytes of any model.
 SHIFT_ROUNDS = 7
-# Stands for a lossless rung, whose log error would be −∞. The lower, the more a place just below such a
+# Chosen, not measured. Stands for a lossless rung, whose log error would be −∞. The lower, the more a place just below such a
 # rung promises that rounding down cannot keep.
 LEAST_ERROR = 1e-3
 

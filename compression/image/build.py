@@ -55,8 +55,7 @@ def adapter_image(adapter: Adapter, shapes: Shapes) -> torch.Tensor:
     return image_of(shapes, adapter.records(shapes))
 
 
-def image_of(names: Collection[str], readers: Mapping[str, Callable[[], Record]]
-) -> torch.Tensor:
+def image_of(names: Collection[str], readers: Mapping[str, Callable[[], Record]]) -> torch.Tensor:
     """Read records side by side, and put them into one buffer."""
     with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as pool:
         pending = {
@@ -78,7 +77,9 @@ def _record(artifact: Artifact, names: list[str]) -> Record:
     for name in names:
         record = artifact.stored(name).record()
         if record is None:
-            raise ValueError(f"{name!r} of {str(artifact.root)!r} is kept exactly, which no slot does")
+            raise ValueError(
+                f"{name!r} of {str(artifact.root)!r} is kept exactly, which no slot does"
+            )
         whole.numbers.update(record.numbers)
         whole.sections.update(record.sections)
     return whole

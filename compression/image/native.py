@@ -23,7 +23,9 @@ def load_library(folder: Path, name: str) -> ctypes.CDLL:
     found = [folder / f"{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = next((each for each in found if each.is_file()), None)
     if path is None:
-        raise OSError(f"{name!r} was not built: pip install deltamux again where a g++ is installed")
+        raise OSError(
+            f"{name!r} was not built: install g++, then pip install --no-cache-dir deltamux again"
+        )
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

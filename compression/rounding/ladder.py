@@ -27,8 +27,8 @@ from deltamux.compression.rounding.gptq import Curvature, Grid, round_with_feedb
 from deltamux.compression.rounding.low_rank import FactoredDelta, factored_rungs
 from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme, search_steps
 
-# Steps of the entropy-coded rungs in units of the delta's effective deviation. The coarser the step,
-# the fewer levels are in use, and the longer runs of zeros one symbol of the entropy code holds.
+# Steps of the entropy-coded rungs in units of the delta's effective deviation, about √2 apart: chosen, not measured.
+# The coarser the step, the fewer levels are in use, and the longer runs of zeros one symbol of the entropy code holds.
 CODED_STEPS = (
     (Scheme.INT4, (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)),
     (Scheme.QUINARY, (2.8,)),
@@ -39,12 +39,12 @@ CODED_STEPS = (
 REACHING_STEPS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 # Elements of all grids that one pass rounds: 1 GiB of float32.
 PASS_ELEMENTS = 2**28
-# Shares of elements that a pruned ladder drops, and the step that the others are rounded with.
+# Shares of elements that a pruned ladder drops, and the step that the others are rounded with; chosen, not measured.
 SPARSITIES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 PRUNED_STEP = 1.4
-# Under feedback a row's best step is wider than its best one alone: the rows spread while they wait.
+# Under feedback a row's best step is wider than its best one alone: the rows spread while they wait. Both are tried.
 FEEDBACK_WIDTHS = (1.0, 1.2)
-# Nothing is stretched further: a matrix of which this little survives is better left alone.
+# Nothing is stretched further: a matrix of which this little survives is better left alone; chosen, not measured.
 MAX_STRETCH = 2.0
 
 

@@ -27,8 +27,10 @@ from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
 
 # Steps in units of the delta's deviation over inputs that are white; chosen, not measured.
 FACTOR_STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0)
-# Finer steps, which pay where few directions hold all of a delta.
-FINE_STEPS = (0.06, 0.09, 0.13, 0.18, 0.25)
+# Finer steps, which pay where few directions hold all of a delta. In a rank-16 delta merged into bfloat16 (q_proj
+# and down_proj of a layer of SmolLM2-135M) 0.25 leaves 0.26 and 0.27 % of the output energy at 0.52 and 0.31 bits,
+# 0.09 leaves 0.19 and 0.24 % at 0.78 and 0.49; 0.06 next to no less.
+FINE_STEPS = (0.09, 0.13, 0.18, 0.25)
 # A direction pays for its N + K coefficients if its energy is above this share of their squared steps:
 # their distortion, 1 / 12 each, and about a bit each at the slope 2 ln 2 / 12 of distortion over rate.
 PAYING_ENERGY = 0.2
@@ -36,12 +38,11 @@ PAYING_ENERGY = 0.2
 FARTHEST_LEVEL = 120
 # Directions that a slot takes by default (`slot.rank`).
 MOST_DIRECTIONS = 64
-# A delta has few directions if those that an eighth of its coefficients pay for leave out no more than this;
-# chosen, not measured: full fine-tunes leave out several times as much, merged adapters next to nothing.
+# A delta has few directions if those that an eighth of its coefficients pay for leave out no more than this; chosen,
+# not measured.
 FEW_DIRECTIONS = 1 / 8
 FEW_DIRECTIONS_REST = 0.02
-# A direction's width, as a share of the largest, below which its inputs are taken not to feel it: what float32
-# leaves of a direction that is not there.
+# A direction's width, as a share of the largest, below which its inputs are taken not to feel it; chosen, not measured.
 UNFELT = 1e-5
 
 

@@ -20,6 +20,7 @@ from enum import StrEnum
 
 import torch
 
+# Steps of fixed widths: starts in units of the Gaussian's, and refits from each; chosen, not measured.
 STEP_STARTS = (0.7, 1.0, 1.5)
 STEP_ITERATIONS = 4
 # Rows whose steps are searched at once: few enough to stay in the cache of one core.

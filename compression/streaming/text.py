@@ -45,6 +45,7 @@ def read_rows(path: Path) -> list[Conversation]:
     Raises:
         ValueError: A line is not JSON or lacks the fields; the message names file and line.
     """
+    path = path.expanduser()
     with naming(path):
         content = path.read_text(encoding="utf-8-sig")
     conversations = []

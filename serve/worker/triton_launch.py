@@ -65,15 +65,29 @@ def groups_of(rows: int, slots: int, tile: int = GROUP) -> int:
     return min(rows, slots) + max(rows - slots, 0) // tile
 
 
-# Many programs: few instructions a weight; few: short waits. Chosen by timing, see benchmarks/gpu.py.
-THROUGHPUT = Tiling()
+# Chosen by timing on an H200 at Mistral-7B's shapes: of several, the fastest where they are used.
+# One row: a short wait counts, so small matrices are cut small, and loads are begun early.
 LATENCY = Tiling(rows=16, split=4, width=32, warps=4, fetch=True)
+SINGLE = Tiling(rows=32)
+# More rows: few instructions a weight, or enough programs where that leaves too few.
+MIDDLE = Tiling(rows=32, width_many=4)
+THROUGHPUT = Tiling(rows=64, unroll=2, stages=3)
+FEW_PROGRAMS, MANY_PROGRAMS = 264, 2048
 
 
-def choose_tiling(sizes: tuple[int, ...], groups: int) -> Tiling:
-    """Smaller tiles where there would be too few programs for all multiprocessors."""
-    programs = sum(-(-rows // 32) for rows in sizes) * groups
-    return THROUGHPUT if programs >= 264 else LATENCY
+def choose_tiling(sizes: tuple[int, ...], groups: int, rows: int) -> Tiling:
+    """How to cut a launch up, from shapes alone.
+
+    Args:
+        sizes: Rows of each slice.
+        groups: Groups of the launch.
+        rows: Rows of the batch.
+    """
+    if rows == 1:
+        programs = sum(-(-size // 32) for size in sizes)
+        return LATENCY if programs < FEW_PROGRAMS else SINGLE
+    programs = sum(-(-size // THROUGHPUT.rows) for size in sizes) * groups
+    return MIDDLE if programs < MANY_PROGRAMS else THROUGHPUT
 
 
 def launch_product(
@@ -117,7 +131,7 @@ def launch_product(
     total = groups_of(rows, count)
     for skipped in range(0, total, MOST_GROUPS):
         groups = min(MOST_GROUPS, total - skipped)
-        cut = tiling or choose_tiling(slice_rows, groups)
+        cut = tiling or choose_tiling(slice_rows, groups, rows)
         part = (groups, skipped, places.most)
         _launch(
             y_TN, x_TK, slot_of_row, order, starts, slots, places, part, row_map, capabilities, cut

@@ -256,7 +256,9 @@ def test_an_altered_manifest_is_found(copied, key):
 
 def test_the_manifest_s_hash_is_of_all_the_rest(copied):
     content = json.loads((copied / "delta_config.json").read_text())
-    assert content["sha256"] == manifest_sha256(content) == manifest_sha256(content | {"sha256": ""})
+    assert (
+        content["sha256"] == manifest_sha256(content) == manifest_sha256(content | {"sha256": ""})
+    )
 
 
 def test_a_manifest_too_large_to_be_one_is_not_read(copied):
@@ -356,7 +358,9 @@ def test_a_missing_tensor_is_named(copied, name, suffix):
         Artifact(copied)
 
 
-@pytest.mark.parametrize(("suffix", "changes"), [("rows", {"rows": 3}), ("channels", {"channels": 1})])
+@pytest.mark.parametrize(
+    ("suffix", "changes"), [("rows", {"rows": 3}), ("channels", {"channels": 1})]
+)
 def test_a_missing_index_is_named(copied, suffix, changes):
     edit_entry(copied, **changes)
     with pytest.raises(ValueError, match=f"holds no {suffix} for it|is not what its manifest says"):

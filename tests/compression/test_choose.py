@@ -210,7 +210,8 @@ def test_linears_never_take_more_bits_in_a_slot_than_told(case, slot_bits):
 
 def test_a_slot_without_room_for_its_records_is_refused_with_both_figures(case):
     with pytest.raises(
-        ValueError, match=r"slot_bits 0\.1 cannot be kept: no less than 0\.\d+ bits .* raise slot_bits"
+        ValueError,
+        match=r"slot_bits 0\.1 cannot be kept: no less than 0\.\d+ bits .* raise slot_bits",
     ):
         case.choose(bits=1.0, slot_bits=0.1)
 
@@ -239,9 +240,7 @@ def test_importance_by_weights_counts_them(case):
 
 def test_importance_by_energy_is_the_root_of_the_delta_s_output_energy(case):
     found = importances(Importance.ENERGY, case.ladders, case.difference.expert, TEXT)
-    assert [cost**2 for cost in found] == pytest.approx(
-        [ladder.energy for ladder in case.ladders]
-    )
+    assert [cost**2 for cost in found] == pytest.approx([ladder.energy for ladder in case.ladders])
 
 
 def test_importance_by_fisher_weighs_energies_by_what_predictions_feel(case):
@@ -281,7 +280,7 @@ def test_a_target_that_distillation_misses_is_met_without_it(make_pair, tmp_path
         return dict.fromkeys(student.names, 2.0)
 
     monkeypatch.setattr(module, "distil", spoil)
-    distillation = {"steps": 1}
+    distillation = {"passes": 1}
     found = run(
         make_pair("qwen3"),
         tmp_path / "artifact",

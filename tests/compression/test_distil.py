@@ -12,7 +12,7 @@ from deltamux.compression.checkpoint.delta import compare
 from deltamux.compression.choice import distil as distil_module
 from deltamux.compression.choice.candidates import Candidates
 from deltamux.compression.choice.choose import choose
-from deltamux.compression.choice.distil import MAX_FACTOR, Student, distil
+from deltamux.compression.choice.distil import MAX_STRETCH, Student, distil
 from deltamux.compression.choice.fixed import fixed_weights
 from deltamux.compression.choice.measure import measure
 from deltamux.compression.choice.task import Task
@@ -24,7 +24,7 @@ from deltamux.compression.streaming.forward import batches
 from deltamux.compression.streaming.text import random_samples
 
 TEXT = random_samples(272, count=6, length=24)
-STEPS = DistillationRecipe(steps=8, learning_rate=0.05)
+STEPS = DistillationRecipe(passes=8, learning_rate=0.05)
 RECIPES = {
     "coded": Recipe(allocation=AllocationRecipe(bits=3.0, slot_bits=20.0)),
     "salient": Recipe(linear=LinearRecipe(scheme="int2", salient_channels=4)),
@@ -123,17 +123,17 @@ def test_a_shrunken_delta_is_stretched_again(student):
 
 def test_distillation_never_raises_the_divergence(student):
     found, _, _, expert = student
-    wild = DistillationRecipe(steps=2, learning_rate=100.0)
+    wild = DistillationRecipe(passes=2, learning_rate=100.0)
     assert distil(found, expert, TEXT, wild, progress=False) == dict.fromkeys(found.names, 1.0)
 
 
 def test_factors_stay_within_their_bounds(student):
     found, _, _, expert = student
     tiny = shrunken(found, 0.2)
-    wild = DistillationRecipe(steps=4, learning_rate=3.0)
+    wild = DistillationRecipe(passes=4, learning_rate=3.0)
     factors = distil(tiny, expert, TEXT, wild, progress=False).values()
-    assert max(factors) == pytest.approx(MAX_FACTOR)
-    assert min(factors) >= 1 / MAX_FACTOR * (1 - 1e-6)
+    assert max(factors) == pytest.approx(MAX_STRETCH)
+    assert min(factors) >= 1 / MAX_STRETCH * (1 - 1e-6)
 
 
 def test_factors_scale_the_named_deltas_alone(student):

@@ -68,7 +68,13 @@ def test_golden_artifacts_have_every_kind_every_scheme_and_every_tensor():
         entries += artifact.manifest.tensors
         for key in load_file(artifact.root / "model.safetensors"):
             suffixes.add(key.split("weight.")[-1].split("bias.")[-1])
-    assert {entry.kind for entry in entries} == {"exact", "replacement", "bias", "coded", "factored"}
+    assert {entry.kind for entry in entries} == {
+        "exact",
+        "replacement",
+        "bias",
+        "coded",
+        "factored",
+    }
     schemes = {entry.scheme for entry in entries if entry.kind == "coded"}
     assert schemes == set(Scheme) - {Scheme.INT8}
     assert suffixes == {suffix for entry in entries for suffix in entry.forms()}
@@ -105,7 +111,9 @@ def test_golden_weights_are_written_as_they_were(golden):
 
 @pytest.mark.parametrize("name", SERVABLE)
 def test_a_golden_expert_has_the_same_slot_image(name, base):
-    shapes = {spec.name: base.shape(spec.name) for spec in tensor_specs(base.config, set(base.files))}
+    shapes = {
+        spec.name: base.shape(spec.name) for spec in tensor_specs(base.config, set(base.files))
+    }
     artifact = Artifact(GOLDEN / name)
     image = artifact_image(artifact, shapes)
     assert sha256(image) == EXPECTED[name]["image"]

@@ -114,9 +114,7 @@ def test_bytes_of_a_record_are_known_without_making_it(scheme: Scheme) -> None:
     found += [laplace_codes(shape, width) for shape in SHAPES for width in (0.05, 0.6, 5.0)]
     for quantized in found:
         assert coded_bytes(quantized) == coded_record(quantized).num_bytes
-    factors = FactoredDelta(
-        random_codes(Scheme.INT8, (11, 3)), random_codes(Scheme.INT8, (3, 170))
-    )
+    factors = FactoredDelta(random_codes(Scheme.INT8, (11, 3)), random_codes(Scheme.INT8, (3, 170)))
     assert factored_bytes(factors) == factored_record(factors).num_bytes
 
 

@@ -18,9 +18,7 @@ from deltamux.compression.streaming.served import (
 from deltamux.compression.streaming.text import Conversation
 from deltamux.serve.cli import app
 
-ROWS = [
-    Conversation([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}])
-]
+ROWS = [Conversation([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}])]
 OTHER_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -112,7 +110,9 @@ def test_compress_warns_and_verifies_what_is_served(pair, text_file, tmp_path):
 )
 def test_damaged_tokenizer_settings_are_named_by_their_file(tmp_path, content):
     (tmp_path / "tokenizer_config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json' (is no JSON|lacks 'name'|has a)"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json' (is no JSON|lacks 'name'|has a)"
+    ):
         own_template(tmp_path)
 
 

@@ -11,7 +11,7 @@ from deltamux.compression.choice.measure import measure
 from deltamux.compression.choice.task import Task
 from deltamux.compression.choice.tune import (
     STRETCH_BOUNDS,
-    STRETCHES,
+    TRIED_STRETCHES,
     best_stretch,
     least_of_parabola,
     tune,
@@ -42,14 +42,14 @@ def make_candidates(make_pair, tmp_path_factory):
 
 @given(st.floats(*STRETCH_BOUNDS), st.floats(0.0, 1.0), st.floats(0.1, 100.0), st.floats(1e-6, 1e3))
 def test_the_least_value_of_a_parabola_is_found(factor, least, bend, unit):
-    values = [unit * (least + bend * (x - factor) ** 2) for x in STRETCHES]
+    values = [unit * (least + bend * (x - factor) ** 2) for x in TRIED_STRETCHES]
     found, value = least_of_parabola(values)
     assert found == pytest.approx(factor, abs=1e-4)
     assert value == pytest.approx(unit * least, abs=1e-6 * unit * (1 + bend))
 
 
 def test_a_parabola_is_not_followed_beyond_its_bounds():
-    values = [(x - 3.0) ** 2 for x in STRETCHES]
+    values = [(x - 3.0) ** 2 for x in TRIED_STRETCHES]
     factor, value = least_of_parabola(values)
     assert factor == STRETCH_BOUNDS[1]
     assert value == pytest.approx((STRETCH_BOUNDS[1] - 3.0) ** 2)
@@ -58,7 +58,7 @@ def test_a_parabola_is_not_followed_beyond_its_bounds():
 @pytest.mark.parametrize("values", [[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 1.0, 1.0]])
 def test_without_a_bend_upwards_the_least_measured_value_counts(values):
     factor, value = least_of_parabola(values)
-    assert (factor, value) == (STRETCHES[values.index(min(values))], min(values))
+    assert (factor, value) == (TRIED_STRETCHES[values.index(min(values))], min(values))
 
 
 def test_the_stretch_lowers_the_divergence_on_the_text_that_it_was_measured_on(make_candidates):
@@ -66,7 +66,9 @@ def test_the_stretch_lowers_the_divergence_on_the_text_that_it_was_measured_on(m
     choice = choose(candidates)
     factor = best_stretch(candidates, choice)
     assert factor != 1.0
-    predicted = least_of_parabola([candidates.divergence(choice, each) for each in STRETCHES])[1]
+    predicted = least_of_parabola(
+        [candidates.divergence(choice, each) for each in TRIED_STRETCHES]
+    )[1]
     assert candidates.divergence(choice, factor) == pytest.approx(predicted, rel=0.1)
     assert candidates.divergence(choice, factor) <= candidates.divergence(choice, 1.0)
 
@@ -74,9 +76,9 @@ def test_the_stretch_lowers_the_divergence_on_the_text_that_it_was_measured_on(m
 def test_a_divergence_is_measured_once(make_candidates, monkeypatch):
     candidates = make_candidates(0.5)
     choice = choose(candidates)
-    first = candidates.divergence(choice, STRETCHES[1])
+    first = candidates.divergence(choice, TRIED_STRETCHES[1])
     monkeypatch.setattr(candidates.task.trial, "divergence", None)
-    assert candidates.divergence(choice, STRETCHES[1]) == first
+    assert candidates.divergence(choice, TRIED_STRETCHES[1]) == first
 
 
 def test_without_text_to_compare_on_nothing_is_stretched(make_candidates):
@@ -91,7 +93,7 @@ def test_a_choice_is_evaluated_as_it_is_written(make_candidates, tmp_path):
 
     candidates = make_candidates(0.5)
     choice = choose(candidates)
-    factors = candidates.stretched(1.07)
+    factors = candidates.evenly(1.07)
     difference = candidates.task.difference
     write_artifact(
         difference, candidates.task.recipe, candidates.encoded(choice, factors), tmp_path

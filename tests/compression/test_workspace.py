@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from deltamux.compression.artifact.stored import Encoded
 from deltamux.compression.artifact.matrices import Coded
+from deltamux.compression.artifact.stored import Encoded
 from deltamux.compression.checkpoint.architecture import Role, TensorSpec
-from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
 from deltamux.compression.choice import workspace as workspace_module
 from deltamux.compression.choice.workspace import Ladder, Workspace
+from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
 
 KEY = {"base": {"w": "0" * 64}, "linear": {"scheme": "coded"}}
 

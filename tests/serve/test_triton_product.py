@@ -127,6 +127,40 @@ def test_without_a_gpu_products_run_in_torch_and_say_so_once(
     triton_product.usable.cache_clear()
 
 
+def test_torch_does_what_the_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu_images import Matrix, dense, pack, random_escapes, random_plane
+    from deltamux.serve.worker import triton_product
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    generator = torch.Generator().manual_seed(0)
+    matrix = Matrix(24, 70, [random_plane(24, 70, generator)], 1.0, 0.01)
+    matrix.escapes = random_escapes(24, 70, 0.05, generator)
+    norm = Matrix(70, 70, vector=torch.randn(70, generator=generator))
+    image = pack([matrix, norm])
+    slots = torch.stack([image, torch.zeros_like(image)])
+    slot_of_row = torch.tensor([0, -1, 1, 0])
+    order, starts = torch.tensor([1, 0, 3, 2]), torch.tensor([1, 3, 4])
+    delta, x = dense(matrix), torch.randn(4, 70, generator=generator)
+    where = slot_of_row, order, starts
+    y = torch.zeros(4, 24)
+    triton_product.add_linear(y, x, *where, slots, [0], [24], 0, False)
+    torch.testing.assert_close(y[[0, 3]], x[[0, 3]] @ delta.T)
+    assert not y[[1, 2]].any()
+    weight = torch.randn(24, 70, generator=generator)
+    both = triton_product.linear(x, weight, None, *where, starts, slots, [0], [24], 0)
+    torch.testing.assert_close(both, x @ weight.T + y)
+    ids, rows = torch.tensor([3, 3, 3, 30]), torch.zeros(4, 70)
+    triton_product.add_embedding(rows, ids, slot_of_row, slots, 0, 24)
+    torch.testing.assert_close(rows[0], delta[3])
+    assert not rows[1:].any()
+    normed = torch.zeros(4, 70)
+    triton_product.replace_norm(normed, x, slot_of_row, slots, 1, 1e-5)
+    unit = torch.nn.functional.rms_norm(x, (70,), norm.vector, 1e-5)
+    torch.testing.assert_close(normed[[0, 3]], unit[[0, 3]])
+    assert not normed[[1, 2]].any()
+    triton_product.usable.cache_clear()
+
+
 def test_old_devices_and_old_tritons_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
     from deltamux.serve.worker import triton_product

@@ -184,10 +184,10 @@ def merged_weights() -> dict[str, object]:
     for content in (
         {"share": 0.3}, {"planes": 2, "zero": 8.0}, {"factors": torch.float32}, {"channels": 4}
     ):  # fmt: skip
-        matrix = random_matrix(40, 330, generator, vector=True, **content)
+        matrix = random_matrix(10, 330, generator, vector=True, **content)
         slots = slots_of([[matrix]])
-        weight = torch.randn(40, 330, generator=generator).bfloat16()
-        bias = torch.randn(40, generator=generator).bfloat16()
+        weight = torch.randn(10, 330, generator=generator).bfloat16()
+        bias = torch.randn(10, generator=generator).bfloat16()
         out, bias_out = torch.empty_like(weight), torch.empty_like(bias)
         launch_dense(out, slots, 0, 1, weight, (bias_out, bias))
         assert matrix.vector is not None
@@ -224,7 +224,7 @@ def embedding_rows() -> dict[str, object]:
     generator = torch.Generator().manual_seed(4)
     tables = [
         random_matrix(90, 200, generator, share=0.1, coded=0.4),
-        random_matrix(90, 200, generator, share=0.1, steps=True),
+        random_matrix(90, 200, generator, share=0.1, steps=True, channels=3),
     ]
     slots = slots_of([[table] for table in tables])
     ids = torch.randint(0, 90, (12,), generator=generator)
