@@ -15,7 +15,7 @@ from deltamux.router.decide.tokenizer import load_tokenizer
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
 
 
-def refit(
+def refit(  # noqa: PLR0917 - a command line, called by name
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The router in use.")],
     log: Annotated[Path, typer.Argument(help="The server's decision log (router.log).")],
     data: Annotated[Path, typer.Option(help="What the router was fitted on, as for fit.")],

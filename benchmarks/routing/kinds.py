@@ -1,4 +1,4 @@
-"""How much the wording may count: chosen on held-out kinds of prompts, of training files alone.
+"""How strongly the wording is held back: chosen on held-out kinds of prompts, of training files alone.
 
 python -m benchmarks.routing.kinds --base .demo/base --data ../shared/data
                                    [--features default] [--seeds 3]
@@ -42,8 +42,7 @@ from deltamux.router.fit.classifier import Settings, fit_classifier
 from deltamux.router.fit.material import design_of, prepare
 from deltamux.router.fit.options import Options
 
-TRUSTS = (0.0, 1.0, 2.0, 4.0)
-WORDING_PENALTIES = (2.0, 0.5, 0.125)
+WORDING_PENALTIES = (2.0, 0.5, 0.125, 0.03)
 ROWS = 450
 Rows = dict[str, list[Row]]
 Asked = list[tuple[str, str, str]]
@@ -63,29 +62,26 @@ def splits(rows: Rows) -> Iterator[tuple[Rows, Asked]]:
     yield {d: own[150:] for d, own in rows.items()}, asked
 
 
-def judge(
-    rows: Rows, base: str, encoder: Any, seed: int
-) -> dict[tuple[float, float], dict[str, float]]:
+def judge(rows: Rows, base: str, encoder: Any, seed: int) -> dict[float, dict[str, float]]:
     """Share of right answers by setting and kind."""
     tokenizer = Path(base, "tokenizer.json").read_bytes()
     encode = build_encode(tokenizer)[0]
-    right: dict[tuple[float, float], dict[str, list[bool]]] = {}
+    right: dict[float, dict[str, list[bool]]] = {}
     for known, asked in splits(rows):
         options = Options(0.95, 0.02, "default", {}, {}, {}, seed)
         material = prepare(dataset(known), base, options, encoded=encoder is not None)
         design = design_of(material, encoder)
         everything = np.arange(len(material.examples))
-        for trust in TRUSTS:
-            for penalty in WORDING_PENALTIES:
-                settings = Settings(trust=trust, wording_penalty=penalty)
-                fitted = fit_classifier(design, material.numbers, everything, settings)
-                tables = fitted.fold(design, material.vocab_size, NUM_BUCKETS)
-                found = right.setdefault((trust, penalty), {})
-                for kind, domain, text in asked:
-                    ids = bounded_ids([encode(text)], material.vocab_size)
-                    vector = encoder.vector(text) if encoder else None
-                    best = material.labels[int(np.argmax(tables.scores(ids, vector)))]
-                    found.setdefault(kind, []).append(best == domain)
+        for penalty in WORDING_PENALTIES:
+            settings = Settings(wording_penalty=penalty)
+            fitted = fit_classifier(design, material.numbers, everything, settings)
+            tables = fitted.fold(design, material.vocab_size, NUM_BUCKETS)
+            found = right.setdefault(penalty, {})
+            for kind, domain, text in asked:
+                ids = bounded_ids([encode(text)], material.vocab_size)
+                vector = encoder.vector(text) if encoder else None
+                best = material.labels[int(np.argmax(tables.scores(ids, vector)))]
+                found.setdefault(kind, []).append(best == domain)
     return {
         key: {kind: float(np.mean(v)) for kind, v in found.items()} for key, found in right.items()
     }
@@ -111,9 +107,9 @@ def main() -> None:
         encoder.keep()
     kinds = ("forms", "domains", "rows", "bare rows")
     result = {}
-    for trust, penalty in figures[0]:
-        means = {k: float(np.mean([f[trust, penalty][k] for f in figures])) for k in kinds}
-        result[f"trust {trust:g}, penalty {penalty:g}"] = means | {
+    for penalty in figures[0]:
+        means = {k: float(np.mean([f[penalty][k] for f in figures])) for k in kinds}
+        result[f"wording penalty {penalty:g}"] = means | {
             "mean": float(np.mean(list(means.values())))
         }
     rows = [(name, *(f"{v:.4f}" for v in means.values())) for name, means in result.items()]

@@ -20,12 +20,14 @@ class Remembering:
                 self._known = dict(zip(kept["keys"].tolist(), kept["vectors"], strict=True))
 
     def vector(self, text: str) -> Any:
+        """A text's vector."""
         key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
         if key not in self._known:
             self._known[key] = self.encoder.run(self.encoder.pieces(text))
         return self._known[key]
 
     def keep(self) -> None:
+        """Write the file, where one is named."""
         if self._file is not None:
             keys, vectors = list(self._known), np.stack(list(self._known.values()))
             np.savez(self._file, keys=np.array(keys), vectors=vectors)

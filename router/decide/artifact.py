@@ -1,8 +1,8 @@
 """The router's directory on disk, format version 2.
 
-- `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `meaning` float16 [V, D] or,
-  with a sentence encoder, [E, D], `bias` float32 [D], in the terms of `tables.py`, columns in the
-  order of the configuration's `labels`; `seen` uint64 [N], sorted, the fingerprints of the training
+- `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], and with a
+  sentence encoder `meaning` float16 [E, D], in the terms of `tables.py`, columns in the order of the
+  configuration's `labels`; `seen` uint64 [N], sorted, the fingerprints of the training
   prompts (`data.py`), by which an evaluation finds prompts that were trained on; `__metadata__` is
   {"format": "deltamux-router"} (one key, since safetensors writes several in no fixed order, and
   the same fit should give the same bytes).
@@ -93,9 +93,10 @@ def save_artifact(
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "tokens": _half(tables.tokens),
         "pairs": _half(tables.pairs),
-        "meaning": _half(tables.meaning),
         "bias": tables.bias.astype(np.float32),
     }
+    if tables.meaning is not None:
+        arrays["meaning"] = _half(tables.meaning)
     if seen is not None:
         arrays[SEEN] = seen
     files = {
@@ -133,9 +134,10 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
     shapes = {
         "tokens": (config.vocab_size, num_domains),
         "pairs": (config.buckets, num_domains),
-        "meaning": (config.vocab_size if config.encoder is None else SENTENCE_WIDTH, num_domains),
         "bias": (num_domains,),
     }
+    if config.encoder is not None:
+        shapes["meaning"] = (SENTENCE_WIDTH, num_domains)
     for name, shape in shapes.items():
         got = arrays[name].shape if name in arrays else "no such tensor"
         if got != shape:
@@ -145,10 +147,8 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
             )
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{tables_path}: {name!r} is not finite; fit the router again")
-    tables = Tables(
-        arrays["tokens"], arrays["pairs"], arrays["meaning"], arrays["bias"], config.trust
-    )
-    return config, tables
+    meaning = arrays["meaning"] if config.encoder is not None else None
+    return config, Tables(arrays["tokens"], arrays["pairs"], arrays["bias"], meaning)
 
 
 def load_seen(directory: Path) -> Fingerprints:

@@ -89,7 +89,6 @@ class RouterConfig(BaseModel):
         override_confidence: Smallest probability with which the last user turn alone decides.
         hysteresis: By how much the conversation's expert may fall behind before it is left.
         temperature: Divides the scores before the softmax.
-        trust: Power of the known part of a prompt's pairs (`tables.py`).
         tokenizer_sha256: Identity of the `tokenizer.json` that made the token ids (`tokenizer.py`).
     """
 
@@ -107,7 +106,6 @@ class RouterConfig(BaseModel):
     override_confidence: Share = 0.95
     hysteresis: Share = 0.3
     temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-    trust: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
     vocab_size: Annotated[int, Field(gt=0)]
     buckets: Annotated[int, Field(ge=2)]
     prefix_tokens: Annotated[int, Field(gt=0)]

@@ -4,9 +4,8 @@ Scores are sums over tokens and pairs (`tables.py`), so the lead of one domain o
 
     lead(token) = (row[token, winner] - row[token, other]) / sqrt(number of distinct tokens)
 
-where row is the token's row of the wording, times the wording's share, and with features "default"
-its row of the meaning. A pair's part is given to it as a whole. Other is the runner-up. A sentence
-vector has no tokens: its lead stands alone, as `encoder_lead`.
+A pair's part is given to it as a whole. Other is the runner-up. A sentence vector has no tokens: its
+lead stands alone, as `encoder_lead`.
 """
 
 from typing import Any, Final
@@ -32,9 +31,9 @@ def explain(router: Router, conversation: Conversation, decode: Decode) -> dict[
 
     Returns:
         `probabilities` by domain; `thresholds` by domain with an expert; `domain` and `runner_up`;
-        `turns`, how many of the read turns decided; `wording_share`, what the wording counted;
-        `encoder_lead`, None without an encoder; `tokens`, the texts of tokens and pairs that
-        decided, each with its `lead`, most important first.
+        `turns`, how many of the read turns decided; `encoder_lead`, None without an encoder;
+        `tokens`, the texts of tokens and pairs that decided, each with its `lead`, most important
+        first.
     """
     choice = router.choose(conversation)
     labels = router.labels
@@ -43,7 +42,6 @@ def explain(router: Router, conversation: Conversation, decode: Decode) -> dict[
     pair = (choice.domain, int(np.argmax(others)))
     last = len(conversation.ids) - 1
     ids, vector = router.features(conversation, choice.first_turn, last)
-    share = router.tables.share(np.unique(pair_buckets(ids, len(router.tables.pairs))))
     return {
         "probabilities": dict(zip(labels, choice.probabilities.tolist(), strict=True)),
         "thresholds": router.thresholds(),
@@ -51,9 +49,8 @@ def explain(router: Router, conversation: Conversation, decode: Decode) -> dict[
         "domain": labels[pair[0]],
         "runner_up": labels[pair[1]],
         "turns": len(conversation.ids) - choice.first_turn,
-        "wording_share": round(share, 4),
         "encoder_lead": None if vector is None else round(_lead(router, vector, pair), 4),
-        "tokens": _leads(router, ids, pair, share, decode),
+        "tokens": _leads(router, ids, pair, decode),
     }
 
 
@@ -63,9 +60,7 @@ def _lead(router: Router, vector: Any, pair: tuple[int, int]) -> float:
     return float(scores[pair[0]] - scores[pair[1]])
 
 
-def _leads(
-    router: Router, ids: Ids, pair: tuple[int, int], share: float, decode: Decode
-) -> list[dict[str, Any]]:
+def _leads(router: Router, ids: Ids, pair: tuple[int, int], decode: Decode) -> list[dict[str, Any]]:
     """Tokens and pairs by the size of what they add, largest first."""
     if not ids.size:
         return []
@@ -73,13 +68,10 @@ def _leads(
     tables, temperature = router.tables, router.config.temperature
     tokens = np.unique(ids)
     pairs, places = np.unique(pair_buckets(ids, len(tables.pairs)), return_index=True)
-    rows = share * tables.tokens[tokens]
-    if router.config.encoder is None:
-        rows = rows + tables.meaning[tokens]
     found: dict[tuple[int, ...], float] = {}
     for table, keys in (
-        (rows, [(int(token),) for token in tokens]),
-        (share * tables.pairs[pairs], [(int(ids[i]), int(ids[i + 1])) for i in places]),
+        (tables.tokens[tokens], [(int(token),) for token in tokens]),
+        (tables.pairs[pairs], [(int(ids[i]), int(ids[i + 1])) for i in places]),
     ):
         if keys:
             leads = (table[:, winner] - table[:, other]) / np.sqrt(len(keys)) / temperature

@@ -25,7 +25,7 @@ PER_SUBJECT: Final = 3
 
 @lru_cache(maxsize=1)
 def sections() -> dict[str, list[str]]:
-    """Return the lines of each section; "\\n" in a line stands for the end of a line."""
+    """Return the lines of each section; a backslash and an n in a line stand for its end."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in _FILE.read_text(encoding="utf-8").splitlines():
@@ -49,7 +49,7 @@ def followups() -> list[str]:
 def everyday_prompts(seed: int = 0) -> list[str]:
     """Return requests of everyday life, without duplicates, in a fixed order."""
     random = Random(seed)
-    words = {name: items for name, items in map(_list, sections()["words"])}
+    words = dict(map(_list, sections()["words"]))
     texts = [_fill(p, words, random) for p in sections()["patterns"] for _ in range(PER_PATTERN)]
     return list(dict.fromkeys(texts))
 

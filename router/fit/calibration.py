@@ -68,6 +68,7 @@ def fit_threshold(
     truth: Labels,
     specialists: Mask,
     strangers: Mask,
+    labelled: int,
     *,
     keep: float,
     max_wrong: float,
@@ -83,6 +84,7 @@ def fit_threshold(
         truth: Int64 [N].
         specialists: Bool [D].
         strangers: Bool [N], generated prompts, which belong to no expert.
+        labelled: The first so many prompts are the user's.
         keep: Share of the specialists' own prompts to keep, in (0, 1].
         max_wrong: Largest share of the N prompts, in (0, 1].
 
@@ -93,7 +95,7 @@ def fit_threshold(
     if strangers.any():
         stray = threshold_for(probabilities[strangers], truth[strangers], specialists, MAX_STRAY)
         least = max(least, stray)
-    own = kept_threshold(probabilities[~strangers], truth[~strangers], specialists, keep)
+    own = kept_threshold(probabilities[:labelled], truth[:labelled], specialists, keep)
     return max(min(least, own), threshold_for(probabilities, truth, specialists, max_wrong))
 
 

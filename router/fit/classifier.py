@@ -1,6 +1,6 @@
 """The classifier of `tables.py`, fitted: first the meaning, then the wording on what it leaves over.
 
-How much of the wording may count was chosen on held-out kinds of prompts of training files alone
+How strongly the wording is held back was chosen on held-out kinds of prompts of training files alone
 (`benchmarks/routing/kinds.py`): forms and whole domains that a fit had not seen.
 """
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from deltamux.router.decide.tables import Floats, Mask, Probabilities, Tables
+from deltamux.router.decide.tables import Probabilities, Tables
 from deltamux.router.fit.design import Design
 from deltamux.router.fit.head import Head, fit_head
 from deltamux.router.fit.metrics import Labels
@@ -18,9 +18,7 @@ from deltamux.router.fit.metrics import Labels
 #: not fade with their number, because it stands against a shift and not against chance.
 MEANING_PENALTY: Final = 5e-4
 #: Penalty of the wording's weights, relative to one prompt's weight.
-WORDING_PENALTY: Final = 0.5
-#: Power of the known part of a prompt's pairs.
-TRUST: Final = 2.0
+WORDING_PENALTY: Final = 0.125
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,6 @@ class Settings:
 
     meaning_penalty: float = MEANING_PENALTY
     wording_penalty: float = WORDING_PENALTY
-    trust: float = TRUST
 
 
 @dataclass(frozen=True)
@@ -57,21 +54,16 @@ class Classifier:
         meaning: On the design's vectors.
         wording: On the known columns.
         columns: Int64 [C], the columns of tokens and pairs side by side that the wording reads.
-        known: Bool [B].
-        trust: Power of the known part.
     """
 
     meaning: Head
     wording: Head
     columns: Labels
-    known: Mask
-    trust: float
 
     def scores(self, design: Design, rows: Labels) -> Probabilities:
         """Return the scores of rows of a design, float64 [n, D]."""
-        shares = design.shares(self.known, self.trust)[rows]
         wording = _side_by_side(design)[rows][:, self.columns] @ self.wording.weights
-        found: Probabilities = shares[:, None] * np.asarray(wording, dtype=np.float64)
+        found: Probabilities = np.asarray(wording, dtype=np.float64)
         return found + self.meaning.scores(design.meaning[rows])
 
     def fold(self, design: Design, vocab_size: int, buckets: int) -> Tables:
@@ -80,14 +72,12 @@ class Classifier:
         both = np.zeros((vocab_size + buckets, num_domains), dtype=np.float32)
         both[self.columns] = self.wording.weights
         weights = self.meaning.weights.astype(np.float32)
-        bias = self.meaning.bias - design.offset @ weights
-        meaning: Floats = weights
-        if design.vectors is not None or not weights.size:
-            meaning = np.zeros((vocab_size, num_domains), dtype=np.float32)
-        if design.vectors is not None:
-            meaning[: design.vectors.embedding.num_rows] = design.vectors.project(weights)
-        tokens, pairs = both[:vocab_size], both[vocab_size:]
-        return Tables(tokens, pairs, meaning, bias.astype(np.float32), self.trust)
+        bias = (self.meaning.bias - design.offset @ weights).astype(np.float32)
+        tokens, pairs = both[:vocab_size] * design.weights, both[vocab_size:]
+        if design.vectors is None:
+            return Tables(tokens, pairs, bias, weights if weights.size else None)
+        tokens[: design.vectors.embedding.num_rows] += design.vectors.project(weights)
+        return Tables(tokens, pairs, bias)
 
 
 def fit_classifier(
@@ -110,24 +100,22 @@ def fit_classifier(
         examples.truth[heard],
         weights,
         num_domains,
-        settings.meaning_penalty * float(weights.sum()),
+        penalty=settings.meaning_penalty * float(weights.sum()),
     )
-    known = design.known(rows)
-    shares = design.shares(known, settings.trust)[rows]
     side = _side_by_side(design)[rows]
     used = np.zeros(side.shape[1], dtype=np.bool_)
     used[side.indices] = True
-    used[design.tokens.shape[1] :] &= known
+    used[design.tokens.shape[1] :] &= design.known(rows)
     columns = np.flatnonzero(used)
     wording = fit_head(
-        side[:, columns].multiply(shares[:, None].astype(np.float32)).tocsr(),
+        side[:, columns],
         truth,
         examples.weights[rows],
         num_domains,
-        settings.wording_penalty,
+        penalty=settings.wording_penalty,
         offset=meaning.scores(design.meaning[rows]),
     )
-    return Classifier(meaning, wording, columns, known, settings.trust)
+    return Classifier(meaning, wording, columns)
 
 
 def _side_by_side(design: Design) -> Any:

@@ -1,12 +1,12 @@
 """The training features: the meaning of each prompt as a vector, its wording as sparse columns.
 
-    wording  1 / sqrt(U) for each of the U distinct tokens, 1 / sqrt(P) for each of the P distinct
-             pair buckets
+    wording  weight / sqrt(U) for each of the U distinct tokens, 1 / sqrt(P) for each of the P
+             distinct pair buckets
     meaning  with an encoder: the sentence vector
              without: scale * (sum of the distinct tokens' vectors / sqrt(U) - mean over prompts),
              the scale such that rows have length 1 in the mean
 
-Vectors of tokens are those of `vectors.py`.
+Vectors and weights of tokens are those of `vectors.py`: words of every prompt say little, in either.
 
 Shapes: N examples, V vocabulary, B buckets, K width of a vector.
 """
@@ -18,10 +18,10 @@ from typing import Any, Final
 import numpy as np
 
 from deltamux.router.decide.features import NUM_BUCKETS, Ids, distinct
-from deltamux.router.decide.tables import Floats, Mask, Probabilities
+from deltamux.router.decide.tables import Floats, Mask
 from deltamux.router.fit.embedding import EmbeddingRows
 from deltamux.router.fit.metrics import Labels
-from deltamux.router.fit.vectors import TokenVectors, token_vectors
+from deltamux.router.fit.vectors import TokenVectors, token_vectors, token_weights
 
 #: A pair seen in a single example says nothing about other prompts.
 MIN_PAIR_EXAMPLES: Final = 2
@@ -32,11 +32,12 @@ class Design:
     """Training features, and what is needed to fold weights on them.
 
     Attributes:
-        tokens: CSR float32 [N, V].
+        tokens: CSR float32 [N, V], weighted.
         pairs: CSR float32 [N, B].
         meaning: Float32 [N, K]; K = 0 without an encoder and without an embedding.
         vectors: The tokens' vectors, scale included; None with an encoder and without an embedding.
         offset: Float32 [K], what was subtracted from the meaning.
+        weights: Float32 [V, 1], of each token.
     """
 
     tokens: Any
@@ -44,18 +45,12 @@ class Design:
     meaning: Floats
     vectors: TokenVectors | None
     offset: Floats
+    weights: Floats
 
     def known(self, rows: Labels) -> Mask:
         """Return which buckets enough of some examples have, bool [B]."""
         counts = np.bincount(self.pairs[rows].indices, minlength=self.pairs.shape[1])
         return np.asarray(counts >= MIN_PAIR_EXAMPLES)
-
-    def shares(self, known: Mask, trust: float) -> Probabilities:
-        """Return what the wording of each example counts, float64 [N] (`Tables.share`)."""
-        present = self.pairs.astype(bool).astype(np.float32)
-        totals = np.asarray(present.sum(axis=1)).ravel()
-        parts = (present @ known.astype(np.float32)) / np.maximum(totals, 1)
-        return np.where(totals > 0, parts.astype(np.float64) ** trust, 0.0)
 
 
 def build_design(
@@ -78,11 +73,13 @@ def build_design(
     rows = [distinct(ids) for ids in prompts]
     tokens = _presence([row[0] for row in rows], vocab_size)
     pairs = _presence([row[1] for row in rows], NUM_BUCKETS)
+    weights = token_weights(np.bincount(tokens[:labelled].indices, minlength=vocab_size))
+    weighted = tokens.multiply(weights.T).tocsr()
     if sentences is not None or embedding is None:
         block = np.zeros((len(rows), 0), dtype=np.float32) if sentences is None else sentences
-        return Design(tokens, pairs, block, None, np.zeros(block.shape[1], dtype=np.float32))
-    counts = np.bincount(tokens[:labelled].indices, minlength=vocab_size)
-    vectors = token_vectors(embedding, counts)
+        nothing = np.zeros(block.shape[1], dtype=np.float32)
+        return Design(weighted, pairs, block, None, nothing, weights)
+    vectors = token_vectors(embedding, weights)
     used = np.unique(tokens.indices)
     summed = np.asarray(tokens[:, used] @ vectors.gather(used))
     offset = summed.mean(axis=0)
@@ -91,7 +88,8 @@ def build_design(
     scaled = TokenVectors(
         embedding, vectors.projection * scale, vectors.shift * scale, vectors.weights
     )
-    return Design(tokens, pairs, (summed - offset) * scale, scaled, offset * scale)
+    meaning = (summed - offset) * scale
+    return Design(weighted, pairs, meaning, scaled, offset * scale, weights)
 
 
 def _presence(rows: Sequence[Ids], width: int) -> Any:

@@ -28,7 +28,7 @@ from deltamux.router.fit.calibration import (
     specialist_scores,
     wrong_expert,
 )
-from deltamux.router.fit.classifier import TRUST, fit_classifier
+from deltamux.router.fit.classifier import fit_classifier
 from deltamux.router.fit.crossval import NUM_FOLDS, held_out_scores
 from deltamux.router.fit.data import Dataset, fingerprints
 from deltamux.router.fit.design import Design
@@ -169,6 +169,7 @@ def _configure(
         truth,
         specialists,
         _generated(material) & ~specialists[truth],
+        num_labelled,
         keep=options.keep,
         max_wrong=options.max_wrong,
     )
@@ -180,7 +181,6 @@ def _configure(
         threshold=threshold,
         minimums=dict(sorted(options.minimums.items())),
         temperature=trial.temperature,
-        trust=TRUST,
         vocab_size=material.vocab_size,
         buckets=NUM_BUCKETS,
         prefix_tokens=PREFIX_TOKENS,

@@ -41,6 +41,7 @@ def fit_head(
     truth: Labels,
     weights: Probabilities,
     num_domains: int,
+    *,
     penalty: float,
     offset: Probabilities | None = None,
 ) -> Head:

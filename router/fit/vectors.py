@@ -25,7 +25,7 @@ from deltamux.router.fit.metrics import Labels
 MAX_WIDTH: Final = 768
 #: Power of the variance that a principal direction is divided by; 1/2 would whiten it.
 WHITENING: Final = 0.35
-#: The frequency at which a token counts half.
+#: The frequency at which a token counts half; the mean frequency, where that is more.
 HALF_FREQUENCY: Final = 1e-3
 #: Directions with less than this part of the largest variance are rounding.
 _LEAST_VARIANCE: Final = 1e-6
@@ -61,18 +61,28 @@ class TokenVectors:
         return products
 
 
-def token_vectors(embedding: EmbeddingRows, counts: Labels) -> TokenVectors:
-    """Find the principal directions and how far each is scaled, and weigh the tokens.
+def token_vectors(embedding: EmbeddingRows, weights: Floats) -> TokenVectors:
+    """Find the principal directions and how far each is scaled.
 
     Args:
         embedding: The input embedding.
-        counts: Int64 [V], training prompts that hold each token.
+        weights: Float32 [V, 1], of each token.
     """
     mean, covariance = embedding.moments()
     variances, directions = np.linalg.eigh(covariance.astype(np.float64))
     kept = np.argsort(variances)[::-1][:MAX_WIDTH]
     kept = kept[variances[kept] > _LEAST_VARIANCE * max(float(variances.max()), 1e-30)]
     projection = (directions[:, kept] * variances[kept] ** -WHITENING).astype(np.float32)
-    frequency = counts / max(1, int(counts.sum()))
-    weights = (HALF_FREQUENCY / (HALF_FREQUENCY + frequency)).astype(np.float32)[:, None]
     return TokenVectors(embedding, projection, mean @ projection, weights)
+
+
+def token_weights(counts: Labels) -> Floats:
+    """Return the weight of each token, float32 [V, 1].
+
+    Args:
+        counts: Int64 [V], training prompts that hold each token.
+    """
+    frequency = counts / max(1, int(counts.sum()))
+    half = max(HALF_FREQUENCY, 1 / max(1, int(np.count_nonzero(counts))))
+    weights: Floats = (half / (half + frequency)).astype(np.float32)[:, None]
+    return weights

@@ -157,28 +157,28 @@ class AutoRoute:
     def decide_each(self, request: Any, counted: bool = False) -> list[Decision]:
         """Route every conversation of a request; arguments and errors are those of `decide`."""
         active, said = self._active, hints(request)
-        made = self._decide(active, request, said)
         decisions = []
-        for decision, conversation in made:
-            final = self._servable(decision)
-            decisions.append(final)
+        for made, conversation in self._decide(active, request, said):
+            chosen = self._servable(made)
+            decision = chosen
+            if chosen.expert is None and self.fallback:
+                decision = replace(chosen, expert=self.fallback)
+            decisions.append(decision)
             if counted and active is not None and conversation is not None:
-                active.drift.observe(final)
-                ask_shadow(active, conversation, final)
+                active.drift.observe(chosen)
+                ask_shadow(active, conversation, chosen)
                 if self.log is not None:
-                    self.log.decided(request_id(request), conversation.texts, final)
+                    self.log.decided(request_id(request), conversation.texts, decision)
         if counted:
             self._reader.remember(request)
         return decisions
 
     def _servable(self, decision: Decision) -> Decision:
-        """The decision, with somebody who can answer."""
-        if decision.expert and not self._serves(decision.expert):
-            self._report(decision.expert)
-            decision = replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
-        if decision.expert is None and self.fallback:
-            return replace(decision, expert=self.fallback)
-        return decision
+        """The decision, or the base where its expert is not served."""
+        if decision.expert is None or self._serves(decision.expert):
+            return decision
+        self._report(decision.expert)
+        return replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
 
     async def decide_aside(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
         """Route one request on the event loop; in a thread where a sentence encoder is asked.

@@ -60,7 +60,7 @@ def test_threshold_lets_few_strangers_pass_as_far_as_own_prompts_are_kept():
 
     def threshold(keep, max_wrong=1.0):
         found = fit_threshold(
-            probabilities, truth, specialists, strangers, keep=keep, max_wrong=max_wrong
+            probabilities, truth, specialists, strangers, 100, keep=keep, max_wrong=max_wrong
         )
         return found, (strange[:, 0] >= found).mean(), (own[:, 0] >= found).mean()
 

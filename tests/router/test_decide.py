@@ -24,7 +24,6 @@ CONFIG = RouterConfig(
     experts={"general": None, "math": "math-v2", "sql": "sql"},
     threshold=0.8,
     temperature=0.5,
-    trust=1.0,
     vocab_size=10,
     buckets=16,
     prefix_tokens=4,
@@ -36,10 +35,9 @@ CONFIG = RouterConfig(
 
 
 def make_tables():
-    silent, pairs = np.zeros((10, 3), np.float32), np.zeros((16, 3), np.float32)
-    meaning = np.zeros((10, 3), np.float32)
-    meaning[[3, 1, 2], [0, 1, 2]] = 4.0
-    return Tables(silent, pairs, meaning, np.array([0.0, 0.1, 0.0], np.float32), 1.0)
+    tokens = np.zeros((10, 3), dtype=np.float32)
+    tokens[[3, 1, 2], [0, 1, 2]] = 4.0
+    return Tables(tokens, np.zeros((16, 3), np.float32), np.array([0.0, 0.1, 0.0], np.float32))
 
 
 ROUTER = Router(CONFIG, make_tables())
@@ -94,22 +92,17 @@ def test_a_last_turn_without_known_tokens_does_not_override():
 
 def test_probabilities_follow_the_formula_of_the_tables():
     rng = np.random.default_rng(0)
-    shapes = [(10, 3), (16, 3), (10, 3), (3,)]
-    tokens, pairs, meaning, bias = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    shapes = [(10, 3), (16, 3), (3,), (4, 3)]
+    tokens, pairs, bias, meaning = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    got = Router(CONFIG, Tables(tokens, pairs, bias)).probabilities([4, 4, 5])
+    # Two distinct tokens and two distinct pairs, (4, 4) and (4, 5).
     first, second = pair_buckets(np.array([4, 4, 5]), 16)
     assert first != second
-    pairs[second] = 0.0
-    got = Router(CONFIG, Tables(tokens, pairs, meaning, bias, trust=2.0)).probabilities([4, 4, 5])
-    # Two distinct tokens and two distinct pairs, of which one is known.
-    wording = (tokens[4] + tokens[5]) / 2**0.5 + pairs[first] / 2**0.5
-    scores = bias + (meaning[4] + meaning[5]) / 2**0.5 + 0.25 * wording
+    scores = bias + (tokens[4] + tokens[5] + pairs[first] + pairs[second]) / 2**0.5
     np.testing.assert_allclose(got, softmax(scores.astype(np.float64), 0.5), atol=1e-6)
-
-
-def test_the_wording_of_a_prompt_without_known_pairs_counts_nothing():
-    tables = make_tables()
-    tables.tokens[:, 2] = 9.0
-    assert Router(CONFIG, tables).decide_ids([[1, 5, 6]]).expert == "math-v2"
+    vector = rng.normal(size=4).astype(np.float32)
+    with_vector = Tables(tokens, pairs, bias, meaning).scores(np.array([4, 4, 5]), vector)
+    np.testing.assert_allclose(with_vector, scores + vector @ meaning, atol=1e-5)
 
 
 @UNHURRIED

@@ -111,7 +111,7 @@ def test_the_fit_is_the_minimum_of_the_penalised_loss(base, with_offset):
     offset = rng.normal(size=(len(truth), 3)) if with_offset else None
     given = 0.0 if offset is None else offset
     weights = np.where(np.arange(len(truth)) % 3, 1.0, 0.25)
-    found = fit_head(design.meaning, truth, weights, 3, 0.5, offset)
+    found = fit_head(design.meaning, truth, weights, 3, penalty=0.5, offset=offset)
     assert bool(found.bias.any()) is not with_offset
 
     def objective(change, bias_change):
@@ -148,15 +148,13 @@ def test_folded_tables_give_the_probabilities_of_the_classifier(
     everything = np.arange(len(truth))
     fitted_classifier = fit_classifier(design, examples_of(truth, 3), everything)
     tables = fitted_classifier.fold(design, 60, NUM_BUCKETS)
-    np.testing.assert_array_equal(tables.known, fitted_classifier.known)
     expected = softmax(fitted_classifier.scores(design, everything))
 
     exact = np.stack([softmax(tables.scores(row)) for row in ids])
     # float32 sums of about a hundred terms of order one.
     np.testing.assert_allclose(exact, expected, atol=2e-5)
-    stored = [t.astype(np.float16).astype(np.float32)
-              for t in (tables.tokens, tables.pairs, tables.meaning)]  # fmt: skip
-    half = Tables(*stored, tables.bias, tables.trust)
+    stored = [t.astype(np.float16).astype(np.float32) for t in (tables.tokens, tables.pairs)]
+    half = Tables(*stored, tables.bias)
     # float16 moves a score of order ten by up to 2**-11 of it, and a probability by a quarter of
     # what its score moves.
     got = np.stack([softmax(half.scores(row)) for row in ids])
@@ -181,12 +179,12 @@ def test_the_wording_learns_only_what_the_meaning_leaves_over():
 
 def test_token_vectors_are_centred_partly_whitened_and_weighted(base):
     embedding = find_embedding(base)
-    counts = np.zeros(embedding.num_rows + 5, dtype=np.int64)
-    counts[3] = 1000
-    found = vectors.token_vectors(embedding, counts)
+    counts = np.ones(embedding.num_rows + 5, dtype=np.int64)
+    counts[3] = 100_000
+    found = vectors.token_vectors(embedding, vectors.token_weights(counts))
     ids = np.arange(embedding.num_rows)
     rows = found.gather(ids)
-    assert np.linalg.norm(rows[3]) < 0.01 * np.linalg.norm(rows, axis=1).mean()
+    assert np.linalg.norm(rows[3]) < 0.1 * np.linalg.norm(rows, axis=1).mean()
     plain = rows / found.weights[ids]
     spread = np.cov(plain.T)
     raw = np.linalg.eigvalsh(np.cov(embedding.gather(ids).T))[::-1][: len(spread)]
@@ -201,7 +199,6 @@ def test_pairs_of_a_single_prompt_are_unknown():
     design = build_design([np.array([1, 2, 3]), np.array([1, 2, 4])], 10, 2)
     known = design.known(np.arange(2))
     assert np.flatnonzero(known).tolist() == pair_buckets(np.array([1, 2])).tolist()
-    np.testing.assert_allclose(design.shares(known, 2.0), [0.25, 0.25])
 
 
 def test_fitted_router_separates_the_domains(fitted, base):

@@ -50,7 +50,7 @@ def make(folder: Path, serves: Callable[[str], bool] = lambda _: True, **options
 def client_of(route: AutoRoute) -> TestClient:
     app = FastAPI()
     app.include_router(routing_router)
-    app.state.deltamux_route = route
+    app.state.deltamux = SimpleNamespace(route=route)
     return TestClient(app)
 
 
