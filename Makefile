@@ -50,7 +50,9 @@ types: $(VENV)/.installed
 	@for package in $(PACKAGES); do ln -sfn ../../../$$package build/types/deltamux/$$package; done
 	MYPYPATH=build/types $(BIN)/mypy $(foreach package,$(PACKAGES),-p deltamux.$(package))
 
-$(VENV)/.installed: pyproject.toml Makefile
+COMPILED := setup.py $(wildcard compression/*/*.cpp serve/*/*.cpp serve/*/*.h)
+
+$(VENV)/.installed: pyproject.toml Makefile $(COMPILED)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(call quietly,== environment: pip,$(PIP) install --upgrade pip)
 	@$(MAKE) --no-print-directory install-torch-$(DEVICE)

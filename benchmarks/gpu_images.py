@@ -41,6 +41,7 @@ class Matrix:
 
     @property
     def coded_rows(self) -> int:
+        """Rows that have codes."""
         return self.rows if self.coded is None else int(self.coded.sum())
 
 

@@ -4,9 +4,11 @@ Shapes: L layers, S slots, T rows of a batch, N outputs, K inputs.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from gpu_images import Matrix, pack, random_escapes, random_plane, rows_by_slot
+
+from benchmarks.gpu_images import Matrix, pack, random_escapes, random_plane, rows_by_slot
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Linear:
 
     @property
     def outputs(self) -> int:
+        """Rows of all slices."""
         return sum(self.sizes)
 
 
@@ -82,12 +85,17 @@ def random_experts(slots: int, layers: int, share: float = 0.007, seed: int = 0)
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a batch: which slot each belongs to, on the device."""
+    """Rows of a batch: which slot each belongs to, on the device; `starts` also on the host."""
 
     rows: int
     slot_of_row: torch.Tensor
     order: torch.Tensor
     starts: torch.Tensor
+
+    @cached_property
+    def host(self) -> torch.Tensor:
+        """Where each slot's rows begin, on the CPU."""
+        return self.starts.cpu().long()
 
 
 def batch_of(active: int, each: int, slots: int) -> Batch:

@@ -79,7 +79,7 @@ class Bench:
         return figures
 
     def _adapters(self, name: str) -> Figures:
-        """vLLM's LoRA, and the adapter of the smaller rank as an expert of deltamux."""
+        """VLLM's LoRA, and the adapter of the smaller rank as an expert of deltamux."""
         folder = self.root / "adapters"
         adapters = {
             rank: {f"r{rank}-{i}": str(folder / f"r{rank}-{i}") for i in range(len(self.names))}

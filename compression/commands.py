@@ -9,32 +9,39 @@ from typing import Annotated
 
 import typer
 
+Base = Annotated[str, typer.Argument(help="Base checkpoint: a directory or a hub id.")]
+Expert = Annotated[str, typer.Argument(help="The uncompressed expert: a full fine-tune of it.")]
+Compressed = Annotated[Path, typer.Argument(help="A compressed expert.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="JSONL of prompt/response or messages; default: built-in general text."),
+]
+HeldOut = Annotated[
+    Path | None,
+    typer.Option(help="JSONL to verify on; default: rows set aside from the calibration."),
+]
+SlotBits = Annotated[
+    float | None,
+    typer.Option(help="Bits per linear weight in a slot; default: 2.2, above --bits 1: 4.2."),
+]
+TargetKl = Annotated[
+    float | None, typer.Option(help="Divergence from the expert, nats per held-out token.")
+]
 
 
 def compress_command(  # noqa: PLR0917 - a command line, called by name
-    base: Annotated[str, typer.Argument(help="Base checkpoint: a directory or a hub id.")],
-    expert: Annotated[str, typer.Argument(help="Its full fine-tune.")],
+    base: Base,
+    expert: Expert,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifact.")],
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="JSONL of prompt/response or messages; default: built-in general text."),
-    ] = None,
-    held_out: Annotated[
-        Path | None,
-        typer.Option(help="JSONL to verify on; default: rows set aside from the calibration."),
-    ] = None,
+    calibration: Calibration = None,
+    held_out: HeldOut = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe YAML.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, balanced or faithful.")] = None,
     bits: Annotated[float | None, typer.Option(help="Bits per linear weight.")] = None,
-    slot_bits: Annotated[
-        float | None,
-        typer.Option(help="Bits per linear weight in a slot; default: 2.2, above --bits 1: 4.2."),
-    ] = None,
+    slot_bits: SlotBits = None,
     budget: Annotated[str | None, typer.Option(help="Size of the weights file: 25MB.")] = None,
-    target_kl: Annotated[
-        float | None, typer.Option(help="Divergence from the expert, nats per held-out token.")
-    ] = None,
+    target_kl: TargetKl = None,
     lossless: Annotated[bool, typer.Option(help="Keep every bit; not for serving.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact that exists.")] = False,
     as_json: JsonFlag = False,
@@ -58,7 +65,7 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
 
 
 def inspect_command(
-    artifact: Annotated[Path, typer.Argument(help="A compressed expert.")],
+    artifact: Compressed,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what a compressed expert holds: bytes, widths and errors."""
@@ -71,8 +78,8 @@ def inspect_command(
 
 
 def merge_command(
-    base: Annotated[str, typer.Argument(help="The base the expert was compressed against.")],
-    artifact: Annotated[Path, typer.Argument(help="A compressed expert.")],
+    base: Base,
+    artifact: Compressed,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the checkpoint.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
@@ -93,9 +100,9 @@ def merge_command(
 
 
 def evaluate_command(  # noqa: PLR0917 - a command line, called by name
-    base: Annotated[str, typer.Argument(help="Base checkpoint.")],
-    expert: Annotated[str, typer.Argument(help="The uncompressed expert.")],
-    artifact: Annotated[Path, typer.Argument(help="Its compressed form.")],
+    base: Base,
+    expert: Expert,
+    artifact: Compressed,
     data: Annotated[Path, typer.Option(help="Held-out JSONL of prompt/response or messages.")],
     max_rows: Annotated[int, typer.Option(help="Rows of the file to use.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Cut conversations at this length.")] = 1024,

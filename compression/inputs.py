@@ -12,6 +12,7 @@ from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.recipe import PRESETS, CalibrationRecipe, Recipe, load_recipe
 from deltamux.compression.streaming.served import Reading, reading_differences, served_reading
 from deltamux.compression.streaming.text import Sample, builtin_rows, random_samples, read_rows
+from deltamux.compression.validation import problems
 
 # Rows set aside for verification where no held-out file is given: one in eight, 32 at most. Chosen, not
 # measured.
@@ -61,7 +62,7 @@ def chosen_recipe(path: Path | None, preset: str | None, limits: Limits, lossles
     try:
         return Recipe.model_validate(changed)
     except ValidationError as error:
-        raise ValueError("; ".join(detail["msg"] for detail in error.errors())) from error
+        raise ValueError(problems(error)) from error
 
 
 def _num_bytes(text: str | None) -> int | None:

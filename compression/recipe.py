@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deltamux.compression.pruning.scores import Pattern, Score
 from deltamux.compression.rounding.quantize import Scheme
+from deltamux.compression.validation import problems
 
 CODED = "coded"
 DEFAULT_BITS = 1.0
@@ -229,7 +230,7 @@ def load_recipe(path: Path | None) -> Recipe:
     try:
         return Recipe.model_validate(yaml.safe_load(path.read_text()) or {})
     except (ValidationError, yaml.YAMLError) as error:
-        raise ValueError(f"{str(path)!r} is not a recipe: {error}") from error
+        raise ValueError(f"{str(path)!r} is not a recipe: {problems(error)}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,20 +16,38 @@ from deltamux.router.decide.decision import BASE_NAME, Decision
 from deltamux.router.decide.messages import user_turns
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode, load_tokenizer
-from deltamux.router.fit.data import Dataset, parse_json, parse_turns, read_dataset
+from deltamux.router.fit.data import (
+    Dataset,
+    check_encoding,
+    join,
+    parse_json,
+    parse_turns,
+    read_dataset,
+    read_of,
+)
 from deltamux.router.fit.options import Features
+from deltamux.router.learning import refit, suggest
 from deltamux.router.report.plots import draw, require_matplotlib
 
 router_app = typer.Typer(no_args_is_help=True, help="Fit and evaluate the router.")
+
+router_app.command("refit")(refit)
+router_app.command("suggest")(suggest)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
 
 
 @router_app.command("fit")
 def fit(  # noqa: PLR0917 - a command line, called by name
-    data: Annotated[Path, typer.Argument(help="JSONL file, or folder with one per domain.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     tokenizer: Annotated[str, typer.Option(help="Served base: directory or hub id.")],
+    data: Annotated[
+        Path | None, typer.Argument(help="JSONL file, or folder with one per domain.")
+    ] = None,
+    from_expert: Annotated[
+        list[str] | None,
+        typer.Option(help="EXPERT=FILE, rows that an expert was trained on; may be repeated."),
+    ] = None,
     keep: Annotated[float, typer.Option(help="Share of own prompts an expert must keep.")] = 0.95,
     expert: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=EXPERT; may be repeated.")
@@ -38,7 +57,7 @@ def fit(  # noqa: PLR0917 - a command line, called by name
         typer.Option(help="Largest share of held-out prompts that a wrong expert may answer."),
     ] = 0.02,
     features: Annotated[
-        str, typer.Option(help="default, encoder, or auto: chosen by cross-validation.")
+        str, typer.Option(help="default, encoder, or auto: the encoder where it is installed.")
     ] = "default",
     describe: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=TEXT, one line on a domain; may be repeated.")
@@ -54,7 +73,7 @@ def fit(  # noqa: PLR0917 - a command line, called by name
 
     start = time.perf_counter()
     with user_errors():
-        dataset = read_dataset(data)
+        dataset = _dataset(data, _parse_pairs("from-expert", "FILE", from_expert or []))
         report = fit_router(
             dataset,
             output,
@@ -160,12 +179,17 @@ def route(
     output; a line that cannot be read gives an object with "error", and exit status 1 at the end.
     """
     with user_errors():
+        if text is not None and re.match("--[a-z]", text):
+            raise ValueError(f"no such option: {text}; a text that begins so goes after --")
         if (text is None) != jsonl:
             raise ValueError("give either a TEXT to route or --jsonl with JSON lines on stdin")
         router, encode = Router.load(directory), load_tokenizer(directory)
     if text is not None:
         typer.echo(_show(router.decide(user_turns(text), encode)))
-    elif _route_lines(typer.get_binary_stream("stdin"), router, encode):
+        return
+    with user_errors():
+        num_bad = _route_lines(typer.get_binary_stream("stdin"), router, encode)
+    if num_bad:
         raise typer.Exit(1)
 
 
@@ -173,6 +197,8 @@ def _route_lines(lines: Iterable[bytes], router: Router, encode: Encode) -> int:
     """Print one object for each line that is not blank; return how many were bad."""
     num_bad = 0
     for number, line in enumerate(lines, start=1):
+        if number == 1:
+            check_encoding(line, "standard input")
         if not line.strip():
             continue
         try:
@@ -186,6 +212,14 @@ def _route_lines(lines: Iterable[bytes], router: Router, encode: Encode) -> int:
 def _show(decision: Decision) -> str:
     """One line of JSON that calls the base by its name."""
     return json.dumps({**decision.to_json(), "expert": decision.expert or BASE_NAME})
+
+
+def _dataset(data: Path | None, experts: dict[str, str]) -> Dataset:
+    """Labelled prompts, and those of experts' own files."""
+    if data is None and not experts:
+        raise ValueError("give labelled prompts, or --from-expert EXPERT=FILE for each expert")
+    found = [] if data is None else [read_dataset(data)]
+    return join([*found, *(read_of(Path(file), name) for name, file in experts.items())])
 
 
 def _parse_pairs(flag: str, value: str, pairs: Sequence[str]) -> dict[str, str]:

@@ -31,7 +31,8 @@ app.command("inspect")(inspect_command)
 app.command("merge")(merge_command)
 app.command("evaluate")(evaluate_command)
 app.add_typer(router_app, name="router")
-app.command("route")(route)
+# A text may begin with a dash: "-5 degrees".
+app.command("route", context_settings={"ignore_unknown_options": True})(route)
 
 
 @app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -247,7 +247,7 @@ def _without_lora(config: Any) -> Iterator[None]:
 
 
 def hooked_layers() -> tuple[type, type, type]:
-    """vLLM's classes of linears, of embeddings and of norms."""
+    """The classes of linears, of embeddings and of norms in vLLM."""
     found = [symbol(module, name) for module, name in LAYERS]
     return found[0], found[1], found[2]
 

@@ -75,7 +75,9 @@ def _check_one_process(args: Namespace) -> None:
         )
 
 
-def _auto_route(settings: PluginSettings, engine_client: Any, registry: ExpertRegistry) -> AutoRoute:
+def _auto_route(
+    settings: PluginSettings, engine_client: Any, registry: ExpertRegistry
+) -> AutoRoute:
     """The router, over the tokenizer that serves."""
     model_config = engine_client.vllm_config.model_config
     return AutoRoute(

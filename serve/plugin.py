@@ -1,6 +1,6 @@
 """Entry point of the `vllm.general_plugins` group: runs in every process that vLLM starts.
 
-It replaces one symbol, the LoRA manager class (see `compat.py`), and nothing else; and only where
+It changes of vLLM what `compat.py` lists and nothing else, the LoRA manager class first; and only where
 `VLLM_PLUGINS` names deltamux. vLLM loads every installed plugin while that variable is unset, and
 somebody who serves ordinary LoRA adapters must not notice that deltamux is installed.
 """

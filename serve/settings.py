@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from deltamux.compression.validation import problems
 from deltamux.serve.names import BASE, NAME_PATTERN, check_expert_name
 
 ENVIRONMENT_PREFIX = "DELTAMUX_"
@@ -51,6 +52,8 @@ class RouterSettings(_Model):
             None takes what the router was fitted with.
         shadow: Directory of a second router, which decides too and is only counted.
         resident_margin: How far behind the winner an expert in a slot may be, and still answer.
+        log: File for decisions and feedback, from which `deltamux router refit` learns; None: none.
+        log_prompts: Whether the log has the prompts themselves, or only a hash of each.
     """
 
     path: Path
@@ -58,6 +61,8 @@ class RouterSettings(_Model):
     features: Literal["default", "encoder"] | None = None
     shadow: Path | None = None
     resident_margin: float = Field(default=0.0, ge=0.0, le=1.0)
+    log: Path | None = None
+    log_prompts: Literal["hashed", "whole"] = "hashed"
 
 
 class SlotSettings(_Model):
@@ -141,16 +146,6 @@ def load_settings(path: Path, environment: dict[str, str] | None = None) -> Sett
     return _with_absolute_paths(settings, path.parent.absolute())
 
 
-def problems(error: ValidationError) -> str:
-    """What pydantic found, in one line: `experts.0.path: Field required; …`."""
-    found = []
-    for each in error.errors():
-        place = ".".join(map(str, each["loc"]))
-        said = each["msg"].removeprefix("Value error, ")
-        found.append(f"{place}: {said}" if place else said)
-    return "; ".join(found)
-
-
 def _override(content: dict[str, Any], environment: dict[str, str]) -> None:
     for key in ("slots", "host_cache", "log_requests"):
         value = environment.get(ENVIRONMENT_PREFIX + key.upper())
@@ -172,7 +167,10 @@ def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
     router = settings.router
     if router:
         shadow = router.shadow and root / router.shadow
-        router = router.model_copy(update={"path": root / router.path, "shadow": shadow})
+        log = router.log and root / router.log
+        router = router.model_copy(
+            update={"path": root / router.path, "shadow": shadow, "log": log}
+        )
     base = settings.base
     if (root / base.model).is_dir():
         base = base.model_copy(update={"model": str(root / base.model)})

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,7 +82,9 @@ def anchors(page: Path) -> set[str]:
 def test_every_block_of_commands_says_whether_it_runs(page: Path) -> None:
     assert not [str(each) for each in blocks(page) if each.language == "bash" and not each.kind]
     # Commands in blocks that are merely indented would escape.
-    assert not re.findall(r"^ {4}(?:deltamux|make|curl|pip|python|docker compose|VLLM\w*=).*$", page.read_text(), re.M)
+    assert not re.findall(
+        r"^ {4}(?:deltamux|make|curl|pip|python|docker compose|VLLM\w*=).*$", page.read_text(), re.M
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -95,6 +97,28 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert path.exists(), f"{page.name} links to {target}"
         if anchor:
             assert anchor in anchors(path), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    roots = (
+        ROOT,
+        page.parent,
+        *(ROOT / part for part in ("compression", "router", "serve", "benchmarks")),
+    )
+    named = re.findall(r"`([\w/.-]+\.(?:py|cpp|sh))`", page.read_text())
+    missing = {name for name in named if not any((root / name).exists() for root in roots)}
+    assert not missing
+
+
+def test_every_benchmark_is_in_the_list() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    scripts = {
+        path.relative_to(ROOT / "benchmarks")
+        for path in (ROOT / "benchmarks").rglob("*.py")
+        if "__main__" in path.read_text()
+    }
+    assert not {str(path) for path in scripts if f"`{path}`" not in text}
 
 
 def test_the_readme_is_a_page() -> None:
@@ -223,12 +247,18 @@ def newcomer(
     checkpoints.save_expert(base, folder / "my" / "math")
     save_adapter(base, folder / "my" / "poems-lora")
     for name, count in (("math", 40), ("math-test", 8)):
-        rows = [{"prompt": f"What is {i} and {i + 2}?", "response": f"It is {2 * i + 2}."} for i in range(count)]
+        rows = [
+            {"prompt": f"What is {i} and {i + 2}?", "response": f"It is {2 * i + 2}."}
+            for i in range(count)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prompts").mkdir()
     for domain, words in WORDS.items():
         each = words.split()
-        prompts = [f"{each[i % 8]} the {each[(i * 3 + 1) % 8]} of {each[i // 8 % 8]} {i}" for i in range(48)]
+        prompts = [
+            f"{each[i % 8]} the {each[(i * 3 + 1) % 8]} of {each[i // 8 % 8]} {i}"
+            for i in range(48)
+        ]
         text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
         (folder / "prompts" / f"{domain}.jsonl").write_text(text)
     binaries = tmp_path_factory.mktemp("bin")
@@ -254,7 +284,11 @@ def _follow(newcomer: Newcomer, block: Block, port: int = PORT) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page not in (README, HTTP) and any(b.kind == "run" for b in blocks(page))],
+    [
+        page
+        for page in PAGES
+        if page not in (README, HTTP) and any(b.kind == "run" for b in blocks(page))
+    ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_the_commands_of_a_page_run(newcomer: Newcomer, page: Path) -> None:

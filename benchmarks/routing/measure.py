@@ -110,11 +110,11 @@ def unseen(judge: Judge, test: Tests, name: str) -> float:
 
 
 def shift(judge: Judge, asked: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-    """Right, base and wrong expert on prompts of a known domain; a name starts with its domain."""
+    """Right, base and wrong expert; a name starts with its domain, "none" where no expert should."""
     outcomes = {}
     for name, texts in asked.items():
         experts = [judge.decide(text).expert for text in texts]
-        own = name.split()[0]
+        own = None if name.startswith("none") else name.split()[0]
         outcomes[name] = {
             "right": float(np.mean([expert == own for expert in experts])),
             "base": float(np.mean([expert is None for expert in experts])),
@@ -163,7 +163,7 @@ def latency(judge: Judge, corpus: Corpus) -> dict[str, float]:
     ids = judge.encode(texts)
     router = judge.router
     times = []
-    count = 2000 if router.config.features == "default" else 200
+    count = 2000 if router.config.features == "default" else 300
     for index in range(count):
         start = 64 * (index % (len(ids) // 64))
         prompt = ids[start : start + 64]

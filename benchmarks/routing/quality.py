@@ -48,9 +48,9 @@ from deltamux.router.fit.fit import fit_router
 
 # Name, bar with default features, bar with the encoder, and whether a figure may not exceed it.
 BARS: dict[str, tuple[float, float, bool]] = {
-    "accuracy": (0.990, 0.994, False),
-    "macro_f1": (0.990, 0.994, False),
-    "bare_accuracy": (0.978, 0.984, False),
+    "accuracy": (0.990, 0.990, False),
+    "macro_f1": (0.990, 0.990, False),
+    "bare_accuracy": (0.978, 0.980, False),
     "ece": (0.008, 0.006, True),
     "out_of_scope_auroc": (0.955, 0.970, False),
     "out_of_scope_fpr95": (0.20, 0.13, True),
@@ -58,10 +58,10 @@ BARS: dict[str, tuple[float, float, bool]] = {
     "shifted_wrong_expert": (0.08, 0.05, True),
     "follow_ups_right": (0.90, 0.93, False),
     "switches_right": (0.93, 0.95, False),
-    "bare_accuracy_16": (0.92, 0.95, False),
+    "bare_accuracy_16": (0.90, 0.93, False),
     "prefix_attack_moved": (0.08, 0.08, True),
-    "p50_ms": (0.1, 5.0, True),
-    "p99_ms": (0.4, 15.0, True),
+    "p50_ms": (0.1, 8.0, True),
+    "p99_ms": (0.4, 20.0, True),
     "artifact_mb": (8.0, 8.0, True),
     "refit_3000_cpu_seconds": (15.0, 60.0, True),
 }

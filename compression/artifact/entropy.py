@@ -75,6 +75,8 @@ def inflate(stream: torch.Tensor, levels: int, rows: int, columns: int) -> torch
     """
     content = _parsed(_inflated(stream, rows, columns), levels, (rows, columns))
     codes = np.empty((rows, columns), np.uint8)
+    commonest = np.array([each.commonest for each in content.alphabets], np.uint8)[content.members]
+    codes[:] = np.expand_dims(commonest, 1 - content.axis)
     start = 0
     for index, alphabet in enumerate(content.alphabets):
         symbols = content.symbols[start : start + alphabet.length]

@@ -13,6 +13,7 @@ from deltamux.compression.artifact.matrices import FactoredEntry
 from deltamux.compression.artifact.stored import Entry, ReplacementEntry
 from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.names import FORMAT_VERSION, MANIFEST_FILE
+from deltamux.compression.validation import problems
 
 # Of the largest manifest that is read: ours take some hundred bytes a weight.
 MOST_BYTES = 16 * 1024**2
@@ -112,7 +113,7 @@ def read_manifest(root: Path) -> Manifest:
     except (OSError, ValueError, ValidationError) as error:
         if "pip install" in str(error):
             raise
-        raise ValueError(f"{str(path)!r} is not a manifest: {error}") from error
+        raise ValueError(f"{str(path)!r} is not a manifest: {problems(error)}") from error
     names = [entry.name for entry in manifest.tensors]
     if len(set(names)) < len(names):
         raise ValueError(f"{str(path)!r} is not a manifest: it lists a weight twice")

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from deltamux.compression.checkpoint.architecture import LINEARS
 from deltamux.compression.image.layout import Record, section_bytes
 from deltamux.compression.image.weights import adapter_record
+from deltamux.compression.validation import problems
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -163,7 +164,7 @@ class Adapter:
             config = AdapterConfig.model_validate(json.loads(path.read_text()))
         except (OSError, json.JSONDecodeError, ValidationError) as error:
             raise ValueError(
-                f"{str(path)!r} is no LoRA adapter's configuration: {error}"
+                f"{str(path)!r} is no LoRA adapter's configuration: {problems(error)}"
             ) from error
         odd = {
             "use_dora (DoRA)": config.use_dora,

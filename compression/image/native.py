@@ -24,7 +24,7 @@ def load_library(folder: Path, name: str) -> ctypes.CDLL:
     path = next((each for each in found if each.is_file()), None)
     if path is None:
         raise OSError(
-            f"{name!r} was not built: pip install deltamux again where a g++ is installed"
+            f"{name!r} was not built: install g++, then pip install --no-cache-dir deltamux again"
         )
     try:
         return ctypes.CDLL(str(path))

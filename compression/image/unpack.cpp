@@ -18,11 +18,12 @@ constexpr int PLANE_CODES = 4;
 // What `expand` finds wrong.
 enum Damage { NONE, NO_SUCH_SYMBOL, TOO_MANY_CODES };
 
-// The alphabet of a class: what each symbol stands for.
+// What each symbol of a class stands for. The run that ends in no code is taken to end in one more of the
+// commonest, which stands there already: so every symbol moves on and writes one code.
 struct Alphabet {
-    uint8_t widths[256];  // codes, the one that ends the run included
-    uint8_t values[256];  // that one
-    int escape;           // the run that ends in no code
+    uint8_t widths[256];  // codes of the run and the one that ends it
+    uint8_t values[256];  // the latter
+    int escape;           // the last symbol
 
     Alphabet(int lowest, int commonest, int highest) {
         int others = highest - lowest, longest = 255 / others;
@@ -33,41 +34,25 @@ struct Alphabet {
             widths[symbol] = uint8_t(symbol / others + 1);
         }
         widths[escape] = uint8_t(longest);
+        values[escape] = uint8_t(commonest);
     }
 };
 
-// A place in the codes of a class, row after row of the matrix.
-struct Cursor {
-    uint8_t *codes;
-    const int32_t *lines;
-    int64_t width, stride;  // codes of the class in a row of it, and from one such row to the next
-    int64_t row = 0, at = 0;
-
-    void advance(int64_t codes_further) {
-        at += codes_further;
-        while (at >= width) {
-            at -= width;
-            row++;
-        }
-    }
-};
-
+// The codes of a class, row after row of the matrix: `width` of them a row, `rows` rows.
 template <bool ROWS>
-int expand_class(const uint8_t *symbols, int64_t count, const Alphabet &alphabet, Cursor cursor,
-                 int64_t rows) {
-    // The cursor stands where the next run begins; the code that ends it is `width` − 1 further.
+int expand_class(const uint8_t *symbols, int64_t count, const Alphabet &alphabet, const int32_t *lines,
+                 int64_t width, int64_t rows, int64_t stride, uint8_t *codes) {
+    int64_t at = -1, row = 0;
+    uint8_t *start = codes + (ROWS ? lines[0] * stride : 0);
     for (int64_t each = 0; each < count; each++) {
         int symbol = symbols[each];
-        if (symbol > alphabet.escape) return NO_SUCH_SYMBOL;
-        int width = alphabet.widths[symbol];
-        cursor.advance(width - 1);
-        if (cursor.row >= rows) return TOO_MANY_CODES;
-        if (symbol != alphabet.escape) {
-            int64_t place = ROWS ? cursor.lines[cursor.row] * cursor.stride + cursor.at
-                                 : cursor.row * cursor.stride + cursor.lines[cursor.at];
-            cursor.codes[place] = alphabet.values[symbol];
+        at += alphabet.widths[symbol];
+        while (at >= width) {
+            at -= width;
+            if (++row >= rows) return TOO_MANY_CODES;
+            start = ROWS ? codes + lines[row] * stride : start + stride;
         }
-        cursor.advance(1);
+        start[ROWS ? at : lines[at]] = alphabet.values[symbol];
     }
     return NONE;
 }
@@ -154,10 +139,13 @@ EXPORTED int deltamux_expand(const uint8_t *symbols, int64_t count, int lowest, 
                              int64_t rows, int64_t columns, uint8_t *codes) {
     if (count > 0 && (num_lines == 0 || rows == 0 || columns == 0)) return TOO_MANY_CODES;
     Alphabet alphabet(lowest, commonest, highest);
-    int64_t width = axis == 0 ? columns : num_lines;
-    Cursor cursor{codes, lines, width, columns};
-    if (axis == 0) return expand_class<true>(symbols, count, alphabet, cursor, num_lines);
-    return expand_class<false>(symbols, count, alphabet, cursor, rows);
+    uint8_t last = 0;
+    for (int64_t each = 0; each < count; each++) last = std::max(last, symbols[each]);
+    if (last > alphabet.escape) return NO_SUCH_SYMBOL;
+    if (axis == 0) {
+        return expand_class<true>(symbols, count, alphabet, lines, columns, num_lines, columns, codes);
+    }
+    return expand_class<false>(symbols, count, alphabet, lines, num_lines, rows, columns, codes);
 }
 
 // Adds to counts [256] how often each code occurs.

@@ -50,7 +50,7 @@ def expand(symbols: Bytes, alphabet: Alphabet, lines: Bytes, axis: int, codes_NK
         alphabet: Of the class.
         lines: bool [N] or [K], which rows (axis 0) or columns (axis 1) are the class's.
         axis: What its lines are.
-        codes_NK: uint8, contiguous; its lines of the class are written.
+        codes_NK: uint8, contiguous; lines of the class hold its commonest code, and get their others.
 
     Raises:
         ValueError: They are not the symbols of so many codes.
@@ -60,7 +60,6 @@ def expand(symbols: Bytes, alphabet: Alphabet, lines: Bytes, axis: int, codes_NK
         return False
     places = np.flatnonzero(lines).astype(np.int32)
     size = len(places) * codes_NK.shape[1 - axis]
-    codes_NK[places if axis == 0 else (slice(None), places)] = alphabet.commonest
     if len(symbols) == 0:
         return True
     if alphabet.others == 0:

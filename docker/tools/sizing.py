@@ -127,7 +127,7 @@ def sizes(config: dict[str, Any], slot_bits: float = SLOT_BITS, itemsize: int = 
     norms = [hidden] * (2 * layers + 1) + own_norms * layers
     tables = 1 if config.get("tie_word_embeddings") else 2
     padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    weights = linear + biases + sum(norms) + padded * hidden + (tables - 1) * vocabulary * hidden
+    weights = linear + biases + sum(norms) + tables * padded * hidden
     # Per layer seven linears, as many biases where there are any, and norms; around them embedding, norm, head.
     records = layers * (7 + 3 * bool(biases) + 2 + len(own_norms)) + 1 + tables
     vectors = section_bytes(4 * (biases + sum(norms)))

@@ -1,9 +1,9 @@
-"""The router's directory on disk, format version 1.
+"""The router's directory on disk, format version 2.
 
-- `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], in the
-  terms of `tables.py`, columns in the order of the configuration's `labels`; with a sentence encoder
-  `stack_weights` float32 [D + E, D] and `stack_bias` float32 [D] (`second_opinion.py`); `seen` uint64 [N], sorted, the fingerprints of the training prompts
-  (`data.py`), by which an evaluation finds prompts that were trained on; `__metadata__` is
+- `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], and with a
+  sentence encoder `meaning` float16 [E, D], in the terms of `tables.py`, columns in the order of the
+  configuration's `labels`; `seen` uint64 [N], sorted, the fingerprints of the training
+  prompts (`data.py`), by which an evaluation finds prompts that were trained on; `__metadata__` is
   {"format": "deltamux-router"} (one key, since safetensors writes several in no fixed order, and
   the same fit should give the same bytes).
 - `router_config.json`: see `config.py`; UTF-8, keys in the schema's order.
@@ -13,13 +13,16 @@
 A directory appears complete or not at all: it is written beside its place and then renamed.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -32,16 +35,20 @@ from deltamux.router.decide.config import (
     parse_config,
 )
 from deltamux.router.decide.encoder import WIDTH as SENTENCE_WIDTH
-from deltamux.router.decide.second_opinion import Stack
 from deltamux.router.decide.tables import Floats, Tables
-from deltamux.router.fit.data import Fingerprints
 
 #: Tensor that the classifier does not read.
 SEEN: Final = "seen"
-STACK_WEIGHTS: Final = "stack_weights"
-STACK_BIAS: Final = "stack_bias"
+
+Fingerprints = npt.NDArray[np.uint64]
 
 _ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
+
+
+def fingerprint(turns: Sequence[str]) -> int:
+    """Return 64 bits of a hash of a prompt's words; case and spaces do not count."""
+    words = " ".join(" ".join(turns).lower().split()).encode("utf-8", "replace")
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
 
 
 def check_target(directory: Path) -> None:
@@ -66,7 +73,6 @@ def save_artifact(
     tokenizer: bytes,
     *,
     seen: Fingerprints | None = None,
-    stack: Stack | None = None,
 ) -> int:
     """Write the three files, replacing an earlier router.
 
@@ -76,7 +82,6 @@ def save_artifact(
         config: Its shapes must fit the tables.
         tokenizer: The bytes of `tokenizer.json`.
         seen: Fingerprints of the training prompts; None for none.
-        stack: The second classifier, with features "encoder".
 
     Returns:
         Bytes written.
@@ -90,8 +95,8 @@ def save_artifact(
         "pairs": _half(tables.pairs),
         "bias": tables.bias.astype(np.float32),
     }
-    if stack is not None:
-        arrays |= {STACK_WEIGHTS: stack.weights, STACK_BIAS: stack.bias}
+    if tables.meaning is not None:
+        arrays["meaning"] = _half(tables.meaning)
     if seen is not None:
         arrays[SEEN] = seen
     files = {
@@ -112,8 +117,8 @@ def save_artifact(
     return sum(map(len, files.values()))
 
 
-def load_artifact(directory: Path) -> tuple[RouterConfig, Tables, Stack | None]:
-    """Read configuration, tables and second classifier, and check them against each other.
+def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
+    """Read configuration and tables, and check them against each other.
 
     Raises:
         FileNotFoundError: The directory or one of the two files is missing.
@@ -132,8 +137,7 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables, Stack | None]:
         "bias": (num_domains,),
     }
     if config.encoder is not None:
-        shapes[STACK_WEIGHTS] = (num_domains + SENTENCE_WIDTH, num_domains)
-        shapes[STACK_BIAS] = (num_domains,)
+        shapes["meaning"] = (SENTENCE_WIDTH, num_domains)
     for name, shape in shapes.items():
         got = arrays[name].shape if name in arrays else "no such tensor"
         if got != shape:
@@ -143,12 +147,8 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables, Stack | None]:
             )
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{tables_path}: {name!r} is not finite; fit the router again")
-    tables = Tables(arrays["tokens"], arrays["pairs"], arrays["bias"])
-    if config.encoder is None:
-        return config, tables, None
-    weights, bias = arrays[STACK_WEIGHTS], arrays[STACK_BIAS]
-    encoder = config.encoder
-    return config, tables, Stack(weights, bias, encoder.temperature, encoder.ask_below)
+    meaning = arrays["meaning"] if config.encoder is not None else None
+    return config, Tables(arrays["tokens"], arrays["pairs"], arrays["bias"], meaning)
 
 
 def load_seen(directory: Path) -> Fingerprints:

@@ -13,13 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deltamux.router.decide.features import FEATURE_VERSION
 
 FORMAT: Final = "deltamux-router"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 CONFIG_FILE: Final = "router_config.json"
 TABLES_FILE: Final = "router.safetensors"
 TOKENIZER_FILE: Final = "tokenizer.json"
 
-#: Domains that the base answers unless they are given an expert.
-FALLBACK_DOMAINS: Final = frozenset({"general", "base", "other", "ood"})
+#: Domains that the base answers unless they are given an expert, whatever their case.
+FALLBACK_DOMAINS: Final = frozenset({"general", "base", "other", "ood", "none", "unknown"})
+#: What an expert can be called, and which names mean something else to a server.
+EXPERT_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+TAKEN_NAMES: Final = frozenset({"auto", "base", "unknown"})
+
+#: Where the meaning of a prompt comes from.
+Kind = Literal["default", "encoder"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -63,39 +69,37 @@ class Training(BaseModel):
 
 
 class EncoderConfig(BaseModel):
-    """The sentence encoder: SHA-256 of its weights, and how its opinion is used (`second_opinion.py`)."""
+    """The sentence encoder: SHA-256 of its weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-    ask_below: Share
 
 
 class RouterConfig(BaseModel):
-    """The schema of `router_config.json`, format version 1.
+    """The schema of `router_config.json`, format version 2.
 
     Attributes:
         labels: Domain of each table column, in order.
         experts: Domain to expert name; None for domains that the base answers.
-        features: "default" reads the tables alone, "encoder" a sentence encoder beside them.
+        features: "default" takes the meaning from the base's embedding, "encoder" from a sentence encoder.
         encoder: What belongs to the encoder; None without one.
         threshold: Smallest probability with which a specialist is routed.
         minimums: Domain to a probability that its expert needs where that is more.
         override_confidence: Smallest probability with which the last user turn alone decides.
         hysteresis: By how much the conversation's expert may fall behind before it is left.
         temperature: Divides the scores before the softmax.
-        tokenizer_sha256: SHA-256 of the bytes of the `tokenizer.json` that made the token ids.
+        tokenizer_sha256: Identity of the `tokenizer.json` that made the token ids (`tokenizer.py`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["deltamux-router"] = FORMAT
-    format_version: Literal[1] = FORMAT_VERSION
-    feature_version: Literal[1] = FEATURE_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
+    feature_version: Literal[2] = FEATURE_VERSION
     labels: Annotated[list[str], Field(min_length=2)]
     experts: dict[str, str | None]
-    features: Literal["default", "encoder"] = "default"
+    features: Kind = "default"
     encoder: EncoderConfig | None = None
     threshold: Share
     minimums: dict[str, Share] = {}
@@ -148,6 +152,10 @@ def parse_config(text: str, source: Path) -> RouterConfig:
             raise ValueError(
                 f"{source} has {name} {version}, this deltamux reads up to {newest}; "
                 "run: pip install --upgrade deltamux"
+            )
+        if isinstance(version, int) and version < newest:
+            raise ValueError(
+                f"{source} has {name} {version}, which an earlier deltamux wrote; fit the router again"
             )
     try:
         return RouterConfig.model_validate(fields)

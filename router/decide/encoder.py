@@ -8,9 +8,11 @@ published with BERT (google-research/bert, Apache-2.0).
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +24,8 @@ from deltamux.router.decide.tables import Floats
 WIDTH: Final = 384
 #: Word pieces read of a text, from both ends, the two marks included.
 MAX_PIECES: Final = 48
+#: Texts whose vectors are kept: a conversation sends its earlier turns again and again.
+MAX_KEPT: Final = 4096
 
 _VOCABULARY: Final = Path(__file__).with_name("wordpiece.txt")
 _START, _END = "[CLS]", "[SEP]"
@@ -45,6 +49,8 @@ class SentenceEncoder:
         )
         self._tokenizer: Any = BertWordPieceTokenizer(str(_VOCABULARY), lowercase=True)
         self._marks = [self._tokenizer.token_to_id(mark) for mark in (_START, _END)]
+        self._kept: OrderedDict[bytes, Floats] = OrderedDict()
+        self._lock = Lock()
 
     def pieces(self, text: str) -> list[int]:
         """Return the word pieces of a text, both ends of a long one, between the two marks."""
@@ -57,8 +63,19 @@ class SentenceEncoder:
         return [self._marks[0], *ids, self._marks[1]]
 
     def vector(self, text: str) -> Floats:
-        """Return a text's vector, float32 [E], of length 1."""
-        return self.run(self.pieces(text))
+        """Return a text's vector, float32 [E], of length 1; of a recent text without running."""
+        key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+        found = self.run(self.pieces(text))
+        with self._lock:
+            self._kept[key] = found
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        return found
 
     def run(self, pieces: list[int]) -> Floats:
         """Return the vector of word pieces, float32 [E], of length 1."""

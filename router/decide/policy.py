@@ -21,11 +21,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from deltamux.router.decide.tables import Probabilities
-
-Mask = npt.NDArray[np.bool_]
+from deltamux.router.decide.tables import Mask, Probabilities
 
 #: Turns that are followed one by one; those before them are one topic.
 FOLLOWED_TURNS: Final = 8

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from deltamux.router.decide.artifact import load_artifact
-from deltamux.router.decide.config import RouterConfig
+from deltamux.router.decide.config import Kind, RouterConfig
 from deltamux.router.decide.conversation import Conversation, bound, read_ends
 from deltamux.router.decide.decision import REASON_ABSTAIN, REASON_ROUTER, Decision
 from deltamux.router.decide.encoder import SentenceEncoder, join, load_encoder
 from deltamux.router.decide.features import Ids
 from deltamux.router.decide.messages import bound_text, bound_turns
 from deltamux.router.decide.policy import Choice, Rules, follow
-from deltamux.router.decide.second_opinion import Stack
 from deltamux.router.decide.tables import Floats, Probabilities, Tables, softmax
 from deltamux.router.decide.tokenizer import (
     Decode,
@@ -27,7 +26,6 @@ from deltamux.router.decide.tokenizer import (
     check_tokenizer,
     read_tokenizer,
 )
-from deltamux.router.fit.options import Kind
 
 #: Whether an expert of a name is on the device.
 Resident = Callable[[str], bool]
@@ -39,27 +37,23 @@ class Router:
     Args:
         config: The contents of `router_config.json`.
         tables: The classifier.
-        stack: The second classifier; None with features "default".
-        encoder: The sentence encoder; None likewise.
+        encoder: The sentence encoder; None with features "default".
         decode: Token ids to text, for requests that come as ids; needed beside an encoder.
 
     Attributes:
         config: As given.
         tables: As given.
-        stack: As given.
     """
 
     def __init__(
         self,
         config: RouterConfig,
         tables: Tables,
-        stack: Stack | None = None,
         encoder: SentenceEncoder | None = None,
         decode: Decode | None = None,
     ) -> None:
         self.config = config
         self.tables = tables
-        self.stack = stack
         self._encoder = encoder
         self._decode = decode
         minimums = [config.minimums.get(label, 0.0) for label in config.labels]
@@ -86,22 +80,22 @@ class Router:
             path: The directory.
             tokenizer_sha256: Identity of the tokenizer whose ids will be given; None skips the
                 check.
-            features: "default" reads the tables alone, also of a router with an encoder; "encoder"
-                refuses a router without one; None takes what the router was fitted with.
+            features: Refuses a router that was fitted with others; None takes any.
 
         Raises:
             FileNotFoundError: The directory or one of its files is missing.
             ValueError: The files are damaged, too new, made for another tokenizer, or need an
                 encoder that is not installed.
         """
-        config, tables, stack = load_artifact(Path(path))
+        config, tables = load_artifact(Path(path))
         if tokenizer_sha256 is not None:
             check_tokenizer(config.tokenizer_sha256, tokenizer_sha256)
-        if features == "encoder" and config.encoder is None:
+        if features is not None and features != config.features:
             raise ValueError(
-                f"{path} was fitted with features 'default'; fit it again with --features encoder"
+                f"{path} was fitted with features {config.features!r}; fit it again with "
+                f"--features {features}"
             )
-        if config.encoder is None or features == "default":
+        if config.encoder is None:
             return cls(config, tables)
         encoder = load_encoder()
         if encoder.sha256 != config.encoder.sha256:
@@ -109,7 +103,7 @@ class Router:
                 f"the router was fitted with the encoder {config.encoder.sha256[:12]}, "
                 f"installed is {encoder.sha256[:12]}; fit the router again"
             )
-        return cls(config, tables, stack, encoder, build_decode(read_tokenizer(path)))
+        return cls(config, tables, encoder, build_decode(read_tokenizer(path)))
 
     @property
     def labels(self) -> list[str]:
@@ -177,10 +171,21 @@ class Router:
         return self.decide_read(self.read(turns, encode), resident, margin)
 
     def decide_read(
-        self, conversation: Conversation, resident: Resident | None = None, margin: float = 0.0
+        self,
+        conversation: Conversation,
+        resident: Resident | None = None,
+        margin: float = 0.0,
+        allow: frozenset[str] | None = None,
     ) -> Decision:
-        """Decide on a conversation that was read before."""
-        choice = self.choose(conversation, resident, margin)
+        """Decide on a conversation that was read before.
+
+        Args:
+            conversation: As `read` gives it.
+            resident: As for `decide_ids`.
+            margin: As for `decide_ids`.
+            allow: Experts that may answer; None: all.
+        """
+        choice = self.choose(conversation, resident, margin, allow)
         domain = self.labels[choice.domain]
         return Decision(
             expert=self.config.experts[domain] if choice.routed else None,
@@ -202,10 +207,17 @@ class Router:
         return Conversation([ids for _, ids in found])
 
     def choose(
-        self, conversation: Conversation, resident: Resident | None = None, margin: float = 0.0
+        self,
+        conversation: Conversation,
+        resident: Resident | None = None,
+        margin: float = 0.0,
+        allow: frozenset[str] | None = None,
     ) -> Choice:
         """Apply the policy to a conversation."""
         rules = self._rules
+        if allow is not None:
+            allowed = np.array([self.config.experts[label] in allow for label in self.labels])
+            rules = replace(rules, specialists=rules.specialists & allowed)
         if not conversation.ids:
             rules = replace(rules, specialists=np.zeros_like(rules.specialists))
         elif resident is not None and margin > 0:
@@ -217,15 +229,18 @@ class Router:
 
     def score(self, conversation: Conversation, first: int, last: int) -> Probabilities:
         """Return the probabilities of the turns first..last together, float64 [D]."""
+        scores = self.tables.scores(*self.features(conversation, first, last))
+        return softmax(scores, self.config.temperature)
+
+    def features(
+        self, conversation: Conversation, first: int, last: int
+    ) -> tuple[Ids, Floats | None]:
+        """Return the bounded token ids of some turns, and with an encoder their sentence vector."""
         ids = self._ids(conversation, first, last + 1)
-        scores = self.tables.scores(ids) / self.config.temperature
-        probabilities = softmax(scores)
-        stack = self.stack
-        if stack is None or self._encoder is None or probabilities.max() >= stack.ask_below:
-            return probabilities
+        if self._encoder is None:
+            return ids, None
         turns = range(first, min(last + 1, len(conversation.ids)))
-        vector = join([self._vector(conversation, turn, self._encoder) for turn in turns])
-        return stack.probabilities(scores, vector)
+        return ids, join([self._vector(conversation, turn, self._encoder) for turn in turns])
 
     def _ids(self, conversation: Conversation, first: int, stop: int) -> Ids:
         """Bounded token ids of some turns together."""

@@ -1,27 +1,48 @@
 """From text to token ids, with a `tokenizer.json` alone.
 
-A router's features are token ids, so a router belongs to one tokenizer. The SHA-256 of
-`tokenizer.json` is its identity.
+A router's features are token ids, so a router belongs to one tokenizer. The SHA-256 of what
+ `tokenizer.json` says is its identity: indentation, the order of keys, truncation and padding
+(which routing switches off) do not change a token id, so they do not count.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from deltamux.router.decide.config import CONFIG_FILE, TOKENIZER_FILE, parse_config
 
 Encode = Callable[[str], list[int]]
 Decode = Callable[[list[int]], str]
 
+_NOT_ROUTED: Final = frozenset({"truncation", "padding"})
+
 
 def tokenizer_sha256(directory: str | Path) -> str:
-    """Return the SHA-256 of a directory's `tokenizer.json` as 64 hexadecimal digits.
+    """Return the identity of a directory's `tokenizer.json` as 64 hexadecimal digits.
 
     Raises:
         FileNotFoundError: The directory has no `tokenizer.json`.
+        ValueError: It is not JSON.
     """
-    return hashlib.sha256(read_tokenizer(directory)).hexdigest()
+    return identity(read_tokenizer(directory))
+
+
+def identity(tokenizer_json: bytes) -> str:
+    """Return the SHA-256 of what a `tokenizer.json` says, as 64 hexadecimal digits.
+
+    Raises:
+        ValueError: The bytes are not a JSON object.
+    """
+    try:
+        content = json.loads(tokenizer_json)
+    except ValueError as error:
+        raise ValueError(f"{TOKENIZER_FILE} cannot be read: {error}") from error
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in _NOT_ROUTED}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def read_tokenizer(directory: str | Path) -> bytes:
@@ -102,7 +123,7 @@ def load_tokenizer(path: str | Path) -> Encode:
     if not config_path.is_file():
         raise FileNotFoundError(f"no {CONFIG_FILE} in {directory}; fit a router there first")
     config = parse_config(config_path.read_text(encoding="utf-8"), config_path)
-    check_tokenizer(config.tokenizer_sha256, hashlib.sha256(data).hexdigest())
+    check_tokenizer(config.tokenizer_sha256, identity(data))
     return build_encode(data)[0]
 
 

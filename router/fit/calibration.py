@@ -8,19 +8,17 @@ from typing import Final
 
 import numpy as np
 
-from deltamux.router.decide.policy import Mask
-from deltamux.router.decide.tables import Probabilities, softmax
+from deltamux.router.decide.tables import Mask, Probabilities, softmax
 from deltamux.router.fit.metrics import Labels
 
 #: Bounds of 1 / temperature, and halvings of that range on a logarithmic scale.
 _SHARPNESS: Final = (1e-2, 1e2)
 _HALVINGS: Final = 60
 
-#: Largest threshold where a non-specialist domain takes part. That domain then takes the prompts
-#: of no expert; a higher threshold would mostly turn away specialist prompts in unusual words. On
-#: forms of the training prompts that the fit had not seen, 0.9 / 0.7 / 0.5 sent 78 / 87 / 91 % to
-#: their expert and 0.1 / 0.4 / 0.8 % to a wrong one; of out-of-scope prompts 0 / 0 / 4 % got one.
-MAX_THRESHOLD: Final = 0.7
+#: Threshold where nothing asks for more: more probable than all else together.
+LEAST: Final = 0.5
+#: Part of the prompts of no expert, of fields that a fit had not seen, that may reach one.
+MAX_STRAY: Final = 0.03
 
 
 def fit_temperature(scores: Probabilities, truth: Labels) -> float:
@@ -66,24 +64,49 @@ def specialist_scores(probabilities: Probabilities, specialists: Mask) -> Probab
 
 
 def fit_threshold(
-    probabilities: Probabilities, truth: Labels, specialists: Mask, keep: float
+    probabilities: Probabilities,
+    truth: Labels,
+    specialists: Mask,
+    strangers: Mask,
+    labelled: int,
+    *,
+    keep: float,
+    max_wrong: float,
 ) -> float:
-    """Return the largest threshold that keeps a share of the specialists' own prompts.
+    """Return the smallest threshold at which few prompts reach an expert that is not their own.
+
+    An expert must be more probable than all else together, where that keeps enough of the
+    specialists' own prompts. As far as it keeps them, the threshold lets `MAX_STRAY` of the prompts
+    of no expert pass; and `max_wrong` of all, whatever it keeps.
 
     Args:
         probabilities: Float64 [N, D], calibrated, of prompts that were not fitted on.
         truth: Int64 [N].
         specialists: Bool [D].
-        keep: Share to keep, in (0, 1].
+        strangers: Bool [N], generated prompts, which belong to no expert.
+        labelled: The first so many prompts are the user's.
+        keep: Share of the specialists' own prompts to keep, in (0, 1].
+        max_wrong: Largest share of the N prompts, in (0, 1].
 
     Returns:
-        A threshold in [0, 1], at most `MAX_THRESHOLD` where a domain is not a specialist.
+        A threshold in [0, 1].
     """
+    least = LEAST
+    if strangers.any():
+        stray = threshold_for(probabilities[strangers], truth[strangers], specialists, MAX_STRAY)
+        least = max(least, stray)
+    own = kept_threshold(probabilities[:labelled], truth[:labelled], specialists, keep)
+    return max(min(least, own), threshold_for(probabilities, truth, specialists, max_wrong))
+
+
+def kept_threshold(
+    probabilities: Probabilities, truth: Labels, specialists: Mask, keep: float
+) -> float:
+    """Return the largest threshold that keeps a share of the specialists' own prompts, in [0, 1]."""
     own = np.sort(specialist_scores(probabilities, specialists)[specialists[truth]])
     # Rounding must not turn a whole number of prompts into one more.
     num_kept = max(1, math.ceil(keep * len(own) - 1e-9))
-    threshold = float(own[len(own) - num_kept])
-    return threshold if specialists.all() else min(threshold, MAX_THRESHOLD)
+    return float(own[len(own) - num_kept])
 
 
 def wrong_expert(

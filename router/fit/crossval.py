@@ -11,9 +11,9 @@ from typing import Any, Final
 import numpy as np
 
 from deltamux.router.decide.tables import Probabilities
+from deltamux.router.fit.classifier import Examples, fit_classifier
 from deltamux.router.fit.data import Prompt
 from deltamux.router.fit.design import Design
-from deltamux.router.fit.head import TrainingSet, fit_head
 from deltamux.router.fit.metrics import Labels
 
 NUM_FOLDS: Final = 3
@@ -22,24 +22,21 @@ MIN_CONTEXT_CHARS: Final = 20
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Examples as numbers.
+class Kinship:
+    """Which examples must stay together.
 
     Attributes:
-        truth: Int64 [N], domain of each example.
-        weights: Float64 [N], how much it counts within its domain.
-        origins: Int64 [N], the prompt that it stems from.
+        origins: Int64 [N], the prompt that each example stems from.
         groups: Int64 [number of origins], the context of each such prompt.
     """
 
-    truth: Labels
-    weights: Probabilities
     origins: Labels
     groups: Labels
 
-    def training(self, design: Design) -> TrainingSet:
-        """All examples, to fit on."""
-        return TrainingSet(design.columns, self.truth, self.weights, int(self.truth.max()) + 1)
+    @property
+    def contexts(self) -> Labels:
+        """Int64 [N], the context of each example."""
+        return self.groups[self.origins]
 
 
 def context_groups(prompts: Sequence[Prompt]) -> Labels:
@@ -60,47 +57,46 @@ def context_groups(prompts: Sequence[Prompt]) -> Labels:
     return np.array(groups, dtype=np.int64)
 
 
-def held_out_scores(design: Design, examples: Examples, seed: int, bar: Any) -> Probabilities:
-    """Return the scores of every example by a classifier that did not see its origin's group.
+def held_out_scores(
+    design: Design, examples: Examples, kinship: Kinship, seed: int, bar: Any
+) -> Probabilities:
+    """Return the scores of every example by a classifier that did not see its context.
 
     Args:
         design: Features of the examples.
         examples: Their labels.
+        kinship: Their contexts.
         seed: Of the folds.
         bar: Its `update` is called after each fold.
 
     Returns:
         Float64 [N, D].
     """
-    training = examples.training(design)
-    num_domains = int(examples.truth.max()) + 1
-    scores = np.zeros((len(examples.truth), num_domains))
-    groups = examples.groups[examples.origins]
-    for held_out in folds(examples, seed):
-        inside = np.isin(groups, held_out)
+    scores = np.zeros((len(examples.truth), examples.num_domains))
+    contexts = kinship.contexts
+    for held_out in folds(examples.truth, contexts, seed):
+        inside = np.isin(contexts, held_out)
         rows, out = np.flatnonzero(~inside), np.flatnonzero(inside)
-        head = fit_head(training.take(rows))
-        scores[out] = head.scores(design.columns[out])
+        scores[out] = fit_classifier(design, examples, rows).scores(design, out)
         bar.update()
     return scores
 
 
-def folds(examples: Examples, seed: int) -> Iterator[Labels]:
-    """Groups of each held-out fold; every domain has its share in each, as far as groups allow.
+def folds(truth: Labels, contexts: Labels, seed: int) -> Iterator[Labels]:
+    """Contexts of each held-out fold; every domain has its share in each, as far as they allow.
 
-    The groups of a domain, in random order, go to the fold that has least of the domain.
+    The contexts of a domain, in random order, go to the fold that has least of the domain.
     """
     rng = np.random.default_rng(seed)
-    num_groups = int(examples.groups.max()) + 1
-    domains = np.zeros(num_groups, dtype=np.int64)
-    groups = examples.groups[examples.origins]
-    domains[groups] = examples.truth
-    sizes = np.bincount(groups, minlength=num_groups)
+    num_contexts = int(contexts.max()) + 1
+    domains = np.zeros(num_contexts, dtype=np.int64)
+    domains[contexts] = truth
+    sizes = np.bincount(contexts, minlength=num_contexts)
     loads = np.zeros((int(domains.max()) + 1, NUM_FOLDS))
-    folds = np.zeros(num_groups, dtype=np.int64)
-    for group in rng.permutation(num_groups):
-        fold = int(np.argmin(loads[domains[group]]))
-        folds[group] = fold
-        loads[domains[group], fold] += sizes[group]
+    chosen = np.zeros(num_contexts, dtype=np.int64)
+    for context in rng.permutation(num_contexts):
+        fold = int(np.argmin(loads[domains[context]]))
+        chosen[context] = fold
+        loads[domains[context], fold] += sizes[context]
     for fold in range(NUM_FOLDS):
-        yield np.flatnonzero(folds == fold)
+        yield np.flatnonzero(chosen == fold)

@@ -1,17 +1,14 @@
-"""The training features of the linear classifier.
+"""The training features: the meaning of each prompt as a vector, its wording as sparse columns.
 
-Three blocks of columns, each row of length about 1 in the first two:
+    wording  weight / sqrt(U) for each of the U distinct tokens, 1 / sqrt(P) for each of the P
+             distinct pair buckets
+    meaning  with an encoder: the sentence vector
+             without: scale * (sum of the distinct tokens' vectors / sqrt(U) - mean over prompts),
+             the scale such that rows have length 1 in the mean
 
-    tokens     1 / sqrt(U) for each of the U distinct tokens
-    pairs      1 / sqrt(P) for each of the P distinct pair buckets
-    embedding  scale * (sum of the distinct tokens' vectors / sqrt(U) - mean over prompts)
+Vectors and weights of tokens are those of `vectors.py`: words of every prompt say little, in either.
 
-Vectors of tokens are those of `vectors.py`. What few prompts say about single tokens is mostly
-chance, while the embedding carries it over to tokens of like meaning: its block is the longer, the
-fewer prompts there are. The mean over prompts only moves the bias; subtracting it makes the
-optimisation well-conditioned.
-
-Shapes: N prompts, K width of a token's vector, T token columns and Q pair columns that occur.
+Shapes: N examples, V vocabulary, B buckets, K width of a vector.
 """
 
 from collections.abc import Sequence
@@ -20,17 +17,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from deltamux.router.decide.features import Ids, distinct
-from deltamux.router.decide.tables import Floats
+from deltamux.router.decide.features import NUM_BUCKETS, Ids, distinct
+from deltamux.router.decide.tables import Floats, Mask
 from deltamux.router.fit.embedding import EmbeddingRows
-from deltamux.router.fit.vectors import TokenVectors, token_vectors
+from deltamux.router.fit.metrics import Labels
+from deltamux.router.fit.vectors import TokenVectors, token_vectors, token_weights
 
-#: A pair seen in a single prompt says nothing about other prompts.
-MIN_PAIR_PROMPTS: Final = 2
-#: Labelled prompts of a domain at which a row of the embedding's block is twice as long as the
-#: others. On training files 2 instead of 1 gains one point of bare prompts with 16 a domain, costs
-#: half a point of whole prompts with 64, and half a point of bare prompts with 400.
-FEW_PROMPTS: Final = 16
+#: A pair seen in a single example says nothing about other prompts.
+MIN_PAIR_EXAMPLES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -38,66 +32,71 @@ class Design:
     """Training features, and what is needed to fold weights on them.
 
     Attributes:
-        columns: CSR float32 [N, T + Q + K].
-        tokens: Int64 [T], token id of each column.
-        pairs: Int64 [Q], bucket of each column.
-        vectors: The tokens' vectors, scale included; None without an embedding.
-        offset: Float32 [K], what was subtracted from the embedding block; K = 0 likewise.
+        tokens: CSR float32 [N, V], weighted.
+        pairs: CSR float32 [N, B].
+        meaning: Float32 [N, K]; K = 0 without an encoder and without an embedding.
+        vectors: The tokens' vectors, scale included; None with an encoder and without an embedding.
+        offset: Float32 [K], what was subtracted from the meaning.
+        weights: Float32 [V, 1], of each token.
     """
 
-    columns: Any
-    tokens: Ids
-    pairs: Ids
+    tokens: Any
+    pairs: Any
+    meaning: Floats
     vectors: TokenVectors | None
     offset: Floats
+    weights: Floats
 
-
-def dense_length(prompts_per_domain: float) -> float:
-    """Return the mean length of a row of the embedding block: 2 with 16 prompts, 1 with many."""
-    return 1.0 + FEW_PROMPTS / prompts_per_domain
+    def known(self, rows: Labels) -> Mask:
+        """Return which buckets enough of some examples have, bool [B]."""
+        counts = np.bincount(self.pairs[rows].indices, minlength=self.pairs.shape[1])
+        return np.asarray(counts >= MIN_PAIR_EXAMPLES)
 
 
 def build_design(
-    prompts: Sequence[Ids], embedding: EmbeddingRows | None, dense: float = 1.0
+    prompts: Sequence[Ids],
+    vocab_size: int,
+    labelled: int,
+    *,
+    embedding: EmbeddingRows | None = None,
+    sentences: Floats | None = None,
 ) -> Design:
     """Build the training features.
 
     Args:
-        prompts: Bounded token ids of each prompt.
-        embedding: The base's input embedding; None leaves its block out.
-        dense: Mean length of a row of the embedding's block.
+        prompts: Bounded token ids of each example.
+        vocab_size: V.
+        labelled: The first so many examples are the user's; tokens are counted among them.
+        embedding: The base's input embedding; None where there is none.
+        sentences: Float32 [N, E], sentence vectors of the examples; None without an encoder.
     """
-    from scipy import sparse
-
     rows = [distinct(ids) for ids in prompts]
-    tokens, token_block = _presence([row[0] for row in rows], min_prompts=1)
-    pairs, pair_block = _presence([row[1] for row in rows], min_prompts=MIN_PAIR_PROMPTS)
-    block = np.zeros((len(rows), 0), dtype=np.float32)
-    vectors: TokenVectors | None = None
-    offset = np.zeros(0, dtype=np.float32)
-    if embedding is not None:
-        vectors = token_vectors(embedding)
-        summed = token_block @ vectors.gather(tokens)
-        offset = summed.mean(axis=0)
-        length = float(np.linalg.norm(summed - offset, axis=1).mean())
-        scale = np.float32(dense / length if length > 0 else 1.0)
-        offset *= scale
-        block = summed * scale - offset
-        vectors = TokenVectors(embedding, vectors.projection * scale, vectors.shift * scale)
-    blocks = [token_block, pair_block, sparse.csr_array(block)]
-    columns = sparse.hstack(blocks, format="csr", dtype=np.float32)
-    return Design(columns, tokens, pairs, vectors, offset)
+    tokens = _presence([row[0] for row in rows], vocab_size)
+    pairs = _presence([row[1] for row in rows], NUM_BUCKETS)
+    weights = token_weights(np.bincount(tokens[:labelled].indices, minlength=vocab_size))
+    weighted = tokens.multiply(weights.T).tocsr()
+    if sentences is not None or embedding is None:
+        block = np.zeros((len(rows), 0), dtype=np.float32) if sentences is None else sentences
+        nothing = np.zeros(block.shape[1], dtype=np.float32)
+        return Design(weighted, pairs, block, None, nothing, weights)
+    vectors = token_vectors(embedding, weights)
+    used = np.unique(tokens.indices)
+    summed = np.asarray(tokens[:, used] @ vectors.gather(used))
+    offset = summed.mean(axis=0)
+    length = float(np.linalg.norm(summed - offset, axis=1).mean())
+    scale = np.float32(1.0 / length if length > 0 else 1.0)
+    scaled = TokenVectors(
+        embedding, vectors.projection * scale, vectors.shift * scale, vectors.weights
+    )
+    meaning = (summed - offset) * scale
+    return Design(weighted, pairs, meaning, scaled, offset * scale, weights)
 
 
-def _presence(rows: Sequence[Ids], min_prompts: int) -> tuple[Ids, Any]:
-    """Columns that occur in enough prompts, and the block with 1 / sqrt(row length) in them."""
+def _presence(rows: Sequence[Ids], width: int) -> Any:
+    """CSR float32 [N, width] with 1 / sqrt(row length) where an item occurs."""
     from scipy import sparse
 
     lengths = np.array([len(row) for row in rows])
-    items = np.concatenate(rows)
-    columns, inverse, counts = np.unique(items, return_inverse=True, return_counts=True)
     values = np.repeat(1 / np.sqrt(np.maximum(lengths, 1)), lengths).astype(np.float32)
-    where = (np.repeat(np.arange(len(rows)), lengths), inverse)
-    block = sparse.csr_array((values, where), shape=(len(rows), len(columns)))
-    kept = np.flatnonzero(counts >= min_prompts)
-    return columns[kept], block[:, kept]
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    return sparse.csr_array((values, np.concatenate(rows), ends), shape=(len(rows), width))

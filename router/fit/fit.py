@@ -1,19 +1,17 @@
 """Fitting a router: labelled prompts in, a router's directory out.
 
-    prepare -> features -> cross-validate -> choose features -> calibrate -> fit all -> fold -> write
+    prepare -> features -> cross-validate -> calibrate -> fit all -> fold -> write
 
-Everything that judges or calibrates (temperature, threshold, reported quality, the choice of
-features) comes from cross-validated predictions; the classifier that is written is then fitted on
-all examples. Generated prompts that the held-out classifier gives to a specialist are left out of
+Everything that judges or calibrates (temperature, threshold, reported quality) comes from
+cross-validated predictions; the classifier that is written is then fitted on all examples. Generated prompts that the held-out classifier gives to a specialist are left out of
 it: the user has an expert for them.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from tqdm import tqdm
@@ -22,21 +20,21 @@ from deltamux.router.decide.artifact import check_target, save_artifact
 from deltamux.router.decide.config import EncoderConfig, HeldOut, RouterConfig, Training
 from deltamux.router.decide.encoder import SentenceEncoder, load_encoder
 from deltamux.router.decide.features import NUM_BUCKETS, PREFIX_TOKENS, SUFFIX_TOKENS
-from deltamux.router.decide.policy import Mask
-from deltamux.router.decide.tables import Probabilities, Tables
+from deltamux.router.decide.tables import Mask, Probabilities, Tables, softmax
+from deltamux.router.decide.tokenizer import identity
 from deltamux.router.fit.calibration import (
+    fit_temperature,
     fit_threshold,
     specialist_scores,
-    threshold_for,
     wrong_expert,
 )
-from deltamux.router.fit.crossval import NUM_FOLDS
+from deltamux.router.fit.classifier import fit_classifier
+from deltamux.router.fit.crossval import NUM_FOLDS, held_out_scores
 from deltamux.router.fit.data import Dataset, fingerprints
-from deltamux.router.fit.head import fit_head, fold
-from deltamux.router.fit.material import Material, prepare
+from deltamux.router.fit.design import Design
+from deltamux.router.fit.material import Material, design_of, prepare
 from deltamux.router.fit.metrics import Labels, quality
 from deltamux.router.fit.options import Features, Options
-from deltamux.router.fit.trials import Trial, better, try_default, try_encoder
 
 #: A generated prompt that a specialist claims with this probability is the user's, not the base's.
 CLAIMED: Final = 0.5
@@ -46,13 +44,12 @@ CLAIMED: Final = 0.5
 class FitReport:
     """What was written: the configuration, and the bytes of all files.
 
-    `log_loss` has the cross-validated loss of each kind of features that was tried, in nats an
-    example.
+    `log_loss` is the cross-validated loss, in nats an example.
     """
 
     config: RouterConfig
     num_bytes: int
-    log_loss: dict[str, float]
+    log_loss: float
 
 
 def fit_router(
@@ -79,7 +76,7 @@ def fit_router(
         keep: Share of the specialists' own held-out prompts that must reach their expert, in (0, 1].
         max_wrong: Largest share of held-out prompts that a wrong expert may answer, in (0, 1]; the
             threshold is raised until it holds, whatever becomes of `keep`.
-        features: "default", "encoder", or "auto" for the better of both in cross-validation.
+        features: "default", "encoder", or "auto": the encoder where it is installed.
         experts: Expert of a domain, where it is not called like the domain; "base" for none.
         descriptions: One line about a domain.
         minimums: Domain to the probability that its expert needs, where that is more than the
@@ -98,23 +95,49 @@ def fit_router(
     options.check()
     check_target(output)
     _require_scikit_learn()
-    encoder = load_encoder() if options.features != "default" else None
-    material = prepare(dataset, base, options)
-    with tqdm(total=NUM_FOLDS + 1, desc="fit", disable=not progress, leave=False) as bar:
-        trials = [try_default(material, options.seed, bar)]
-        if encoder is not None:
-            trials.append(try_encoder(trials[0], material, encoder, options.seed))
-        best = better(trials, material.numbers.truth) if options.features == "auto" else trials[-1]
-        tables = _fit_all(best, material)
+    encoder = _encoder(options.features)
+    material = prepare(dataset, base, options, encoded=encoder is not None)
+    with tqdm(total=NUM_FOLDS + 2, desc="fit", disable=not progress, leave=False) as bar:
+        design = design_of(material, encoder)
         bar.update()
-    config = _configure(dataset, material, best, options, encoder)
+        trial = _try(design, material, options.seed, bar)
+        tables = _fit_all(trial, design, material)
+        bar.update()
+    config = _configure(dataset, material, trial, options, encoder)
     seen = np.unique(fingerprints(dataset.prompts))
-    num_bytes = save_artifact(
-        output, tables, config, material.tokenizer, seen=seen, stack=best.stack
-    )
+    num_bytes = save_artifact(output, tables, config, material.tokenizer, seen=seen)
     truth = material.numbers.truth
-    losses: dict[str, float] = {t.kind: round(float(t.losses(truth).mean()), 5) for t in trials}
-    return FitReport(config, num_bytes, losses)
+    own = trial.probabilities[np.arange(len(truth)), truth]
+    loss = -float(np.log(np.maximum(own, 1e-12)).mean())
+    return FitReport(config, num_bytes, round(loss, 5))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What cross-validation gave: float64 [N, D] calibrated probabilities, and their temperature."""
+
+    probabilities: Probabilities
+    temperature: float
+
+
+def _encoder(features: Features) -> SentenceEncoder | None:
+    """The encoder that the features ask for."""
+    if features == "default":
+        return None
+    try:
+        return load_encoder()
+    except ValueError:
+        if features == "encoder":
+            raise
+        return None
+
+
+def _try(design: Design, material: Material, seed: int, bar: Any) -> Trial:
+    """Cross-validate, and calibrate on the labelled prompts."""
+    scores = held_out_scores(design, material.numbers, material.kinship, seed, bar)
+    labelled = slice(material.num_labelled)
+    temperature = fit_temperature(scores[labelled], material.numbers.truth[labelled])
+    return Trial(softmax(scores, temperature), temperature)
 
 
 def _generated(material: Material) -> Mask:
@@ -122,13 +145,13 @@ def _generated(material: Material) -> Mask:
     return np.array([example.generated for example in material.examples], dtype=np.bool_)
 
 
-def _fit_all(trial: Trial, material: Material) -> Tables:
+def _fit_all(trial: Trial, design: Design, material: Material) -> Tables:
     """The classifier on all examples but the generated ones that an expert claims."""
     best = specialist_scores(trial.probabilities, material.specialists)
     described = material.specialists[material.numbers.truth]
     kept = np.flatnonzero(~_generated(material) | described | (best < CLAIMED))
-    head = fit_head(material.numbers.training(trial.design).take(kept))
-    return fold(trial.design, head, material.vocab_size)
+    classifier = fit_classifier(design, material.numbers, kept)
+    return classifier.fold(design, material.vocab_size, NUM_BUCKETS)
 
 
 def _configure(
@@ -141,16 +164,20 @@ def _configure(
     """Threshold, reported quality and everything else in `router_config.json`."""
     truth, num_labelled = material.numbers.truth, material.num_labelled
     specialists = material.specialists
-    own = trial.probabilities[:num_labelled]
-    threshold = max(
-        fit_threshold(own, truth[:num_labelled], specialists, options.keep),
-        threshold_for(trial.probabilities, truth, specialists, options.max_wrong),
+    threshold = fit_threshold(
+        trial.probabilities,
+        truth,
+        specialists,
+        _generated(material) & ~specialists[truth],
+        num_labelled,
+        keep=options.keep,
+        max_wrong=options.max_wrong,
     )
     return RouterConfig(
         labels=material.labels,
         experts=material.experts,
-        features=trial.kind,
-        encoder=_encoder_config(trial, encoder),
+        features="default" if encoder is None else "encoder",
+        encoder=None if encoder is None else EncoderConfig(sha256=encoder.sha256),
         threshold=threshold,
         minimums=dict(sorted(options.minimums.items())),
         temperature=trial.temperature,
@@ -158,19 +185,9 @@ def _configure(
         buckets=NUM_BUCKETS,
         prefix_tokens=PREFIX_TOKENS,
         suffix_tokens=SUFFIX_TOKENS,
-        tokenizer_sha256=hashlib.sha256(material.tokenizer).hexdigest(),
+        tokenizer_sha256=identity(material.tokenizer),
         training=_training(dataset, material, options),
         heldout=_judge(trial.probabilities, truth, num_labelled, specialists, threshold),
-    )
-
-
-def _encoder_config(trial: Trial, encoder: SentenceEncoder | None) -> EncoderConfig | None:
-    """What the configuration says about the encoder."""
-    if encoder is None or trial.stack is None:
-        return None
-    stack = trial.stack
-    return EncoderConfig(
-        sha256=encoder.sha256, temperature=stack.temperature, ask_below=stack.ask_below
     )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["default", "encoder"]
 Features = Literal["default", "encoder", "auto"]
 
 

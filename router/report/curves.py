@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltamux.router.decide.policy import Mask
-from deltamux.router.decide.tables import Probabilities
+from deltamux.router.decide.tables import Mask, Probabilities
 from deltamux.router.fit.metrics import NUM_BINS, Labels
 
 

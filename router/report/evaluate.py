@@ -13,10 +13,11 @@ from typing import Final
 import numpy as np
 from tqdm import tqdm
 
+from deltamux.router.decide.artifact import Fingerprints
 from deltamux.router.decide.decision import BASE_NAME, Decision
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode
-from deltamux.router.fit.data import Dataset, Fingerprints, fingerprints
+from deltamux.router.fit.data import Dataset, fingerprints
 from deltamux.router.fit.metrics import Quality, quality
 from deltamux.router.report.curves import Curves, reliability, risk_coverage
 

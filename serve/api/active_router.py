@@ -1,14 +1,12 @@
-"""The router in use, with its shadow and their figures; and what they read of a request."""
+"""The router in use, with its shadow and their figures."""
 
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deltamux.router.decide.conversation import Conversation
 from deltamux.router.decide.decision import Decision
-from deltamux.router.decide.messages import user_turns
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Decode, build_decode, read_tokenizer, tokenizer_sha256
 from deltamux.serve.observability import routing_metrics
@@ -74,26 +72,3 @@ def ask_shadow(active: ActiveRouter, conversation: Conversation, decision: Decis
         agree = "error"
     routing_metrics.shadow_total.labels(agree).inc()
     routing_metrics.shadow_seconds.observe(time.perf_counter() - start)
-
-
-def _field(request: Any, name: str) -> Any:
-    return request.get(name) if isinstance(request, dict) else getattr(request, name, None)
-
-
-def request_texts(request: Any) -> list[str]:
-    """The user's turns of a chat, completions, responses or messages request, or of a dict."""
-    for name in ("messages", "prompt", "input"):
-        content = _field(request, name)
-        if content is not None:
-            return user_turns(content)
-    return []
-
-
-def request_ids(request: Any) -> list[int] | None:
-    """The token ids of a prompt that came as such, else None."""
-    prompt = _field(request, "prompt")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
-        prompt = prompt[0]
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-        return prompt
-    return None

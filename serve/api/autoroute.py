@@ -27,13 +27,9 @@ from deltamux.router.decide.decision import (
 from deltamux.router.decide.explain import explain
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode
-from deltamux.serve.api.active_router import (
-    ActiveRouter,
-    ask_shadow,
-    load_active_router,
-    request_ids,
-    request_texts,
-)
+from deltamux.serve.api.active_router import ActiveRouter, ask_shadow, load_active_router
+from deltamux.serve.api.asked import Hints, Reader, RequestError, hints, request_id
+from deltamux.serve.api.decision_log import DecisionLog
 from deltamux.serve.names import BASE
 from deltamux.serve.observability import routing_metrics
 from deltamux.serve.settings import RouterSettings
@@ -68,14 +64,17 @@ class AutoRoute:
         self.settings = settings
         self.error: str | None = None
         self._tokenizer_directory = tokenizer_directory
-        self._encode = encode
         self._serves = serves
+        self._reader = Reader(encode, lambda kind: routing_metrics.token_source.labels(kind).inc())
+        self.log: DecisionLog | None = None
         self._residents = residents
         self._active: ActiveRouter | None = None
         self._reported: set[str] = set()
         if settings is None:
             self.error = "no router is configured"
             return
+        if settings.log is not None:
+            self.log = DecisionLog(settings.log, settings.log_prompts)
         try:
             self._put(load_active_router(settings, self._tokenizer_directory))
         except (ValueError, OSError) as error:
@@ -98,6 +97,12 @@ class AutoRoute:
         """What decides now; None where no router is usable."""
         return self._active
 
+    def experts(self) -> list[str]:
+        """Return who the router may choose, the base included."""
+        router = self.router
+        names = router.config.experts.values() if router else []
+        return sorted({name for name in names if name is not None} | {BASE})
+
     def reload(self, path: Path | None = None, shadow: Path | None = None) -> ActiveRouter:
         """Load the router again, or another one, and put it in the place of the old one.
 
@@ -116,7 +121,9 @@ class AutoRoute:
         settings = settings or RouterSettings(path=Path(str(path)))
         changes = {"path": path or settings.path, "shadow": shadow or settings.shadow}
         try:
-            fresh = load_active_router(settings.model_copy(update=changes), self._tokenizer_directory)
+            fresh = load_active_router(
+                settings.model_copy(update=changes), self._tokenizer_directory
+            )
         except (ValueError, OSError):
             routing_metrics.reloads_total.labels("refused").inc()
             raise
@@ -129,25 +136,49 @@ class AutoRoute:
 
         Args:
             request: A chat, completions, responses or messages request of vLLM, or a dict.
-            counted: Count the decision among those that drift is measured of.
+            counted: Count the decision among those that drift is measured of, and log it.
 
         Returns:
             The decision, and the seconds it took, tokenization included.
+
+        Raises:
+            RequestError: Its hints are malformed, or it holds prompts of different experts.
         """
         start = time.perf_counter()
-        active = self._active
-        decision, conversation = self._decide(active, request)
-        if decision.expert and not self._serves(decision.expert):
-            self._report(decision.expert)
-            decision = replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
-        chosen = decision
-        if decision.expert is None and self.fallback:
-            decision = replace(decision, expert=self.fallback)
-        seconds = time.perf_counter() - start
-        if counted and active is not None and conversation is not None:
-            active.drift.observe(chosen)
-            ask_shadow(active, conversation, chosen)
-        return decision, seconds
+        found = self.decide_each(request, counted)
+        names = sorted({decision.expert or BASE for decision in found})
+        if len(names) > 1:
+            raise RequestError(
+                f"the {len(found)} prompts of this request belong to different models "
+                f"({', '.join(names)}); send a request for each, or name the model"
+            )
+        return found[0], time.perf_counter() - start
+
+    def decide_each(self, request: Any, counted: bool = False) -> list[Decision]:
+        """Route every conversation of a request; arguments and errors are those of `decide`."""
+        active, said = self._active, hints(request)
+        decisions = []
+        for made, conversation in self._decide(active, request, said):
+            chosen = self._servable(made)
+            decision = chosen
+            if chosen.expert is None and self.fallback:
+                decision = replace(chosen, expert=self.fallback)
+            decisions.append(decision)
+            if counted and active is not None and conversation is not None:
+                active.drift.observe(chosen)
+                ask_shadow(active, conversation, chosen)
+                if self.log is not None:
+                    self.log.decided(request_id(request), conversation.texts, decision)
+        if counted:
+            self._reader.remember(request)
+        return decisions
+
+    def _servable(self, decision: Decision) -> Decision:
+        """The decision, or the base where its expert is not served."""
+        if decision.expert is None or self._serves(decision.expert):
+            return decision
+        self._report(decision.expert)
+        return replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
 
     async def decide_aside(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
         """Route one request on the event loop; in a thread where a sentence encoder is asked.
@@ -165,11 +196,15 @@ class AutoRoute:
         if active is None:
             return None
         try:
-            conversation = self._read(active.router, request)
+            conversation = self._reader.read(active.router, request)[0]
             return explain(active.router, conversation, active.decode)
         except Exception:
             logger.exception("deltamux: the router cannot explain a request")
             return None
+
+    def not_served(self) -> list[str]:
+        """Return the experts that the router may choose and that cannot answer now."""
+        return [name for name in self.experts() if name != BASE and not self._serves(name)]
 
     def _put(self, active: ActiveRouter) -> None:
         """Let it decide from now on: one assignment, so no request sees a mixture."""
@@ -184,30 +219,22 @@ class AutoRoute:
             logger.error("deltamux: the router chooses %r, which is not served", expert)
 
     def _decide(
-        self, active: ActiveRouter | None, request: Any
-    ) -> tuple[Decision, Conversation | None]:
-        """The router's decision, and what it read; without the latter the router failed."""
+        self, active: ActiveRouter | None, request: Any, said: Hints
+    ) -> list[tuple[Decision, Conversation | None]]:
+        """The router's decisions, and what it read; without the latter the router failed."""
         failed = Decision(None, BASE, 0.0, REASON_ROUTER_ERROR, {})
         if active is None:
-            return failed, None
+            return [(failed, None)]
         router, margin = active.router, active.settings.resident_margin
         try:
-            conversation = self._read(router, request)
             resident = None
             if margin > 0 and self._residents is not None:
                 resident = self._residents().__contains__
-            return router.decide_read(conversation, resident, margin), conversation
+            return [
+                (router.decide_read(conversation, resident, margin, said.allow), conversation)
+                for conversation in self._reader.read(router, request)
+            ]
         except Exception:
             # Whatever the client sent, it gets an answer; the log keeps what was wrong.
             logger.exception("deltamux: the router failed on a request")
-            return failed, None
-
-    def _read(self, router: Router, request: Any) -> Conversation:
-        """The request as the router reads it."""
-        ids = request_ids(request)
-        routing_metrics.token_source.labels("text" if ids is None else "ids").inc()
-        return (
-            router.read(request_texts(request), self._encode)
-            if ids is None
-            else router.read_ids([ids])
-        )
+            return [(failed, None)]

@@ -12,6 +12,7 @@ from typing import Any
 
 from deltamux.router.decide.decision import Decision
 from deltamux.serve import compat
+from deltamux.serve.api.asked import RequestError
 from deltamux.serve.api.autoroute import AutoRoute, explicit
 from deltamux.serve.api.expert import Expert, ExpertError
 from deltamux.serve.api.experts import ExpertRegistry
@@ -112,7 +113,10 @@ class Gateway:
             What the handler returns: a response, an error, or an async generator of events.
         """
         arrival = getattr(getattr(raw_request, "state", None), ARRIVAL, None) or time.time()
-        decision = await self.decide(request.model, request)
+        try:
+            decision = await self.decide(request.model, request)
+        except RequestError as error:
+            return error_response(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
         expert = self._registry.get(decision.expert) if decision.expert else None
         if expert is not None:
             request.model = expert.name

@@ -1,9 +1,10 @@
-"""HTTP routes of the router: the decision alone, its reasons, reload, drift.
+"""HTTP routes of the router: the decision alone, its reasons, feedback, reload, drift.
 
 `POST /v1/router/reload` validates before it swaps: a bad artifact leaves the old router in place and
 gives an error in the OpenAI body.
 """
 
+import time
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
+from deltamux.serve.api.active_router import ActiveRouter
+from deltamux.serve.api.asked import RequestError, bare_id
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.handlers import error_response
-from deltamux.serve.api.active_router import ActiveRouter
 from deltamux.serve.api.state import server_state
 
 routing_router = APIRouter(prefix="/v1")
@@ -26,10 +28,21 @@ class RouteBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str | list[int] | None = None
+    prompt: str | list[int] | list[str] | list[list[int]] | None = None
     messages: list[Any] | None = None
     input: str | list[Any] | None = None
+    previous_response_id: str | None = None
+    metadata: dict[str, Any] | None = None
     explain: bool = False
+
+
+class FeedbackBody(BaseModel):
+    """`POST /v1/route/feedback`: the id of a response, and who should have answered it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    expert: str
 
 
 class ReloadBody(BaseModel):
@@ -45,7 +58,7 @@ def _route(request: Request) -> AutoRoute:
     return server_state(request).route
 
 
-def _describe(active: ActiveRouter) -> dict[str, Any]:
+def _describe(active: ActiveRouter, route: AutoRoute) -> dict[str, Any]:
     """The router in use, for people."""
     config = active.router.config
     shadow = active.settings.shadow
@@ -56,6 +69,7 @@ def _describe(active: ActiveRouter) -> dict[str, Any]:
         "features": config.features,
         "labels": config.labels,
         "experts": config.experts,
+        "not_served": route.not_served(),
         "thresholds": active.router.thresholds(),
         "heldout": config.heldout.model_dump(),
         "drift": active.drift.figures(),
@@ -64,18 +78,37 @@ def _describe(active: ActiveRouter) -> dict[str, Any]:
 
 @routing_router.post("/route")
 async def decide(body: RouteBody, request: Request) -> JSONResponse:
-    """The decision that `model="auto"` would take, without generating."""
+    """The decision that `model="auto"` would take, without generating; of several prompts, each."""
     route = _route(request)
     asked = body.model_dump(exclude_none=True, exclude={"explain"})
-    decision, seconds = await route.decide_aside(asked, counted=False)
-    content: dict[str, Any] = decision.to_json() | {
-        "probabilities": decision.probabilities,
-        "seconds": seconds,
-        "error": route.error,
-    }
+    start = time.perf_counter()
+    try:
+        decisions = await run_in_threadpool(route.decide_each, asked)
+    except RequestError as error:
+        return _refusal(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
+    shown = [made.to_json() | {"probabilities": made.probabilities} for made in decisions]
+    content: dict[str, Any] = shown[0] if len(shown) == 1 else {"decisions": shown}
+    content |= {"seconds": time.perf_counter() - start, "error": route.error}
     if body.explain:
         content["explanation"] = await run_in_threadpool(route.explain, asked)
     return JSONResponse(content)
+
+
+@routing_router.post("/route/feedback")
+async def feedback(body: FeedbackBody, request: Request) -> JSONResponse:
+    """Note who should have answered; `deltamux router refit` learns from it."""
+    route = _route(request)
+    if route.log is None:
+        message = "no decisions are logged; set router.log in the configuration"
+        return _refusal(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
+    known = set(route.experts())
+    if body.expert not in known:
+        message = f"the router knows no expert {body.expert!r}; it knows {sorted(known)}"
+        return _refusal(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
+    if not await run_in_threadpool(route.log.feedback, bare_id(body.id), body.expert):
+        message = f"no routed response {body.id!r} is known"
+        return _refusal(message, HTTPStatus.NOT_FOUND, "NotFoundError")
+    return JSONResponse({"id": body.id, "expert": body.expert})
 
 
 @routing_router.get("/router")
@@ -84,7 +117,7 @@ async def show(request: Request) -> JSONResponse:
     active = _route(request).active
     if active is None:
         return _refusal(str(_route(request).error), HTTPStatus.NOT_FOUND, "NotFoundError")
-    return JSONResponse(_describe(active))
+    return JSONResponse(_describe(active, _route(request)))
 
 
 @routing_router.post("/router/reload")
@@ -96,7 +129,7 @@ async def reload(request: Request, body: ReloadBody | None = None) -> JSONRespon
         fresh = await run_in_threadpool(_route(request).reload, body.path, body.shadow)
     except (ValueError, OSError) as error:
         return _refusal(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
-    return JSONResponse(_describe(fresh))
+    return JSONResponse(_describe(fresh, _route(request)))
 
 
 def _refusal(message: str, status: HTTPStatus, kind: str) -> JSONResponse:

@@ -68,7 +68,10 @@ def run_demo(root: Path, serve: bool) -> None:
     make_experts(folder)
     make_router(folder)
     write_config(folder)
-    announce(f"serving {len(DOMAINS)} experts in {SLOTS} slots", "half a minute to start, then 96 requests")
+    announce(
+        f"serving {len(DOMAINS)} experts in {SLOTS} slots",
+        "half a minute to start, then 96 requests",
+    )
     log = folder.root / "server.log"
     result = with_server(folder.config, log, ENVIRONMENT, serve, lambda s: load(folder, s, serve))
     result["seconds"] = round(time.perf_counter() - start, 1)

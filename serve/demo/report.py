@@ -6,7 +6,6 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import typer
 
@@ -35,7 +34,9 @@ class Traffic:
     memory_bytes: dict[str, int]
 
 
-def measure(server: Server, prompts: Mapping[str, Sequence[str]], base: str, routed: bool) -> Traffic:
+def measure(
+    server: Server, prompts: Mapping[str, Sequence[str]], base: str, routed: bool
+) -> Traffic:
     """Load a server and read its metrics.
 
     Args:

@@ -123,9 +123,7 @@ def _await_health(server: Server) -> None:
         except httpx.TransportError:
             pass
         time.sleep(POLL_SECONDS)
-    raise ServerError(
-        f"the server was not healthy in {START_SECONDS} s: {last_words(server.log)}"
-    )
+    raise ServerError(f"the server was not healthy in {START_SECONDS} s: {last_words(server.log)}")
 
 
 def last_words(log: Path) -> str:

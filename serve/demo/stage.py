@@ -25,7 +25,11 @@ def end_with_server() -> None:
 
 
 def with_server(
-    config: Path, log: Path, environment: dict[str, str], keep: bool, work: Callable[[Server], Result]
+    config: Path,
+    log: Path,
+    environment: dict[str, str],
+    keep: bool,
+    work: Callable[[Server], Result],
 ) -> Result:
     """Do something with a server.
 

@@ -10,7 +10,11 @@
 namespace deltamux::amx {
 
 // Tokens from which on tiles pay.
-constexpr int FEW_TOKENS = 8;
+constexpr int FEW_TOKENS = 7;
+// Tokens from which on several blocks of rows pay: their codes no longer fit into the first cache.
+constexpr int MANY_TOKENS = 32;
+// Units that inputs are asked for ahead.
+constexpr int AHEAD = 2;
 
 struct alignas(64) TileShapes {
     uint8_t palette, start_row, reserved[14];
@@ -61,6 +65,10 @@ TARGET_AMX static inline void multiply_two(const Part &part, const uint8_t *code
         _tile_zero(3);
         units = units_of_group(left);
         for (int unit = 0; unit < units; unit++, codes += UNIT_CODES, x += UNIT_CODES) {
+            for (int at = 0; at < UNIT_CODES; at += 64) {
+                __builtin_prefetch(x + AHEAD * UNIT_CODES + at);
+                __builtin_prefetch(x + part.panel + AHEAD * UNIT_CODES + at);
+            }
             _tile_loadd(4, x, 64);
             _tile_loadd(6, codes, 64);
             _tile_dpbsud(0, 4, 6);
@@ -81,43 +89,22 @@ TARGET_AMX static inline void multiply_two(const Part &part, const uint8_t *code
     }
 }
 
-// One panel by up to four blocks. Tiles 0 to 3 are their sums, 4 inputs, 5 to 7 codes.
-template <int BLOCKS>
+// One panel by one block.
 TARGET_AMX static inline void multiply_one(const Part &part, const uint8_t *codes, int panel,
-                                           float *tiles) {
-    alignas(64) int32_t sums[4][PANEL * LANES];
+                                           float *tile) {
+    alignas(64) int32_t sums[PANEL * LANES];
     const int8_t *x = part.inputs.levels + panel * part.panel + part.first * UNIT_CODES;
     int group = part.first / GROUP_UNITS;
     for (int left = part.units, units; left > 0; left -= units, group++) {
         _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
         units = units_of_group(left);
         for (int unit = 0; unit < units; unit++, codes += UNIT_CODES, x += UNIT_CODES) {
             _tile_loadd(4, x, 64);
-            _tile_loadd(5, codes, 64);
-            _tile_dpbsud(0, 4, 5);
-            if (BLOCKS > 1) {
-                _tile_loadd(6, codes + part.block, 64);
-                _tile_dpbsud(1, 4, 6);
-            }
-            if (BLOCKS > 2) {
-                _tile_loadd(7, codes + 2 * part.block, 64);
-                _tile_dpbsud(2, 4, 7);
-            }
-            if (BLOCKS > 3) {
-                _tile_loadd(5, codes + 3 * part.block, 64);
-                _tile_dpbsud(3, 4, 5);
-            }
+            _tile_loadd(6, codes, 64);
+            _tile_dpbsud(0, 4, 6);
         }
-        _tile_stored(0, sums[0], 64);
-        if (BLOCKS > 1) _tile_stored(1, sums[1], 64);
-        if (BLOCKS > 2) _tile_stored(2, sums[2], 64);
-        if (BLOCKS > 3) _tile_stored(3, sums[3], 64);
-        for (int block = 0; block < BLOCKS; block++) {
-            add_sums(part, sums[block], panel * PANEL, group, tiles + block * part.tile);
-        }
+        _tile_stored(0, sums, 64);
+        add_sums(part, sums, panel * PANEL, group, tile);
     }
 }
 
@@ -130,33 +117,32 @@ TARGET_AMX static void multiply(const Codes &run, const Inputs &inputs, float ze
               ptrdiff_t(inputs.units) * UNIT_CODES,
               ptrdiff_t(run.units) * UNIT_CODES,
               ptrdiff_t(inputs.tokens) * LANES};
-    int panels = (inputs.tokens + PANEL - 1) / PANEL, paired = panels / 2 * 2;
+    int panels = (inputs.tokens + PANEL - 1) / PANEL;
     for (int block = 0; block < run.blocks; block += 2) {
+        bool two = block + 1 < run.blocks;
         const uint8_t *codes = run.codes + block * part.block;
         float *rows = tiles + block * part.tile;
-        for (int panel = 0; panel < paired; panel += 2) {
-            if (block + 1 < run.blocks) {
+        for (int panel = 0; panel < panels; panel += 2) {
+            if (two && panel + 1 < panels) {
                 multiply_two(part, codes, panel, rows);
-            } else {
-                multiply_one<1>(part, codes, panel, rows);
-                multiply_one<1>(part, codes, panel + 1, rows);
+                continue;
+            }
+            for (int each = panel; each < std::min(panel + 2, panels); each++) {
+                multiply_one(part, codes, each, rows);
+                if (two) multiply_one(part, codes + part.block, each, rows + part.tile);
             }
         }
     }
-    if (paired == panels) return;
-    switch (run.blocks) {
-        case 1: return multiply_one<1>(part, run.codes, paired, tiles);
-        case 2: return multiply_one<2>(part, run.codes, paired, tiles);
-        case 3: return multiply_one<3>(part, run.codes, paired, tiles);
-        default: return multiply_one<4>(part, run.codes, paired, tiles);
-    }
 }
 
-static int blocks(int tokens) { return tokens < FEW_TOKENS ? 1 : MOST_AT_ONCE; }
+static Layout layout(int tokens) {
+    if (tokens < FEW_TOKENS) return {1, false};
+    return {tokens < MANY_TOKENS ? 1 : MOST_AT_ONCE, true};
+}
 
 static const Kernels KERNELS = {
     "amx",     vnni::quantize, vnni::widen, vnni::unpack,    multiply,     vnni::multiply_exact,
-    vnni::dot, vnni::dot_int8, vnni::scale, vnni::add_outer, vnni::add_to, blocks,
+    vnni::dot, vnni::dot_int8, vnni::scale, vnni::add_outer, vnni::add_to, layout,
     begin,     end,
 };
 

@@ -99,11 +99,13 @@ TARGET_AVX2 static inline void load_words(const uint8_t *const *rows, ptrdiff_t 
     words[3] = _mm256_unpackhi_epi64(high01, high23);
 }
 
-TARGET_AVX2 static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
-                               uint8_t *codes) {
+TARGET_AVX2 static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, const uint8_t *ahead,
+                               int units, int offset, uint8_t *codes) {
     const __m256i low = _mm256_set1_epi8(3), added = _mm256_set1_epi8(char(offset));
     for (int unit = 0; unit < units; unit++, codes += UNIT_CODES) {
         ptrdiff_t at = ptrdiff_t(unit) * UNIT_PLANE_BYTES;
+        fetch_unit(ahead, unit);
+        if (second) fetch_unit(ahead + second, unit);
         for (int half = 0; half < 2; half++) {
             __m256i words[4], upper[4];
             load_words(rows + HALF * half, at, words);
@@ -292,13 +294,15 @@ TARGET_AVX2 static void add_outer(const float *values, const float *h, ptrdiff_t
     }
 }
 
-TARGET_AVX2 static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
-    if (lanes < LANES) return portable::KERNELS.add_to(tile, tokens, y, lanes);
-    for (int t = 0; t < tokens; t++, tile += LANES) {
+TARGET_AVX2 static void add_to(const float *tiles, const float *steps, int tokens, const Outputs &y,
+                               int lanes) {
+    if (lanes % LANES) return portable::KERNELS.add_to(tiles, steps, tokens, y, lanes);
+    for (int t = 0; t < tokens; t++) {
         char *row = y.first + y.order[t] * y.stride;
-        for (int half = 0; half < 2; half++) {
-            int at = HALF * half;
-            __m256 sum = _mm256_add_ps(load8(row, y.type, at), _mm256_loadu_ps(tile + at));
+        for (int at = 0; at < lanes; at += HALF) {
+            const float *tile = tiles + ptrdiff_t(at / LANES * LANES) * tokens + t * LANES + at % LANES;
+            __m256 sum = _mm256_fmadd_ps(_mm256_loadu_ps(tile), _mm256_loadu_ps(steps + at),
+                                         load8(row, y.type, at));
             if (y.type == FLOAT32) {
                 _mm256_storeu_ps(reinterpret_cast<float *>(row) + at, sum);
                 continue;
@@ -310,11 +314,11 @@ TARGET_AVX2 static void add_to(const float *tile, int tokens, const Outputs &y, 
     }
 }
 
-static int blocks(int) { return 1; }
+static Layout layout(int) { return {1, false}; }
 
 static const Kernels KERNELS = {
     "avx2",  quantize, widen,     unpack, multiply, multiply_exact, dot,
-    dot_int8, scale,   add_outer, add_to, blocks,   nullptr,        nullptr,
+    dot_int8, scale,   add_outer, add_to, layout,   nullptr,        nullptr,
 };
 
 }  // namespace deltamux::avx2

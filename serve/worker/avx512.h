@@ -55,8 +55,10 @@ TARGET static inline float largest_of(const void *x, Type type, int start, int s
 
 TARGET static void quantize(const void *x, Type type, int columns, int8_t *levels,
                             ptrdiff_t stride, float *scales, float *sums) {
-    const __m128i transposed =
-        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i transposed = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i ones = _mm512_set1_epi8(1);
     int units = (columns + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
     for (int unit = 0, group = 0; unit < units; group++) {
         int end = unit + units_of_group(std::min(units - unit, RUN_UNITS - unit % RUN_UNITS));
@@ -65,14 +67,19 @@ TARGET static void quantize(const void *x, Type type, int columns, int8_t *level
         const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
         __m512i sum = _mm512_setzero_si512();
         for (; unit < end; unit++) {
-            int8_t *out = levels + unit * stride;
-            for (int j = unit * UNIT_COLUMNS; j < (unit + 1) * UNIT_COLUMNS; j += LANES, out += LANES) {
-                __m512 value = _mm512_mul_ps(load16(x, type, j, first(stop - j)), inverse);
-                __m512i rounded = _mm512_cvtps_epi32(value);
-                sum = _mm512_add_epi32(sum, rounded);
-                __m128i bytes = _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(rounded), transposed);
-                _mm_store_si128(reinterpret_cast<__m128i *>(out), bytes);
+            __m512i parts[4];
+            for (int part = 0; part < 4; part++) {
+                int j = unit * UNIT_COLUMNS + part * LANES;
+                __m512 value = load16(x, type, j, first(stop - j));
+                parts[part] = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
             }
+            // Packing leaves words of four columns in the order of lanes.
+            __m512i low = _mm512_packs_epi32(parts[0], parts[1]);
+            __m512i high = _mm512_packs_epi32(parts[2], parts[3]);
+            __m512i bytes = _mm512_permutexvar_epi32(words, _mm512_packs_epi16(low, high));
+            bytes = _mm512_shuffle_epi8(bytes, transposed);
+            DOT(sum, ones, bytes);
+            _mm512_store_si512(levels + unit * stride, bytes);
         }
         scales[group] = largest / 127.0f;
         sums[group] = float(_mm512_reduce_add_epi32(sum));
@@ -128,14 +135,18 @@ TARGET static inline __m512i codes_at(__m512i word, __m512i upper, __m512i offse
     return _mm512_add_epi8(_mm512_and_si512(code, _mm512_set1_epi8(15)), offset);
 }
 
-TARGET static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
-                          uint8_t *codes) {
+TARGET static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, const uint8_t *ahead,
+                          int units, int offset, uint8_t *codes) {
     const __m512i added = _mm512_set1_epi8(char(offset));
     for (int unit = 0; unit < units; unit++) {
         __m512i words[4], upper[4];
         ptrdiff_t at = ptrdiff_t(unit) * UNIT_PLANE_BYTES;
+        fetch_unit(ahead, unit);
         load_words(rows, at, words);
-        if (second) load_words(rows, second + at, upper);
+        if (second) {
+            fetch_unit(ahead + second, unit);
+            load_words(rows, second + at, upper);
+        }
         for (int i = 0; i < 4; i++) {
             __m512i *out = reinterpret_cast<__m512i *>(codes) + 4 * i;
             if (second) {
@@ -259,7 +270,7 @@ TARGET static inline void multiply_exact_panel(const Codes &run, const Inputs &i
     }
 }
 
-// One block of rows is what `blocks` asks for.
+// One block of rows is what `layout` asks for.
 TARGET static void multiply_exact(const Codes &codes, const Inputs &inputs, float zero, float *tile) {
     for (int panel = 0; panel * PANEL < inputs.tokens; panel++) {
         switch (panel_tokens(inputs.tokens, panel)) {
@@ -311,28 +322,35 @@ TARGET static void scale(const float *steps, int tokens, float *tile) {
     }
 }
 
-TARGET static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
-    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT, AHEAD = 16;
-    __mmask16 mask = first(lanes);
-    for (int t = 0; t < tokens; t++, tile += LANES) {
+TARGET static void add_to(const float *tiles, const float *steps, int tokens, const Outputs &y,
+                          int lanes) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT, AHEAD = 8;
+    ptrdiff_t size = y.type == FLOAT32 ? 4 : 2;
+    for (int t = 0; t < tokens; t++) {
         char *row = y.first + y.order[t] * y.stride;
         // Rows lie far from each other: those that come next are asked for.
-        if (t + AHEAD < tokens) __builtin_prefetch(y.first + y.order[t + AHEAD] * y.stride, 1);
-        __m512 sum = _mm512_add_ps(load16(row, y.type, 0, mask), _mm512_loadu_ps(tile));
-        if (y.type == FLOAT32) {
-            _mm512_mask_storeu_ps(row, mask, sum);
-        } else {
-            __m256i half = y.type == FLOAT16 ? _mm512_cvtps_ph(sum, nearest) : to_bfloat16(sum);
-            _mm256_mask_storeu_epi16(row, mask, half);
+        const char *next = y.first + y.order[std::min(t + AHEAD, tokens - 1)] * y.stride;
+        __builtin_prefetch(next, 1);
+        if (lanes > 2 * LANES) __builtin_prefetch(next + 64, 1);
+        for (int at = 0; at < lanes; at += LANES, row += LANES * size) {
+            __mmask16 mask = first(lanes - at);
+            __m512 tile = _mm512_loadu_ps(tiles + ptrdiff_t(at) * tokens + t * LANES);
+            __m512 sum = _mm512_fmadd_ps(tile, _mm512_loadu_ps(steps + at), load16(row, y.type, 0, mask));
+            if (y.type == FLOAT32) {
+                _mm512_mask_storeu_ps(row, mask, sum);
+            } else {
+                __m256i half = y.type == FLOAT16 ? _mm512_cvtps_ph(sum, nearest) : to_bfloat16(sum);
+                _mm256_mask_storeu_epi16(row, mask, half);
+            }
         }
     }
 }
 
-static int blocks(int) { return 1; }
+static Layout layout(int) { return {1, false}; }
 
 static const Kernels KERNELS = {
     NAME,     quantize, widen, unpack,    multiply, multiply_exact,
-    dot,      dot_int8, scale, add_outer, add_to,   blocks,
+    dot,      dot_int8, scale, add_outer, add_to,   layout,
     nullptr,  nullptr,
 };
 

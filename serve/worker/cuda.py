@@ -30,6 +30,8 @@ def linear_product(
         is_table: Whether records may lack rows (lm_head, a tied embedding).
     """
     layer = list(entries), list(sizes), slots.rank, is_table
+    # Decided, and kernels tried, before any graph is captured.
+    triton_product.usable(slots.buffer.device)
 
     def add(y: torch.Tensor, x: torch.Tensor, rows: RowMap) -> None:
         triton_product.add_linear(
@@ -49,9 +51,7 @@ def embedding_product(slots: Slots, entry: int, vocabulary: int) -> Add:
     """The look-up of an embedding's slots."""
 
     def add(y: torch.Tensor, ids: torch.Tensor, rows: RowMap) -> None:
-        triton_product.add_embedding(
-            y, ids, rows.slot_of_row, slots.buffer, entry, vocabulary
-        )
+        triton_product.add_embedding(y, ids, rows.slot_of_row, slots.buffer, entry, vocabulary)
 
     return add
 

@@ -81,7 +81,7 @@ def base_bytes(model: Any) -> int:
     )
     others = {id(each) for module in linears for each in module.parameters(recurse=False)}
     rest = (each for each in model.parameters() if id(each) not in others)
-    return weights + sum(each.numel() * each.element_size() for each in rest)
+    return weights + int(sum(each.numel() * each.element_size() for each in rest))
 
 
 def input_size(module: Any) -> int:

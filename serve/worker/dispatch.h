@@ -40,7 +40,10 @@
 
 #include "amx.h"
 #include "avx2.h"
-#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #include "neon.h"
 #endif
 
@@ -81,14 +84,27 @@ inline bool has_amx() {
 }
 #endif
 
+#if defined(__aarch64__)
+inline bool has_neon() {
+#if defined(__linux__)
+    constexpr unsigned long DOT_PRODUCTS = 1ul << 20;  // HWCAP_ASIMDDP
+    return getauxval(AT_HWCAP) & DOT_PRODUCTS;
+#else
+    return true;
+#endif
+}
+#endif
+
 // Fastest first.
 inline const Choice CHOICES[] = {
 #if defined(__x86_64__)
-    {&amx::KERNELS, has_amx},       {&vnni::KERNELS, has_vnni}, {&avx512::KERNELS, has_avx512},
+    {&amx::KERNELS, has_amx},
+    {&vnni::KERNELS, has_vnni},
+    {&avx512::KERNELS, has_avx512},
     {&avx2::KERNELS, has_avx2},
 
-#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
-    {&neon::KERNELS, always},
+#elif defined(__aarch64__)
+    {&neon::KERNELS, has_neon},
 #endif
     {&portable::KERNELS, always},
 };

@@ -74,10 +74,11 @@ class Embedding {
             float left = left_factor(record, size_t(id), r);
             for (int j = 0; j < columns; j++) delta[j] += left * right_factor(record, r, j, columns);
         }
+        static constexpr float ONES[LANES] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
         int64_t first = 0;
         char *y = y_ + row * y_bytes_;
         for (int j = 0; j < columns; j += LANES, y += LANES * element_) {
-            kernels_.add_to(delta + j, 1, {y, 0, &first, type_}, std::min(LANES, columns - j));
+            kernels_.add_to(delta + j, ONES, 1, {y, 0, &first, type_}, std::min(LANES, columns - j));
         }
     }
 

@@ -37,6 +37,8 @@ constexpr int RUN_UNITS = 64;
 constexpr int GROUP_UNITS = 8;
 constexpr int MOST_CODE = 127;
 constexpr int PANEL = 16;
+// The offset of codes that have escapes, which are −8 at least.
+constexpr int ESCAPE_OFFSET = 8;
 // Blocks of 16 rows that are ever worked on at once.
 constexpr int MOST_AT_ONCE = 4;
 
@@ -83,6 +85,19 @@ struct Outputs {
     Type type;
 };
 
+// Asks for what the next 16 rows' unit will be read from, of one plane.
+inline void fetch_unit(const uint8_t *ahead, int unit) {
+    constexpr int BYTES = LANES * UNIT_PLANE_BYTES, LINE = 64;
+    for (int at = 0; at < BYTES; at += LINE) __builtin_prefetch(ahead + ptrdiff_t(unit) * BYTES + at);
+}
+
+// Blocks of 16 rows that it pays to multiply at once (all but AMX take one), and whether the last panel of
+// inputs is a whole one too.
+struct Layout {
+    int blocks;
+    bool whole_panels;
+};
+
 struct Kernels {
     const char *name;
 
@@ -95,9 +110,10 @@ struct Kernels {
     void (*widen)(const void *x, Type type, int columns, float *wide);
 
     // Units of up to 16 rows of one or two planes; rows[lane] is a row's first byte in plane 0, that of
-    // plane 1 lies `second` bytes behind it; 0: one plane.
-    void (*unpack)(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
-                   uint8_t *codes);
+    // plane 1 lies `second` bytes behind it; 0: one plane. What comes next lies at `ahead`, and as far
+    // behind it in plane 1: as much as is read here is asked for, a little with every unit.
+    void (*unpack)(const uint8_t *const rows[LANES], ptrdiff_t second, const uint8_t *ahead, int units,
+                   int offset, uint8_t *codes);
 
     // Adds to tiles [blocks][tokens][16] as above, or sets them where the codes are of the first columns;
     // `zero` is floor(o), that of the exact one o itself.
@@ -115,12 +131,12 @@ struct Kernels {
     void (*add_outer)(const float *values, const float *h, ptrdiff_t h_stride, int tokens, int rank,
                       float *tile);
 
-    // y[order[t]][lane] += tile[t][lane] for the first `lanes` outputs, each rounded once.
-    void (*add_to)(const float *tile, int tokens, const Outputs &y, int lanes);
+    // y[order[t]][16 b + lane] += steps[16 b + lane] tiles[b][t][lane] for the first `lanes` outputs, each
+    // rounded once.
+    void (*add_to)(const float *tiles, const float *steps, int tokens, const Outputs &y, int lanes);
 
-    // Blocks of 16 rows that it pays to multiply at once with so many tokens; more than one only of
-    // kernels that work on whole panels.
-    int (*blocks)(int tokens);
+    // How so many tokens of a slot are multiplied.
+    Layout (*layout)(int tokens);
 
     // Called by a thread before and after its products; may be absent.
     void (*begin)();

@@ -226,7 +226,9 @@ class ExpertManager:
         image = source.image(self.shapes)
         self.capacity.check(source, image.numel())
         if not self.slots.on_cpu:
-            image = image.pin_memory()  # or its copies to the device would not run beside other work
+            image = (
+                image.pin_memory()
+            )  # or its copies to the device would not run beside other work
         for expert_id in self.host.put(request.lora_int_id, image):
             logger.info("deltamux: expert %d left the host cache", expert_id)
         self._expert(request.lora_int_id).error = None

@@ -13,7 +13,7 @@ Shapes: T rows, N outputs, K inputs, V vocabulary, H hidden.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import pairwise
 
 import torch
 
@@ -228,8 +228,8 @@ def _replace_norm(
     y: torch.Tensor, x: torch.Tensor, rows: RowMap, slots: Slots, entry: int, epsilon: float
 ) -> None:
     """y[t] = RMSNorm(x[t]) with the slot's own weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-    spans: Any = rows.starts_host.tolist()
-    for slot, (begin, end) in enumerate(zip(spans, spans[1:], strict=False)):
+    spans: list[int] = rows.starts_host.tolist()
+    for slot, (begin, end) in enumerate(pairwise(spans)):
         weight_H = slots.vector(slot, entry, y.shape[-1]) if begin < end else None
         if weight_H is None:
             continue

@@ -64,13 +64,16 @@ static void quantize(const void *x, Type type, int columns, int8_t *levels, ptrd
         unit += units_of_group(std::min(units - unit, RUN_UNITS - unit % RUN_UNITS));
         int stop = std::min(unit * UNIT_COLUMNS, columns);
         float largest = 0;
-        for (int j = start; j < stop; j++) largest = std::fmax(largest, std::fabs(load(x, type, j)));
+        for (int j = start; j < stop; j++) {
+            float size = std::fabs(load(x, type, j));
+            if (size > largest) largest = size;
+        }
         float inverse = largest > 0 ? 127.0f / largest : 0.0f;
         int32_t sum = 0;
         for (int j = start; j < unit * UNIT_COLUMNS; j++) {
             float rounded = j < stop ? std::nearbyint(load(x, type, j) * inverse) : 0.0f;
-            int8_t level = int8_t(std::fmin(std::fmax(rounded, -128.0f), 127.0f));
-            levels[j / UNIT_COLUMNS * stride + place_of(j % UNIT_COLUMNS)] = level;
+            int level = int(std::fmin(std::fmax(rounded, -128.0f), 127.0f));
+            levels[j / UNIT_COLUMNS * stride + place_of(j % UNIT_COLUMNS)] = int8_t(level);
             sum += level;
         }
         scales[group] = largest / 127.0f;
@@ -82,8 +85,8 @@ static void widen(const void *x, Type type, int columns, float *wide) {
     for (int j = 0; j < columns; j++) wide[j] = load(x, type, j);
 }
 
-static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units, int offset,
-                   uint8_t *codes) {
+static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, const uint8_t *,
+                   int units, int offset, uint8_t *codes) {
     for (int unit = 0; unit < units; unit++, codes += UNIT_CODES) {
         for (int lane = 0; lane < LANES; lane++) {
             const uint8_t *plane = rows[lane] + ptrdiff_t(unit) * UNIT_PLANE_BYTES;
@@ -99,7 +102,7 @@ static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, int units
     }
 }
 
-// One block of rows is what `blocks` asks for, here and in the next.
+// One block of rows is what `layout` asks for, here and in the next.
 static void multiply(const Codes &run, const Inputs &inputs, float zero, float *tile) {
     for (int t = 0; t < inputs.tokens; t++, tile += LANES) {
         ptrdiff_t stride = UNIT_COLUMNS * panel_tokens(inputs.tokens, t / PANEL);
@@ -196,20 +199,21 @@ static void add_outer(const float *values, const float *h, ptrdiff_t h_stride, i
     }
 }
 
-static void add_to(const float *tile, int tokens, const Outputs &y, int lanes) {
-    for (int t = 0; t < tokens; t++, tile += LANES) {
+static void add_to(const float *tiles, const float *steps, int tokens, const Outputs &y, int lanes) {
+    for (int t = 0; t < tokens; t++) {
         char *row = y.first + y.order[t] * y.stride;
-        for (int lane = 0; lane < lanes; lane++) {
-            store(row, y.type, lane, load(row, y.type, lane) + tile[lane]);
+        for (int at = 0; at < lanes; at++) {
+            float tile = tiles[ptrdiff_t(at / LANES * LANES) * tokens + t * LANES + at % LANES];
+            store(row, y.type, at, load(row, y.type, at) + tile * steps[at]);
         }
     }
 }
 
-static int blocks(int) { return 1; }
+static Layout layout(int) { return {1, false}; }
 
 static const Kernels KERNELS = {
     "scalar", quantize, widen,    unpack, multiply,  multiply_exact,
-    dot,      dot_int8, scale, add_outer, add_to,   blocks,
+    dot,      dot_int8, scale, add_outer, add_to,   layout,
     nullptr,  nullptr,
 };
 

@@ -83,7 +83,8 @@ class _Stages:
         self._target = target
         pinned = torch.cuda.is_available()
         self._buffers = [
-            torch.zeros(target.shape, dtype=target.dtype, device="cpu", pin_memory=pinned) for _ in range(count)
+            torch.zeros(target.shape, dtype=target.dtype, device="cpu", pin_memory=pinned)
+            for _ in range(count)
         ]
         self._done = [torch.cuda.Event() for _ in range(count)] if pinned else None
         self._next = 0

@@ -19,6 +19,7 @@ from deltamux.compression.image.layout import (
     head_bytes,
     slot_size,
 )
+from deltamux.serve.worker.native import host_slots
 
 
 class Slots:
@@ -48,7 +49,10 @@ class Slots:
         self._index = {name: index for index, name in enumerate(names)}
         self._head = head_bytes(len(names))
         size = slot_size(max(num_bytes, self._head))
-        self.buffer = torch.zeros(count, size, dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            self.buffer = host_slots(count, size)
+        else:
+            self.buffer = torch.zeros(count, size, dtype=torch.uint8, device=device)
         # What the slots' tables say, for those who ask on the host.
         self._tables = np.zeros((count, len(names), RECORD_FIELDS), np.int32)
 

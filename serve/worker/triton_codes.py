@@ -52,6 +52,34 @@ def _bytes(at, b, b_at, BYTES: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _places(
+    plane, row_N, K: tl.constexpr, BB: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr
+):
+    """Addresses of a tile's first bytes, and the bytes' places in their rows, for codes and digits.
+
+    With SPLIT parts the bytes of a row are cut in as many runs, one for each warp.
+    """
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    codes = plane.to(tl.pointer_type(tl.int8))
+    b_B = tl.arange(0, BB)
+    if SPLIT == 1:
+        b = b_B[None, :]
+        return codes + row_N[:, None] * bytes + b, b, b
+    else:
+        b = (tl.arange(0, SPLIT)[:, None] * RUN + b_B[None, :])[:, None, :]
+        return codes + row_N[None, :, None] * bytes + b, b, b
+
+
+@triton.jit
+def _turned(digits, SPLIT: tl.constexpr):
+    """Digits with bytes in front: the second operand of a product."""
+    if SPLIT == 1:
+        return tl.trans(digits)
+    else:
+        return tl.trans(digits, (0, 2, 1))
+
+
+@triton.jit
 def product_one(
     plane, digits, row_N, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
     UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
@@ -59,39 +87,32 @@ def product_one(
     """Σ_k codes q of one row of the batch, float32 [N].
 
     The eight columns of a tensor core's tile are the digits of the four columns of a byte. Of the
-    product with code i, the two columns of i are wanted. With SPLIT parts the bytes of a row are
-    cut in as many runs, one for each warp.
+    product with code i, the two columns of i are wanted.
     """
     bytes: tl.constexpr = (K + 63) // 64 * 16
     step: tl.constexpr = BB * UNROLL
     run: tl.constexpr = (bytes + step * SPLIT - 1) // (step * SPLIT) * step
     even: tl.constexpr = run * SPLIT == bytes
-    n_8, b_B = tl.arange(0, 8), tl.arange(0, BB)
-    codes = plane.to(tl.pointer_type(tl.int8))
+    c_at, b_c, b_d = _places(plane, row_N, K, BB, run, SPLIT)
+    n_8 = tl.arange(0, 8)
     if SPLIT == 1:
-        c_at, b_c = codes + row_N[:, None] * bytes + b_B[None, :], b_B[None, :]
-        d_at, b_d = digits + n_8[:, None] * bytes + b_B[None, :], b_B[None, :]
+        n = n_8[None, :]
+        d_at = digits + n_8[:, None] * bytes + b_d
         a0 = tl.zeros([BN, 8], tl.int32)
     else:
-        b_PB = tl.arange(0, SPLIT)[:, None] * run + b_B[None, :]
-        c_at, b_c = codes + row_N[None, :, None] * bytes + b_PB[:, None, :], b_PB[:, None, :]
-        d_at, b_d = digits + n_8[None, :, None] * bytes + b_PB[:, None, :], b_PB[:, None, :]
+        n = n_8[None, None, :]
+        d_at = digits + n_8[None, :, None] * bytes + b_d
         a0 = tl.zeros([SPLIT, BN, 8], tl.int32)
     a1, a2, a3 = a0, a0, a0
     for b in tl.range(0, run, step, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             c = _bytes(c_at, b + u * BB, b_c, bytes, even)
-            d = _bytes(d_at, b + u * BB, b_d, bytes, even)
-            if SPLIT == 1:
-                d = tl.trans(d)
-            else:
-                d = tl.trans(d, (0, 2, 1))
+            d = _turned(_bytes(d_at, b + u * BB, b_d, bytes, even), SPLIT)
             c0, c1, c2, c3 = unpack(c, False, ASSEMBLY)
             a0 = tl.dot(c0, d, a0, out_dtype=tl.int32)
             a1 = tl.dot(c1, d, a1, out_dtype=tl.int32)
             a2 = tl.dot(c2, d, a2, out_dtype=tl.int32)
             a3 = tl.dot(c3, d, a3, out_dtype=tl.int32)
-    n = n_8[None, :] if SPLIT == 1 else n_8[None, None, :]
     code = n & 3
     sums = tl.where(code == 0, a0, tl.where(code == 1, a1 >> 2, tl.where(code == 2, a2 >> 4, a3)))
     high, low = tl.where(n < 4, sums, 0), tl.where(n < 4, 0, sums)
@@ -105,21 +126,29 @@ def product_one(
 @triton.jit
 def product_many(
     plane, digits, row_N, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
-    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Σ_k codes q of a group's rows, float32 [N, M]."""
     bytes: tl.constexpr = (K + 63) // 64 * 16
-    even: tl.constexpr = bytes % BB == 0
-    m_M, b_B = tl.arange(0, _WIDTH), tl.arange(0, BB)
-    c_at = plane.to(tl.pointer_type(tl.int8)) + row_N[:, None] * bytes + b_B[None, :]
-    d_at = digits + m_M[:, None] * (8 * bytes) + b_B[None, :]
-    high_NM = tl.zeros([BN, _WIDTH], tl.int32)
-    low_NM = high_NM
-    for b in tl.range(0, bytes, BB, num_stages=STAGES):
-        codes = unpack(_bytes(c_at, b, b_B[None, :], bytes, even), True, ASSEMBLY)
+    run: tl.constexpr = (bytes + BB * SPLIT - 1) // (BB * SPLIT) * BB
+    even: tl.constexpr = run * SPLIT == bytes
+    c_at, b_c, b_d = _places(plane, row_N, K, BB, run, SPLIT)
+    m_M = tl.arange(0, _WIDTH)
+    if SPLIT == 1:
+        d_at = digits + m_M[:, None] * (8 * bytes) + b_d
+        high = tl.zeros([BN, _WIDTH], tl.int32)
+    else:
+        d_at = digits + m_M[None, :, None] * (8 * bytes) + b_d
+        high = tl.zeros([SPLIT, BN, _WIDTH], tl.int32)
+    low = high
+    for b in tl.range(0, run, BB, num_stages=STAGES):
+        codes = unpack(_bytes(c_at, b, b_c, bytes, even), True, ASSEMBLY)
         for i in tl.static_range(4):
-            h = _bytes(d_at + i * bytes, b, b_B[None, :], bytes, even)
-            high_NM = tl.dot(codes[i], tl.trans(h), high_NM, out_dtype=tl.int32)
-            l = _bytes(d_at + (4 + i) * bytes, b, b_B[None, :], bytes, even)
-            low_NM = tl.dot(codes[i], tl.trans(l), low_NM, out_dtype=tl.int32)
-    return high_NM.to(tl.float32) * 256.0 + low_NM.to(tl.float32)
+            h = _bytes(d_at + i * bytes, b, b_d, bytes, even)
+            high = tl.dot(codes[i], _turned(h, SPLIT), high, out_dtype=tl.int32)
+            d = _bytes(d_at + (4 + i) * bytes, b, b_d, bytes, even)
+            low = tl.dot(codes[i], _turned(d, SPLIT), low, out_dtype=tl.int32)
+    if SPLIT > 1:
+        return tl.sum(high, 0).to(tl.float32) * 256.0 + tl.sum(low, 0).to(tl.float32)
+    else:
+        return high.to(tl.float32) * 256.0 + low.to(tl.float32)

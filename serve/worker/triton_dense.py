@@ -14,9 +14,9 @@ import triton.language as tl
 from deltamux.compression.image.planes import BLOCK_COLUMNS
 from deltamux.serve.worker.triton_image import (
     BLOCK,
-    CHANNELS,
     CHANNEL_INDEX,
     CHANNEL_VALUES,
+    CHANNELS,
     FACTOR_KIND,
     PLANE0,
     PLANE1,
@@ -33,7 +33,6 @@ from deltamux.serve.worker.triton_image import (
     vector_of,
 )
 from deltamux.serve.worker.triton_rest import escape_table
-
 
 
 @triton.jit
@@ -54,6 +53,29 @@ def level_of(image, record, planes, zero, row, column, STRIDE: tl.constexpr, mas
 
 
 @triton.jit
+def _codes(plane, row_N, b_B, STRIDE: tl.constexpr):
+    """The codes of bytes `b_B` of rows, four of each byte: float32 [N, 4 B]."""
+    at = plane + row_N[:, None].to(tl.int64) * STRIDE + b_B[None, :]
+    bytes = tl.load(at, mask=(b_B < STRIDE)[None, :], other=0).to(tl.int32)
+    even = tl.interleave(bytes & 3, (bytes >> 4) & 3)
+    odd = tl.interleave((bytes >> 2) & 3, (bytes >> 6) & 3)
+    return tl.interleave(even, odd).to(tl.float32)
+
+
+@triton.jit
+def _levels(image, record, row_N, b_B, STRIDE: tl.constexpr):
+    """Codes minus zero of bytes `b_B` of rows, float32 [N, 4 B]; nought without planes."""
+    planes = tl.load(record + PLANES)
+    level = tl.zeros([row_N.shape[0], 4 * b_B.shape[0]], tl.float32)
+    if planes > 0:
+        plane = section(image, record, PLANE0, tl.uint8)
+        level = _codes(plane, row_N, b_B, STRIDE) - number(record, ZERO)
+    if planes > 1:
+        level += 4.0 * _codes(section(image, record, PLANE1, tl.uint8), row_N, b_B, STRIDE)
+    return level
+
+
+@triton.jit
 def _factor(image, record, KIND: tl.constexpr, SIDE: tl.constexpr, at, line, mask):
     """Elements `at` of a factor, float32; `line`: which step of kind 3 they have."""
     address = section(image, record, RIGHT + SIDE, tl.int8)
@@ -62,7 +84,9 @@ def _factor(image, record, KIND: tl.constexpr, SIDE: tl.constexpr, at, line, mas
     elif KIND == 2:
         value = tl.load(address.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
     else:
-        step = tl.load(section(image, record, RIGHT_STEPS + SIDE, tl.float32) + line, mask=mask, other=0.0)
+        step = tl.load(
+            section(image, record, RIGHT_STEPS + SIDE, tl.float32) + line, mask=mask, other=0.0
+        )
         level = tl.load(address + at, mask=mask, other=0)
         value = level.to(tl.float32) * step
     return value.to(tl.float32)
@@ -109,8 +133,8 @@ def _write_escapes(
         begin_N = tl.load(starts + row_N * blocks + block)
         end_N = tl.load(starts + row_N * blocks + block + 1)
         end_N = tl.where(known_N, end_N, begin_N)
-        for e in tl.range(0, tl.max(end_N - begin_N, 0), 16):
-            place = begin_N[:, None] + (e + tl.arange(0, 16))[None, :]
+        for e in tl.range(0, tl.max(end_N - begin_N, 0), 32):
+            place = begin_N[:, None] + (e + tl.arange(0, 32))[None, :]
             inside = place < end_N[:, None]
             entry = tl.load(escapes + place, mask=inside, other=0).to(tl.int32) & 0xFFFF
             column = (entry & 4095) + block * BLOCK
@@ -159,15 +183,12 @@ def dense_kernel(
     image, record = record_of(slots, slot_bytes, slot, entry)
     n_N = tl.program_id(0) * BN + tl.arange(0, BN)
     row_N, known_N = coded_row(image, record, n_N, rows, MAPPED)
-    planes, zero = tl.load(record + PLANES), number(record, ZERO)
     step_N = tl.where(known_N, steps_of(image, record, row_N), 0.0)
     for k in tl.range(block * BLOCK, min(K, block * BLOCK + BLOCK), BK):
         k_K = k + tl.arange(0, BK)
         mask = (n_N < rows)[:, None] & (k_K < K)[None, :]
-        level = level_of(
-            image, record, planes, zero, row_N[:, None], k_K[None, :], stride, (k_K < K)[None, :]
-        )
-        value = level * step_N[:, None]
+        value = _levels(image, record, row_N, k // 4 + tl.arange(0, BK // 4), stride)
+        value *= step_N[:, None]
         value += low_rank(image, record, n_N, known_N, k_K, k_K < K, K)
         at = n_N[:, None].to(tl.int64) * K + k_K[None, :]
         if HAS_BASE:
@@ -219,11 +240,11 @@ def launch_dense(
         row_map: Whether the record may lack rows.
     """
     rows, columns = out_NK.shape
-    tile = 16
+    tile = 4
     grid = (-(-rows // tile), -(-columns // BLOCK_COLUMNS))
     written, given = (out_NK, out_NK) if bias is None else bias
     dense_kernel[grid](
         out_NK, out_NK if base_NK is None else base_NK, written, given, slots, slots.stride(0),
-        slot, entry, rows, K=columns, BN=tile, BK=256, MAPPED=row_map,
+        slot, entry, rows, K=columns, BN=tile, BK=1024, MAPPED=row_map,
         HAS_BASE=base_NK is not None, HAS_BIAS=bias is not None, num_warps=4,
     )  # fmt: skip

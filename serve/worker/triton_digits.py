@@ -18,6 +18,9 @@ from deltamux.serve.worker.triton_image import (
     group_of,
 )
 
+# Bytes of a plane's row that a program writes digits for.
+CHUNK = 512
+
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
 # Largest q whose digits are in range: 127 · 256 + 127.
 _LARGEST: tl.constexpr = tl.constexpr(32639.0)
@@ -34,43 +37,48 @@ def _power(exponent):
 def digits_kernel(
     digits, levels, columns, meta, x, x_stride, order, starts, most, skipped,
     SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, K: tl.constexpr, BYTES: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One place of a group; grid (rows of a group, groups).
+    """CHUNK bytes' columns of one place of a group; grid (chunks, rows of a group, groups).
 
     Args:
         digits: int8 [G, M, 8, BYTES]: h of columns 4b, 4b + 1, 4b + 2, 4b + 3 and their l.
         levels: int16 [G, M, 4 BYTES]: q.
         columns: int16 [G, 4 BYTES, M]: q transposed, written for groups of more than one row.
-        meta: float32 [G, M, 2]: scale, Σ q.
+        meta: float32 [G, M, 1 + chunks]: scale, then Σ q of each chunk.
         x: [T, K].
         x_stride: Elements from row to row.
         order: Rows of the batch by slot.
         starts: Where each slot's begin.
         most: Slots with more rows are left out.
         skipped: Groups in front of the first.
+        SINGLE: Whether the batch has one row, which then is taken for a slot's.
         EARLY: Whether the next launch may begin before this one has ended.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    m, group = tl.program_id(0), tl.program_id(1)
-    _, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
-    if m >= count:
-        return
-    place = group.to(tl.int64) * _WIDTH + m
-    b_B, q_4 = tl.arange(0, BLOCK), tl.arange(0, 4)
-    k_B4 = b_B[:, None] * 4 + q_4[None, :]
-    row = tl.load(order + first + m).to(tl.int64)
-    x_B4 = tl.load(x + row * x_stride + k_B4, mask=k_B4 < K, other=0.0).to(tl.float32)
-    largest = tl.max(tl.max(tl.abs(x_B4), 1), 0)
+    m, group = tl.program_id(1), tl.program_id(2)
+    if SINGLE:
+        row, count = m.to(tl.int64), 1
+    else:
+        _, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
+        if m >= count:
+            return
+        row = tl.load(order + first + m).to(tl.int64)
+    x += row * x_stride
+    k_K = tl.arange(0, BLOCK)
+    largest = tl.max(tl.abs(tl.load(x + k_K, mask=k_K < K, other=0.0).to(tl.float32)), 0)
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     shift = 14 - exponent
     shift -= tl.where(largest * _power(shift) > _LARGEST, 1, 0)
-    scaled_B4 = x_B4 * _power(shift)
+    b_B, q_4 = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), tl.arange(0, 4)
+    k_B4 = b_B[:, None] * 4 + q_4[None, :]
+    scaled_B4 = tl.load(x + k_B4, mask=k_B4 < K, other=0.0).to(tl.float32) * _power(shift)
     # To the nearest, halves away from zero: what a conversion to whole numbers cuts off.
     level_B4 = (scaled_B4 + tl.where(scaled_B4 < 0, -0.5, 0.5)).to(tl.int32)
     high_B4 = (level_B4 + 128) >> 8
     inside = b_B[:, None] < BYTES
+    place = group.to(tl.int64) * _WIDTH + m
     at = digits + (place * 8 + q_4[None, :]) * BYTES + b_B[:, None]
     tl.store(at, high_B4.to(tl.int8), mask=inside)
     tl.store(at + 4 * BYTES, (level_B4 - high_B4 * 256).to(tl.int8), mask=inside)
@@ -78,9 +86,10 @@ def digits_kernel(
     if count > 1:
         turned = columns + (group.to(tl.int64) * (4 * BYTES) + k_B4) * _WIDTH + m
         tl.store(turned, level_B4.to(tl.int16), mask=inside)
-    sum = tl.sum(tl.sum(level_B4.to(tl.float32), 1), 0)
-    tl.store(meta + place * 2, tl.where(largest > 0, _power(-shift), 0.0))
-    tl.store(meta + place * 2 + 1, sum)
+    chunks = tl.num_programs(0)
+    sum = tl.sum(tl.sum(level_B4, 1), 0)
+    tl.store(meta + place * (1 + chunks), tl.where(largest > 0, _power(-shift), 0.0))
+    tl.store(meta + place * (1 + chunks) + 1 + tl.program_id(0), sum.to(tl.float32))
 
 
 class Digits:
@@ -90,7 +99,8 @@ class Digits:
         digits: int8 [G, M, 8, bytes of a plane's row].
         levels: int16 [G, M, columns].
         columns: int16 [G, columns, M]; not there if no group can have two rows.
-        meta: float32 [G, M, 2].
+        meta: float32 [G, M, 1 + chunks]: scale, then Σ q of each chunk.
+        chunks: Chunks of a row.
     """
 
     def __init__(self, groups: int, columns: int, many: bool, device: torch.device) -> None:
@@ -102,7 +112,8 @@ class Digits:
         self.columns = torch.empty(
             groups if many else 0, padded, GROUP, dtype=torch.int16, device=device
         )
-        self.meta = torch.empty(*shape, 2, dtype=torch.float32, device=device)
+        self.chunks = -(-self.bytes // CHUNK)
+        self.meta = torch.empty(*shape, 1 + self.chunks, dtype=torch.float32, device=device)
 
 
 def launch_digits(
@@ -126,10 +137,15 @@ def launch_digits(
     rows, columns = x_TK.shape
     count, skipped, most = groups
     made = Digits(count, columns, rows > 1, x_TK.device)
-    block = triton.next_power_of_2(made.bytes)
-    digits_kernel[(min(rows, GROUP), count)](
+    digits_kernel[(made.chunks, min(rows, GROUP), count)](
         made.digits, made.levels, made.columns, made.meta, x_TK, x_TK.stride(0), order, starts,
-        most, skipped, SLOTS=slots, SLOTS_WIDTH=triton.next_power_of_2(slots), K=columns, BYTES=made.bytes,
-        BLOCK=block, EARLY=early, num_warps=max(1, min(16, block // 128)),
+        most, skipped, SLOTS=slots, SLOTS_WIDTH=triton.next_power_of_2(slots), K=columns,
+        BYTES=made.bytes, BLOCK=triton.next_power_of_2(columns), CHUNK=CHUNK, SINGLE=rows == 1,
+        EARLY=early, num_warps=warps_for(columns),
     )  # fmt: skip
     return made
+
+
+def warps_for(columns: int) -> int:
+    """Warps of a program that reads a row of this length."""
+    return 1 if columns < 1024 else 4 if columns < 4096 else 8

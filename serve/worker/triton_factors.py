@@ -19,7 +19,7 @@ from deltamux.serve.worker.triton_kernel import slice_of
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
 # Ranks and columns that a step multiplies.
 _RANKS: tl.constexpr = tl.constexpr(16)
-_STEP: tl.constexpr = tl.constexpr(128)
+_STEP: tl.constexpr = tl.constexpr(64)
 
 
 @triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3", "most", "skipped"])

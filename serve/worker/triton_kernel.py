@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from deltamux.serve.worker.triton_codes import product_many, product_one
+from deltamux.serve.worker.triton_digits import CHUNK
 from deltamux.serve.worker.triton_image import (
     CHANNELS,
     ESCAPES,
@@ -36,6 +37,7 @@ from deltamux.serve.worker.triton_rest import (
 )
 
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
+_CHUNK: tl.constexpr = tl.constexpr(CHUNK)
 
 
 @triton.jit
@@ -90,6 +92,23 @@ def _row_parts(
 
 
 @triton.jit
+def meta_size(K: tl.constexpr):
+    """Numbers of a place in `meta`: its scale and the sums of its chunks."""
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    return 1 + (bytes + _CHUNK - 1) // _CHUNK
+
+
+@triton.jit
+def total_of(meta, places, inside, K: tl.constexpr):
+    """Σ q of places."""
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    total = tl.load(meta + places * meta_size(K) + 1, mask=inside, other=0.0)
+    for chunk in tl.static_range(1, (bytes + _CHUNK - 1) // _CHUNK):
+        total += tl.load(meta + places * meta_size(K) + 1 + chunk, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
 def _tile_one(
     at_N, image, record, digits, levels, meta, n_N, row_N, known_N, K: tl.constexpr,
     BN: tl.constexpr, BB: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
@@ -114,7 +133,7 @@ def _tile_one(
         y_N, step_N, begin_N, end_N, ahead = _row_parts(
             at_N, image, record, n_N, row_N, known_N, K, WIDTH
         )
-    scale, total = tl.load(meta), tl.load(meta + 1)
+    scale, total = tl.load(meta), total_of(meta, 0, True, K)
     codes_N += escapes_one(
         image, record, levels, row_N, begin_N, end_N, ahead, K, BN, WIDTH
     )  # fmt: skip
@@ -126,7 +145,7 @@ def _tile_one(
 @triton.jit
 def _tile_many(
     image, record, digits, columns, meta, count, n_N, row_N, known_N, K: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
     ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """The delta of a group, float32 [N, M]."""
@@ -136,13 +155,13 @@ def _tile_many(
         tl.extra.cuda.gdc_wait()
     for p in tl.range(0, planes):
         plane = section(image, record, PLANE0 + p, tl.uint8)
-        value_NM = product_many(plane, digits, row_N, K, BN, BB, STAGES, ASSEMBLY)
+        value_NM = product_many(plane, digits, row_N, K, BN, BB, SPLIT, STAGES, ASSEMBLY)
         codes_NM += value_NM * tl.where(p == 0, 1.0, 4.0)
     step_N = steps_of(image, record, row_N)
     bias_N = vector_of(image, record, n_N, known_N)
     m_M = tl.arange(0, _WIDTH)
-    scale_M = tl.load(meta + m_M * 2, mask=m_M < count, other=0.0)
-    total_M = tl.load(meta + m_M * 2 + 1, mask=m_M < count, other=0.0)
+    scale_M = tl.load(meta + m_M * meta_size(K), mask=m_M < count, other=0.0)
+    total_M = total_of(meta, m_M, m_M < count, K)
     zero = tl.where(planes > 0, number(record, ZERO), 0.0)
     codes_NM += escapes_many(image, record, columns, row_N, known_N, K, BN, WIDTH)
     codes_NM -= zero * total_M[None, :]
@@ -152,7 +171,7 @@ def _tile_many(
 
 @triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3", "most", "skipped"])
 def product_kernel(
-    y, y_stride, digits, levels, columns, meta, order, starts, slots, slot_bytes,
+    y, y_stride, digits, levels, columns, meta, slot_of_row, order, starts, slots, slot_bytes,
     entry0, entry1, entry2, entry3, most, skipped,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr,
     SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
@@ -170,7 +189,7 @@ def product_kernel(
         most: Slots with more rows are left out.
         skipped: Groups in front of the first.
         N0: Rows of the first slice; a slice that the layer lacks has none.
-        MANY: Whether a slot may have more than one row.
+        MANY: Whether the batch has more than one row.
         FETCH: Whether to ask for all that a tile needs before the inputs are there.
         WAIT: Whether the launch may begin before the one ahead of it has ended.
     """
@@ -179,11 +198,23 @@ def product_kernel(
         tl.program_id(0), entry0, entry1, entry2, entry3, N0, N1, N2, N3, BN
     )
     group = tl.program_id(1)
-    slot, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
-    if count == 0:
-        return
+    if MANY:
+        slot, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
+        if count == 0:
+            return
+        row = tl.load(order + first).to(tl.int64)
+    else:
+        slot, first, count = tl.load(slot_of_row).to(tl.int32), 0, 1
+        if slot < 0:
+            return
+        row = tl.zeros_like(slot).to(tl.int64)
     image, record = record_of(slots, slot_bytes, slot, entry)
-    present = tl.load(record + PLANES) | tl.load(record + ESCAPES) | tl.load(record + CHANNELS) | tl.load(record + VECTOR)
+    present = (
+        tl.load(record + PLANES)
+        | tl.load(record + ESCAPES)
+        | tl.load(record + CHANNELS)
+        | tl.load(record + VECTOR)
+    )
     if present == 0:
         return
     n_N = start + tl.arange(0, BN)
@@ -192,9 +223,9 @@ def product_kernel(
         fetch_ahead(image, record, row_N, K)
     place = group.to(tl.int64) * _WIDTH
     digits += place * (8 * bytes)
-    meta += place * 2
+    meta += place * meta_size(K)
     if count == 1:
-        at_N = y + tl.load(order + first).to(tl.int64) * y_stride + column + n_N
+        at_N = y + row * y_stride + column + n_N
         _tile_one(
             at_N, image, record, digits, levels + place * (4 * bytes), meta, n_N, row_N, known_N,
             K, BN, BB, UNROLL, SPLIT, STAGES, WIDTH, FETCH, ASSEMBLY, WAIT,
@@ -202,7 +233,7 @@ def product_kernel(
     elif MANY:
         delta_NM = _tile_many(
             image, record, digits, columns + place * (4 * bytes), meta, count, n_N,
-            row_N, known_N, K, BN, BB_MANY, STAGES_MANY, WIDTH_MANY, ASSEMBLY, WAIT,
+            row_N, known_N, K, BN, BB_MANY, SPLIT, STAGES_MANY, WIDTH_MANY, ASSEMBLY, WAIT,
         )  # fmt: skip
         m_M = tl.arange(0, _WIDTH)
         mask = known_N[:, None] & (m_M < count)[None, :]

@@ -52,11 +52,15 @@ def by_merged_weights(
     """
     rows = x_TK.shape[0]
     if spans[heavy[0] + 1] - spans[heavy[0]] == rows:
-        return functional.linear(x_TK, *_merged(weight_NK, bias_N, heavy[0], slots, entries, sizes)), False
+        return functional.linear(
+            x_TK, *_merged(weight_NK, bias_N, heavy[0], slots, entries, sizes)
+        ), False
     light = [slot for slot in range(len(spans) - 1) if slot not in set(heavy)]
     # Rows behind the batch, which pad it, are computed like the base's.
     pieces = [order[: spans[0]], *(order[spans[s] : spans[s + 1]] for s in light)]
-    others = torch.cat([*pieces, torch.arange(spans[-1], rows, device=order.device, dtype=order.dtype)])
+    others = torch.cat(
+        [*pieces, torch.arange(spans[-1], rows, device=order.device, dtype=order.dtype)]
+    )
     y_TN = x_TK.new_empty(rows, weight_NK.shape[0])
     if len(others):
         y_TN[others] = functional.linear(x_TK[others], weight_NK, bias_N)

@@ -1,7 +1,6 @@
 """The products of slots on a GPU: what layers call, by Triton kernels where they run, else by torch.
 
-`usable` decides once a process, and says in one line why where it must be torch. That path reads
-records on the host: it works without CUDA graphs only, and says so when it is captured.
+`usable` decides once a process, and says in one line why where it must be torch (`torch_path.py`).
 
 Nothing here reads a value back from the device, and grids follow from shapes: the calls can be
 captured. `linear` also looks at the batch's spans on the host, which is no reading back; while a graph
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from packaging.version import Version
 from torch.nn import functional
+
+from deltamux.serve.worker import torch_path
 
 if TYPE_CHECKING:
     from deltamux.serve.worker.triton_launch import Capabilities
@@ -61,15 +62,16 @@ def add_linear(
         rank: The largest rank of factors that a record may have.
         row_map: Whether records may lack rows.
     """
-    del slot_of_row
     if not usable(y.device):
-        return _by_torch(y, x, order, starts, slots, entries, sizes)
-    _add(y, x, order, starts, slots, entries, sizes, rank, row_map, None)
+        torch_path.add_linear(y, x, order, starts, slots, entries, sizes)
+        return
+    _add(y, x, slot_of_row, order, starts, slots, entries, sizes, rank, row_map, None)
 
 
 def _add(
     y: torch.Tensor,
     x: torch.Tensor,
+    slot_of_row: torch.Tensor,
     order: torch.Tensor,
     starts: torch.Tensor,
     slots: torch.Tensor,
@@ -82,7 +84,7 @@ def _add(
     from deltamux.serve.worker.triton_launch import launch_product
 
     launch_product(
-        y, x, order, starts, slots, tuple(entries), tuple(sizes), rank, row_map,
+        y, x, slot_of_row, order, starts, slots, tuple(entries), tuple(sizes), rank, row_map,
         capabilities(y.device), most=most,
     )  # fmt: skip
 
@@ -127,13 +129,14 @@ def linear(
     rows = x_TK.shape[0]
     layer = slots, entries, sizes
     mergeable = rows >= MERGE_ROWS and usable(x.device) and weight.is_contiguous()
-    if mergeable and not torch.cuda.is_current_stream_capturing():
+    if mergeable and not torch_path.captured(x.device):
         spans: list[int] = starts_host.tolist()
         heavy = [s for s, end in enumerate(spans[1:]) if end - spans[s] >= MERGE_ROWS]
         if heavy:
             y_TN, rest = by_merged_weights(x_TK, weight, bias, order, spans, heavy, *layer)
             if rest:
-                _add(y_TN, x_TK, order, starts, *layer, rank, False, MERGE_ROWS - 1)
+                where = slot_of_row, order, starts
+                _add(y_TN, x_TK, *where, *layer, rank, False, MERGE_ROWS - 1)
             return y_TN.view(*x.shape[:-1], -1)
     y = functional.linear(x, weight, bias)
     y_TN = y.view(-1, y.shape[-1])
@@ -164,11 +167,7 @@ def add_embedding(
 
         launch_embedding(y, ids, slot_of_row, slots, entry, rows)
     else:
-        from deltamux.serve.worker import product
-
-        order, starts = _grouped(slot_of_row[: len(ids)], len(slots))
-        with _on(y.device):
-            product.add_embedding(slots, entry, rows, y, ids, order, starts)
+        torch_path.add_embedding(y, ids, slot_of_row, slots, entry, rows)
 
 
 def replace_norm(
@@ -192,20 +191,9 @@ def replace_norm(
     if usable(y.device):
         from deltamux.serve.worker.triton_rows import launch_norm
 
-        return launch_norm(y, x, slot_of_row, slots, entry, epsilon)
-    from deltamux.compression.image.layout import Field
-    from deltamux.serve.worker.product import SlotRecord
-
-    with _on(y.device):
-        for slot in range(len(slots)):
-            record = SlotRecord(slots[slot], entry)
-            members = (slot_of_row[: len(y)] == slot).nonzero().squeeze(1)
-            if len(members) == 0 or not record.number(Field.VECTOR):
-                continue
-            weight_H = record.section(Field.VECTOR, torch.float32, y.shape[-1])
-            wide = x[members].float()
-            unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
-            y[members] = unit.to(y.dtype) * weight_H.to(y.dtype)
+        launch_norm(y, x, slot_of_row, slots, entry, epsilon)
+    else:
+        torch_path.replace_norm(y, x, slot_of_row, slots, entry, epsilon)
 
 
 @cache
@@ -238,6 +226,10 @@ def _obstacle(device: torch.device) -> str | None:
         return f"triton {triton.__version__} is older than {OLDEST_TRITON}"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
+    return _obstacle_of(device)
+
+
+def _obstacle_of(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"slots are on {device.type}"
     found = torch.cuda.get_device_capability(device)
@@ -248,7 +240,8 @@ def _obstacle(device: torch.device) -> str | None:
         _trial(device)
     # Compilers fail in many ways of their own; whichever it is, torch can do the work.
     except Exception as error:
-        return f"a kernel failed: {str(error).strip().splitlines()[-1:]}"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"a kernel failed: {lines[0]}"
     return None
 
 
@@ -259,37 +252,5 @@ def _trial(device: torch.device) -> None:
         y = torch.zeros(rows, 64, dtype=torch.bfloat16, device=device)
         order = torch.arange(rows, dtype=torch.int32, device=device)
         starts = torch.tensor([0, rows], dtype=torch.int32, device=device)
-        _add(y, y, order, starts, slots, (0,), (64,), 0, False, None)
+        _add(y, y, order * 0, order, starts, slots, (0,), (64,), 0, False, None)
     torch.cuda.synchronize(device)
-
-
-def _on(device: torch.device) -> torch.device:
-    """The device as a context for new tensors; refuses where a graph is captured."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "products of slots in torch cannot be captured in a CUDA graph; start with "
-            "--enforce-eager, or see the warning above for what the kernels lack"
-        )
-    return device
-
-
-def _grouped(slot_of_row: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows by slot, and where each slot's begin."""
-    grouped = torch.sort(slot_of_row.long(), stable=True)
-    edges = torch.arange(slots + 1, device=slot_of_row.device)
-    return grouped.indices, torch.searchsorted(grouped.values, edges)
-
-
-def _by_torch(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    slots: torch.Tensor,
-    entries: Sequence[int],
-    sizes: Sequence[int],
-) -> None:
-    from deltamux.serve.worker import product
-
-    with _on(y.device):
-        product.add_linear(slots, entries, sizes, y, x, order, starts)

@@ -9,9 +9,9 @@ import triton.language as tl
 
 from deltamux.serve.worker.triton_image import (
     BLOCK,
-    CHANNELS,
     CHANNEL_INDEX,
     CHANNEL_VALUES,
+    CHANNELS,
     ESCAPES,
     GROUP,
     STARTS,

@@ -10,6 +10,9 @@ import triton.language as tl
 from deltamux.serve.worker.triton_dense import level_of, low_rank
 from deltamux.serve.worker.triton_image import (
     BLOCK,
+    CHANNEL_INDEX,
+    CHANNEL_VALUES,
+    CHANNELS,
     ESCAPES,
     PLANES,
     RANK,
@@ -24,9 +27,8 @@ from deltamux.serve.worker.triton_image import (
 from deltamux.serve.worker.triton_rest import escape_table
 
 
-
 @triton.jit
-def _row_escapes(image, record, row_1, known_1, k_K, K: tl.constexpr):
+def _row_escapes(image, record, row_1, k_K, K: tl.constexpr):
     """Sum of the escapes at each column of one row, float32 [1, K]."""
     blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     sum_K = tl.zeros_like(k_K)
@@ -43,6 +45,20 @@ def _row_escapes(image, record, row_1, known_1, k_K, K: tl.constexpr):
     return sum_K.to(tl.float32)[None, :]
 
 
+@triton.jit
+def _row_channels(image, record, n_1, known_1, k_K):
+    """The 16-bit channels' values at each column of one row, float32 [1, K]."""
+    sum_1K = tl.zeros_like(k_K)[None, :].to(tl.float32)
+    count = tl.load(record + CHANNELS)
+    index = section(image, record, CHANNEL_INDEX, tl.int32)
+    values = section(image, record, CHANNEL_VALUES, tl.bfloat16)
+    for c in tl.range(0, count):
+        value_1 = tl.load(values + n_1.to(tl.int64) * count + c, mask=known_1, other=0.0)
+        here_K = k_K == tl.load(index + c)
+        sum_1K += tl.where(here_K[None, :], value_1[:, None].to(tl.float32), 0.0)
+    return sum_1K
+
+
 @triton.jit(do_not_specialize=["entry", "rows"])
 def embedding_kernel(
     y, y_stride, ids, slot_of_row, slots, slot_bytes, entry, rows,
@@ -55,18 +71,21 @@ def embedding_kernel(
     if slot < 0:
         return
     image, record = record_of(slots, slot_bytes, slot, entry)
-    if (tl.load(record + PLANES) | tl.load(record + ESCAPES) | tl.load(record + RANK)) == 0:
+    present = tl.load(record + PLANES) | tl.load(record + ESCAPES) | tl.load(record + CHANNELS)
+    if (present | tl.load(record + RANK)) == 0:
         return
     n_1 = tl.load(ids + t).to(tl.int32) + tl.zeros([1], tl.int32)
     row_1, known_1 = coded_row(image, record, n_1, rows, MAPPED)
     k_K = tl.program_id(1) * BK + tl.arange(0, BK)
     mask = (k_K < K)[None, :] & known_1[:, None]
+    planes, zero = tl.load(record + PLANES), number(record, ZERO)
     level = level_of(
-        image, record, tl.load(record + PLANES), number(record, ZERO), row_1[:, None], k_K[None, :], stride, mask
-    )
-    level += _row_escapes(image, record, row_1, known_1, k_K, K)
+        image, record, planes, zero, row_1[:, None], k_K[None, :], stride, mask
+    )  # fmt: skip
+    level += _row_escapes(image, record, row_1, k_K, K)
     delta = level * steps_of(image, record, row_1)[:, None]
     delta += low_rank(image, record, n_1, known_1, k_K, k_K < K, K)
+    delta += _row_channels(image, record, n_1, known_1, k_K)
     at = y + t * y_stride + k_K[None, :]
     y_1K = tl.load(at, mask=mask, other=0.0)
     tl.store(at, (y_1K.to(tl.float32) + delta).to(y_1K.dtype), mask=mask)
@@ -151,5 +170,5 @@ def launch_norm(
     norm_kernel[(lines,)](
         y_LH, y_LH.stride(0), x_LH, x_LH.stride(0), slot_of_row, slots, slots.stride(0), entry,
         lines // y.shape[0], epsilon, H=hidden, BH=triton.next_power_of_2(hidden),
-        num_warps=4 if hidden > 512 else 1,
+        num_warps=8 if hidden > 512 else 1,
     )  # fmt: skip

@@ -53,8 +53,13 @@ def test_the_configuration_is_one_that_serves(tmp_path: Path) -> None:
 
 def test_a_server_that_ends_is_quoted_with_its_last_error(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
-    log.write_text("OldError: no\nready\nValidationError: 1 error\n  max_model_len\n    too long\n\n")
-    assert last_words(log) == f"ValidationError: 1 error max_model_len too long (all of it is in {str(log)!r})"
+    log.write_text(
+        "OldError: no\nready\nValidationError: 1 error\n  max_model_len\n    too long\n\n"
+    )
+    assert (
+        last_words(log)
+        == f"ValidationError: 1 error max_model_len too long (all of it is in {str(log)!r})"
+    )
     log.write_text("killed\n")
     assert last_words(log).startswith("killed (")
     log.write_text("Error: " + "x" * 2 * MOST_WORDS)

@@ -3,9 +3,10 @@ import pytest
 
 from deltamux.router.decide.tables import softmax
 from deltamux.router.fit.calibration import (
-    MAX_THRESHOLD,
+    MAX_STRAY,
     fit_temperature,
     fit_threshold,
+    kept_threshold,
     threshold_for,
     wrong_expert,
 )
@@ -38,29 +39,34 @@ def test_threshold_keeps_the_asked_share_of_own_prompts():
     best = np.linspace(0.5, 0.9, 101)
     probabilities = np.stack([best, 1 - best], axis=1)
     truth = np.zeros(101, dtype=np.int64)
-    threshold = fit_threshold(probabilities, truth, np.array([True, True]), keep=0.95)
+    threshold = kept_threshold(probabilities, truth, np.array([True, True]), keep=0.95)
     assert threshold == pytest.approx(0.52)
     assert (best >= threshold).sum() == 96
-
-
-def test_threshold_ignores_prompts_of_the_general_domain():
-    probabilities = np.array([[0.65, 0.35]] * 10 + [[0.3, 0.7]] * 90)
-    truth = np.array([0] * 10 + [1] * 90)
-    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.65
 
 
 def test_own_prompts_lost_to_the_general_domain_count_as_lost():
     probabilities = np.array([[0.4, 0.6]] * 10 + [[0.65, 0.35]] * 90)
     truth = np.zeros(100, dtype=np.int64)
-    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.0
-    assert fit_threshold(probabilities, truth, np.array([True, False]), keep=0.9) == 0.65
+    assert kept_threshold(probabilities, truth, np.array([True, False]), keep=0.95) == 0.0
+    assert kept_threshold(probabilities, truth, np.array([True, False]), keep=0.9) == 0.65
 
 
-def test_threshold_is_capped_only_beside_a_general_domain():
-    probabilities = np.array([[0.999, 0.001]] * 50)
-    truth = np.zeros(50, dtype=np.int64)
-    assert fit_threshold(probabilities, truth, np.array([True, False]), 0.95) == MAX_THRESHOLD
-    assert fit_threshold(probabilities, truth, np.array([True, True]), 0.95) == 0.999
+def test_threshold_lets_few_strangers_pass_as_far_as_own_prompts_are_kept():
+    own = np.stack([np.linspace(0.6, 1.0, 100), 1 - np.linspace(0.6, 1.0, 100)], axis=1)
+    strange = np.stack([np.linspace(0.0, 0.8, 200), 1 - np.linspace(0.0, 0.8, 200)], axis=1)
+    probabilities = np.concatenate([own, strange])
+    truth = np.array([0] * 100 + [1] * 200)
+    specialists, strangers = np.array([True, False]), np.arange(300) >= 100
+
+    def threshold(keep, max_wrong=1.0):
+        found = fit_threshold(
+            probabilities, truth, specialists, strangers, 100, keep=keep, max_wrong=max_wrong
+        )
+        return found, (strange[:, 0] >= found).mean(), (own[:, 0] >= found).mean()
+
+    assert threshold(0.5)[1] == MAX_STRAY
+    assert threshold(0.95)[2] == 0.95
+    assert threshold(0.95, max_wrong=0.01)[1] == 3 / 200
 
 
 def test_calibration_error_is_the_weighted_gap_of_the_bins():

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from deltamux.router.commands import route, router_app
+from deltamux.serve.cli import app as deltamux
 
 WORDS = {
     "math": ["sum", "product", "apples", "each", "total", "twice", "half"],
@@ -228,14 +229,36 @@ def test_fit_names_dropped_duplicates_and_conflicts(place, tmp_path):
     assert "1 prompts are under more than one domain, as 'both'" in result.stderr
 
 
+@pytest.mark.parametrize("text", ["-5 degrees", "-5", "- a list", "-x^2 + 1"])
+def test_a_text_may_begin_with_a_dash(place, text):
+    result = RUNNER.invoke(deltamux, ["route", text, "--router", str(place / "router")])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["reason"] == "abstain"
+
+
+def test_a_misspelled_option_is_no_text(place):
+    result = RUNNER.invoke(deltamux, ["route", "--rooter", "--router", str(place / "router")])
+    assert result.exit_code == 2
+    assert "no such option: --rooter" in result.output
+
+
+def test_jsonl_in_utf_16_is_named_as_such(place):
+    text = json.dumps({"prompt": "twice the sum"}).encode("utf-16")
+    result = run("route", "--jsonl", "--router", place / "router", input=text)
+    assert result.exit_code == 2
+    assert "standard input is in UTF-16" in result.stderr
+
+
 def test_the_flags_are_frozen():
     commands = {command.callback.__name__: command.callback for command in app.registered_commands}
     commands |= {command.name: command.callback for command in router_app.registered_commands}
     assert {name: list(inspect.signature(f).parameters) for name, f in commands.items()} == {
         "route": ["text", "directory", "jsonl"],
         "fit": [
-            *("data", "output", "tokenizer", "keep", "expert", "max_wrong", "features"),
-            *("describe", "minimum", "seed", "as_json"),
+            *("output", "tokenizer", "data", "from_expert", "keep", "expert", "max_wrong"),
+            *("features", "describe", "minimum", "seed", "as_json"),
         ],
+        "refit": ["directory", "log", "data", "output", "tokenizer", "as_json"],
+        "suggest": ["log", "output", "count", "as_json"],
         "evaluate": ["directory", "data", "output", "as_json"],
     }

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from deltamux.router.fit.background import followups
 from deltamux.router.fit.data import Prompt, fingerprints, read_dataset
-from deltamux.router.fit.followups import followups
 
 
 def write(path, *rows):
@@ -94,3 +94,36 @@ def test_fingerprints_tell_words_apart_but_not_case_and_space():
 def test_follow_ups_are_a_few_dozen_phrases_without_repetition():
     assert len(followups()) == len(set(followups())) > 48
     assert {"why", "Why?", "looks good, thanks"} <= set(followups())
+
+
+@pytest.mark.parametrize("splits", [("train",), ("test", "train")])
+@pytest.mark.parametrize("prefix", ["", "math-", "math.", "math_"])
+def test_names_of_splits_are_no_domains(tmp_path, prefix, splits):
+    for split in ("train", "test", "validation", "dev"):
+        write(tmp_path / f"{prefix}{split}.jsonl", {"prompt": split, "domain": "math"})
+    found = read_dataset(tmp_path, splits=splits)
+    assert pairs(found) == [((splits[0],), "math")]
+
+
+def test_a_split_names_the_domain_in_front_of_it(tmp_path):
+    write(tmp_path / "math-train.jsonl", {"prompt": "1+1"})
+    write(tmp_path / "sql-test.jsonl", {"prompt": "join"})
+    write(tmp_path / "latest.jsonl", {"prompt": "news"})
+    assert pairs(read_dataset(tmp_path)) == [(("news",), "latest"), (("1+1",), "math")]
+
+
+def test_files_that_begin_with_a_dot_are_left_alone(tmp_path):
+    write(tmp_path / "math.jsonl", {"prompt": "1+1"})
+    (tmp_path / "._math.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / ".cache").mkdir()
+    write(tmp_path / ".cache" / "train.jsonl", {"prompt": "no"})
+    assert pairs(read_dataset(tmp_path)) == [(("1+1",), "math")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_utf_16_is_named_as_such(tmp_path, encoding):
+    text = json.dumps({"prompt": "1+1", "domain": "math"})
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    (tmp_path / "all.jsonl").write_bytes((mark + text).encode(encoding))
+    with pytest.raises(ValueError, match=r"all\.jsonl is in UTF-16; save it as UTF-8"):
+        read_dataset(tmp_path / "all.jsonl")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from deltamux.router.decide.artifact import save_artifact
 from deltamux.router.decide.config import HeldOut, RouterConfig, Training
 from deltamux.router.decide.decision import REASONS
+from deltamux.router.decide.features import pair_buckets
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tables import Tables, softmax
 
@@ -91,14 +92,17 @@ def test_a_last_turn_without_known_tokens_does_not_override():
 
 def test_probabilities_follow_the_formula_of_the_tables():
     rng = np.random.default_rng(0)
-    tables = Tables(*(rng.normal(size=s).astype(np.float32) for s in [(10, 3), (16, 3), (3,)]))
-    got = Router(CONFIG, tables).probabilities([4, 4])
-    # One distinct token, one distinct pair (4, 4), whose bucket is asked of the hash.
-    from deltamux.router.decide.features import pair_buckets
-
-    bucket = pair_buckets(np.array([4, 4]), 16)[0]
-    scores = tables.bias + tables.tokens[4] + tables.pairs[bucket]
+    shapes = [(10, 3), (16, 3), (3,), (4, 3)]
+    tokens, pairs, bias, meaning = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    got = Router(CONFIG, Tables(tokens, pairs, bias)).probabilities([4, 4, 5])
+    # Two distinct tokens and two distinct pairs, (4, 4) and (4, 5).
+    first, second = pair_buckets(np.array([4, 4, 5]), 16)
+    assert first != second
+    scores = bias + (tokens[4] + tokens[5] + pairs[first] + pairs[second]) / 2**0.5
     np.testing.assert_allclose(got, softmax(scores.astype(np.float64), 0.5), atol=1e-6)
+    vector = rng.normal(size=4).astype(np.float32)
+    with_vector = Tables(tokens, pairs, bias, meaning).scores(np.array([4, 4, 5]), vector)
+    np.testing.assert_allclose(with_vector, scores + vector @ meaning, atol=1e-5)
 
 
 @UNHURRIED

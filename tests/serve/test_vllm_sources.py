@@ -1,7 +1,7 @@
 """Every vLLM symbol that deltamux touches, looked up in the sources of a vLLM that is not installed.
 
-    pip download vllm==0.33.0 --no-deps && unzip -q 'vllm-*.whl' '*.py' -d vllm-0.33
-    DELTAMUX_VLLM_SOURCES=vllm-0.33 pytest tests/serve/test_vllm_sources.py
+pip download vllm==0.33.0 --no-deps && unzip -q 'vllm-*.whl' '*.py' -d vllm-0.33
+DELTAMUX_VLLM_SOURCES=vllm-0.33 pytest tests/serve/test_vllm_sources.py
 """
 
 import ast
