@@ -80,7 +80,7 @@ def compress(
     return manifest
 
 
-def prepare(  # noqa: PLR0917 - as `compress` takes them
+def prepare(
     base: Checkpoint,
     expert: Checkpoint,
     recipe: Recipe,
