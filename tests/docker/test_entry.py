@@ -80,9 +80,11 @@ def truncated(name: str) -> Change:
 
 def other_tokenizer(folder: Path, config: dict[str, Any]) -> None:
     path = folder / "base" / "tokenizer.json"
-    content = path.read_text()
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
     path.unlink()
-    path.write_text(content + " ")
+    path.write_text(json.dumps(tokenizer))
 
 
 def cache_below_a_file(folder: Path, config: dict[str, Any]) -> dict[str, str]:
