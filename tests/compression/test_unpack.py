@@ -3,6 +3,7 @@
 import logging
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -98,10 +99,8 @@ def test_no_symbols_write_outside_of_the_matrix(axis: int) -> None:
         symbols = random.integers(0, 256, random.integers(0, 300), np.uint8)
         lines = random.random((rows, columns)[axis]) < 0.5
         outside = ~lines if axis == 0 else (slice(None), ~lines)
-        try:
+        with suppress(ValueError):
             unpack.expand(symbols, alphabet, lines, axis, codes)
-        except ValueError as error:
-            assert "symbol" in str(error)
         assert (room[:1000] == 99).all()
         assert (room[1000 + rows * columns :] == 99).all()
         assert (codes[outside] == 99).all()
