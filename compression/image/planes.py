@@ -131,9 +131,13 @@ Packed = tuple[list[Bytes], npt.NDArray[np.uint32], npt.NDArray[np.uint16]]
 def _packed(codes_RK: Bytes, form: Form) -> Packed:
     """Planes, starts and escapes of codes in a form."""
     rows, columns = codes_RK.shape
-    starts = rows * blocks(columns) + 1 if form.escapes else 0
     packed = pack_codes(
-        codes_RK, form.planes, form.window, row_stride(columns), starts, form.escapes
+        codes_RK,
+        planes=form.planes,
+        window=form.window,
+        stride=row_stride(columns),
+        starts=rows * blocks(columns) + 1 if form.escapes else 0,
+        escapes=form.escapes,
     )
     return packed or _packed_by_numpy(codes_RK, form)
 

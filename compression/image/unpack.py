@@ -96,7 +96,7 @@ def count_codes(codes: Bytes) -> npt.NDArray[np.int64] | None:
 
 
 def pack_codes(
-    codes_RK: Bytes, planes: int, window: int, stride: int, starts: int, escapes: int
+    codes_RK: Bytes, *, planes: int, window: int, stride: int, starts: int, escapes: int
 ) -> tuple[list[Bytes], npt.NDArray[np.uint32], npt.NDArray[np.uint16]] | None:
     """Planes [R, stride], starts and escapes of a matrix of codes below 16.
 

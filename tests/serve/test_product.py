@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,7 @@ DELTA_ERROR = {
 }
 # Half a unit in the last place of y.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
-WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 33, 48, 70)
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 70)
 
 
 @pytest.fixture(params=KERNELS)
@@ -254,14 +255,13 @@ def batch(tokens: int, slots: int) -> list[int]:
 def added(
     images: torch.Tensor,
     rows: list[int],
-    columns: int,
     x: torch.Tensor,
     y: torch.Tensor,
     of: list[int],
 ) -> torch.Tensor:
     """y after the product of consecutive records."""
     result = y.clone()
-    add = native.linear_product(images, range(len(rows)), rows, columns)
+    add = native.linear_product(images, range(len(rows)), rows, x.shape[1])
     add(result, x, *row_map(of, len(images)))
     return result
 
@@ -271,6 +271,7 @@ def expected(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition in float64, not rounded, and what its delta's error is measured in."""
     result, unit = y.double(), torch.zeros(y.shape, dtype=torch.float64)
+    dense = lru_cache(lambda slot, index: experts[slot][index].dense())  # type: ignore[index,union-attr]
     for row, slot in enumerate(of):
         start = 0
         for index, rows in enumerate(sizes(experts)):
@@ -280,9 +281,9 @@ def expected(
             weight = weights[index] if weights is not None else None
             if weight is None:
                 continue
-            dense = weight.dense()
-            result[row, part] += dense @ x[row].double()
-            unit[row, part] = dense.norm(dim=1) * x[row].double().abs().max()
+            delta = dense(slot, index)
+            result[row, part] += delta @ x[row].double()
+            unit[row, part] = delta.norm(dim=1) * x[row].double().abs().max()
             if weight.vector is not None:
                 result[row, part] += weight.vector.double()
     return result, unit
@@ -306,7 +307,7 @@ def check(experts: list[list[Weight | None] | None], dtype: torch.dtype, tokens:
     x = torch.randn(tokens, columns, generator=random).to(dtype)
     y = torch.randn(tokens, sum(rows), generator=random).to(dtype)
     of = batch(tokens, len(experts))
-    found = added(images, rows, columns, x, y, of)
+    found = added(images, rows, x, y, of)
     wanted, unit = expected(experts, x, y, of)
     for row, slot in enumerate(of):
         if slot < 0 or experts[slot] is None:
@@ -447,10 +448,10 @@ def test_a_row_does_not_depend_on_the_others(kernel: str, dtype: torch.dtype) ->
     images = slots_of([build_image([weight]), build_image([two_planes(40, 600)])])
     x, y = torch.randn(600, 600).to(dtype), torch.randn(600, 40).to(dtype)
     of = batch(600, 2)
-    whole = added(images, [40], 600, x, y, of)
+    whole = added(images, [40], x, y, of)
     for _ in range(4):
         some = torch.randperm(600)[: int(torch.randint(1, 60, (1,)))]
-        part = added(images, [40], 600, x[some], y[some], [of[row] for row in some.tolist()])
+        part = added(images, [40], x[some], y[some], [of[row] for row in some.tolist()])
         assert torch.equal(part, whole[some])
 
 
@@ -462,7 +463,7 @@ def test_the_number_of_threads_changes_nothing(kernel: str) -> None:
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(added(images, [80], 600, x, y, [0] * 40))
+        results.append(added(images, [80], x, y, [0] * 40))
     torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -473,7 +474,7 @@ def test_rows_may_lie_apart(kernel: str) -> None:
     of = [0, -1, 0, 0, -1, 0]
     apart = y.clone()
     native.linear_product(images, [0], [32], 128)(apart[:, 9:41], x[:, 64:192], *row_map(of, 1))
-    wanted = added(images, [32], 128, x[:, 64:192].contiguous(), y[:, 9:41].contiguous(), of)
+    wanted = added(images, [32], x[:, 64:192].contiguous(), y[:, 9:41].contiguous(), of)
     assert torch.equal(apart[:, 9:41], wanted)
     assert torch.equal(apart[:, :9], y[:, :9])
     assert torch.equal(apart[:, 41:], y[:, 41:])
@@ -488,18 +489,18 @@ def test_nothing_is_read_past_the_slots(kernel: str) -> None:
     images[0] = image
     x, y = torch.randn(3, 70), torch.zeros(3, 7)
     assert torch.equal(
-        added(images, [7], 70, x, y, [0, 0, 0]),
-        added(slots_of([image]), [7], 70, x, y, [0, 0, 0]),
+        added(images, [7], x, y, [0, 0, 0]),
+        added(slots_of([image]), [7], x, y, [0, 0, 0]),
     )
 
 
 def test_a_batch_of_the_base_alone_is_left_as_it_is(kernel: str) -> None:
     images = slots_of([build_image([one_plane(32, 128)]), None])
     x, y = torch.randn(5, 128).bfloat16(), torch.randn(5, 32).bfloat16()
-    assert torch.equal(added(images, [32], 128, x, y, [-1] * 5), y)
-    assert torch.equal(added(images, [32], 128, x, y, [1] * 5), y)
+    assert torch.equal(added(images, [32], x, y, [-1] * 5), y)
+    assert torch.equal(added(images, [32], x, y, [1] * 5), y)
     nothing = torch.zeros(0, 128).bfloat16(), torch.zeros(0, 32).bfloat16()
-    assert added(images, [32], 128, *nothing, []).shape == (0, 32)
+    assert added(images, [32], *nothing, []).shape == (0, 32)
 
 
 def test_a_copied_image_counts_at_the_next_call(kernel: str) -> None:
@@ -513,7 +514,7 @@ def test_a_copied_image_counts_at_the_next_call(kernel: str) -> None:
     swapped = torch.zeros(2, 32).bfloat16()
     add(swapped, x, *row_map([0, 0], 2))
     assert not torch.equal(swapped, y)
-    assert torch.equal(swapped, added(images, [32], 128, x, torch.zeros(2, 32).bfloat16(), [1, 1]))
+    assert torch.equal(swapped, added(images, [32], x, torch.zeros(2, 32).bfloat16(), [1, 1]))
 
 
 def test_a_row_map_of_a_larger_batch_is_refused(kernel: str) -> None:
