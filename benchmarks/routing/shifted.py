@@ -146,7 +146,7 @@ def show(results: dict[str, Any]) -> None:
     for one in sets:
         cells = [results[n]["sets"][one] for n in names]
         rows.append((one, *(f"{c['right']:.2f} / {c['wrong']:.2f}" for c in cells)))
-    print(table(("right / wrong", *names), rows))
+    print(table(("right / wrong", *names), rows), flush=True)
 
 
 def main() -> None:
@@ -170,7 +170,8 @@ def main() -> None:
             "TF-IDF + LR": lambda s: on_words(corpus, s),
         }.items():
             results.setdefault(name, []).append(judge(make(seed), corpus, seed))
-            print("seed", seed, name, flush=True)
+            print("seed", seed, flush=True)
+            show({name: results[name][-1]})
             encoder.keep()
     figures = {name: mean(each) | {"seeds": each} for name, each in results.items()}
     show(figures)
