@@ -5,7 +5,7 @@ python -m benchmarks.routing.shifted --base .demo/base --data ../shared/data --s
 
 DIR has other data sets, NAME.jsonl with rows of `prompt`: NAME begins with the domain whose expert
 should answer ("medical pubmedqa") or with "none" where no expert should ("none legal"). Nothing is
-fitted or chosen on them, nor on the test files. The routers:
+fitted on them, nor on the test files. The routers:
 
     deltamux        features "default" and "encoder", as a user gets them
     MiniLM + LR     logistic regression (C = 1) on the same encoder's vectors, 250 prompts a domain
