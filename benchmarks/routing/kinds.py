@@ -11,8 +11,8 @@ Here a fit does not see, one after the other,
     rows      150 rows of each domain; asked: these, as they stand and bare
 
 and each setting of `classifier.Settings` is judged by the share of prompts that come out right: the
-own domain for `forms` and `rows`, no specialist for `domains`. The settings in the product are those
-with the best mean. No test file and no other data set is read.
+own domain for `forms` and `rows`, no specialist for `domains`. Of the settings within a point of
+the best `forms`, the product has the one with the best mean. No test file and no other data set is read.
 """
 
 import argparse

@@ -5,7 +5,7 @@ python -m benchmarks.routing.shifted --base .demo/base --data ../shared/data --s
 
 DIR has other data sets, NAME.jsonl with rows of `prompt`: NAME begins with the domain whose expert
 should answer ("medical pubmedqa") or with "none" where no expert should ("none legal"). Nothing is
-fitted or chosen on them, nor on the test files. The routers:
+fitted on them, nor on the test files. The routers:
 
     deltamux        features "default" and "encoder", as a user gets them
     MiniLM + LR     logistic regression (C = 1) on the same encoder's vectors, 250 prompts a domain
@@ -146,7 +146,7 @@ def show(results: dict[str, Any]) -> None:
     for one in sets:
         cells = [results[n]["sets"][one] for n in names]
         rows.append((one, *(f"{c['right']:.2f} / {c['wrong']:.2f}" for c in cells)))
-    print(table(("right / wrong", *names), rows))
+    print(table(("right / wrong", *names), rows), flush=True)
 
 
 def main() -> None:
@@ -170,7 +170,8 @@ def main() -> None:
             "TF-IDF + LR": lambda s: on_words(corpus, s),
         }.items():
             results.setdefault(name, []).append(judge(make(seed), corpus, seed))
-            print("seed", seed, name, flush=True)
+            print("seed", seed, flush=True)
+            show({name: results[name][-1]})
             encoder.keep()
     figures = {name: mean(each) | {"seeds": each} for name, each in results.items()}
     show(figures)
