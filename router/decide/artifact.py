@@ -1,4 +1,4 @@
-"""The router's directory on disk, format version 2.
+"""The router's directory on disk, format version 1.
 
 - `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], and with a
   sentence encoder `meaning` float16 [E, D], in the terms of `tables.py`, columns in the order of the

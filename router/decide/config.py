@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deltamux.router.decide.features import FEATURE_VERSION
 
 FORMAT: Final = "deltamux-router"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 1
 CONFIG_FILE: Final = "router_config.json"
 TABLES_FILE: Final = "router.safetensors"
 TOKENIZER_FILE: Final = "tokenizer.json"
@@ -77,7 +77,7 @@ class EncoderConfig(BaseModel):
 
 
 class RouterConfig(BaseModel):
-    """The schema of `router_config.json`, format version 2.
+    """The schema of `router_config.json`, format version 1.
 
     Attributes:
         labels: Domain of each table column, in order.
@@ -95,8 +95,8 @@ class RouterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["deltamux-router"] = FORMAT
-    format_version: Literal[2] = FORMAT_VERSION
-    feature_version: Literal[2] = FEATURE_VERSION
+    format_version: Literal[1] = FORMAT_VERSION
+    feature_version: Literal[1] = FEATURE_VERSION
     labels: Annotated[list[str], Field(min_length=2)]
     experts: dict[str, str | None]
     features: Kind = "default"
@@ -152,10 +152,6 @@ def parse_config(text: str, source: Path) -> RouterConfig:
             raise ValueError(
                 f"{source} has {name} {version}, this deltamux reads up to {newest}; "
                 "run: pip install --upgrade deltamux"
-            )
-        if isinstance(version, int) and version < newest:
-            raise ValueError(
-                f"{source} has {name} {version}, which an earlier deltamux wrote; fit the router again"
             )
     try:
         return RouterConfig.model_validate(fields)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 #: Goes up whenever equal token ids would give other features.
-FEATURE_VERSION: Final = 2
+FEATURE_VERSION: Final = 1
 #: Buckets of the pair table; a power of two.
 NUM_BUCKETS: Final = 1 << 16
 #: Tokens read at the start and at the end of the conversation.

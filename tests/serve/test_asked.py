@@ -1,5 +1,6 @@
 """What a request asks: several prompts, what went before, hints; the decision log and feedback."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from deltamux.router.fit.fit import fit_router
 from deltamux.serve.api import decision_log
 from deltamux.serve.api.asked import RequestError, conversations, hints
 from deltamux.serve.api.autoroute import AutoRoute
+from deltamux.serve.api.handlers import Gateway
 from deltamux.serve.api.router_api import routing_router
 from deltamux.serve.settings import RouterSettings
 
@@ -100,6 +102,14 @@ def test_prompts_of_different_experts_in_one_request_are_refused(
     ]
     with pytest.raises(RequestError, match=r"different models \(math, sql\); send a request for"):
         route.decide(asked)
+
+
+def test_the_client_of_such_a_request_gets_400(folder: Path) -> None:
+    gateway = Gateway(None, make(folder), None, None)  # type: ignore[arg-type]
+    request = SimpleNamespace(model="auto", prompt=[SQL, MATH])
+    refused = asyncio.run(gateway.answer(None, "create_completion", request, None))
+    assert refused.error.code == 400
+    assert "send a request for each, or name the model" in refused.error.message
 
 
 def test_prompts_of_one_expert_in_one_request_are_its(folder: Path) -> None:
