@@ -78,7 +78,7 @@ def test_the_recipe_inside_repeats_the_compression(compress, tmp_path):
         (("--budget", "100B"), "num_bytes must be at least"),
         (("--bits", 0), "greater than 0"),
         (("--slot-bits", 0), "greater than 0"),
-        (("--slot-bits", 0.2), "slot_bits 0.2 cannot be kept: no less than 0.5"),
+        (("--slot-bits", 0.1), "slot_bits 0.1 cannot be kept: no less than 0.167"),
         (("--target-kl", 1e-12), "target_kl 1e-12 cannot be met"),
     ],
 )
