@@ -1,6 +1,6 @@
 """How strongly the wording is held back: chosen on held-out kinds of prompts, of training files alone.
 
-python -m benchmarks.routing.kinds --base .demo/base --data ../shared/data
+python -m benchmarks.routing.kinds --base .demo/base --data DATA
                                    [--features default] [--seeds 3]
 
 A split at random keeps every data set's templates on both sides, so it rewards whatever reads them.
@@ -90,7 +90,7 @@ def judge(rows: Rows, base: str, encoder: Any, seed: int) -> dict[float, dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default=".demo/base")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--features", choices=["default", "encoder"], default="default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--vectors", type=Path)

@@ -1,6 +1,6 @@
 """The router against its bars: accuracy, calibration, scope, shift, conversations, attacks, time.
 
-python -m benchmarks.routing.quality --base .demo/base --data ../shared/data [--shifted DIR]
+python -m benchmarks.routing.quality --base .demo/base --data DATA [--shifted DIR]
                              [--features default encoder] [--seeds 3]
 
 Every figure is the mean over the seeds; a seed draws the training subsets, the folds and 300 test
@@ -162,7 +162,7 @@ def show(features: str, figures: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default=".demo/base")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--shifted", type=Path)
     parser.add_argument("--features", nargs="+", default=["default", "encoder"])
     parser.add_argument("--seeds", type=int, default=3)

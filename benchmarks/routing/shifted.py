@@ -1,6 +1,6 @@
 """Prompts that are put in other words: the router against other routers, one table.
 
-python -m benchmarks.routing.shifted --base .demo/base --data ../shared/data --shifted DIR
+python -m benchmarks.routing.shifted --base .demo/base --data DATA --shifted DIR
                                      [--seeds 3] [--vectors FILE.npz]
 
 DIR has other data sets, NAME.jsonl with rows of `prompt`: NAME begins with the domain whose expert
@@ -152,7 +152,7 @@ def show(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default=".demo/base")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--shifted", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--vectors", type=Path)

@@ -113,6 +113,7 @@ def test_the_command_line_is_frozen() -> None:
             "--overwrite",
             "--preset",
             "--recipe",
+            "--slot-bits",
             "--target-kl",
             "-o",
             "base",
@@ -131,5 +132,5 @@ def test_the_command_line_is_frozen() -> None:
         ],
         "route": ["--jsonl", "--router", "text"],
         "serve": ["--host-cache", "--slots", "config"],
-        "demo": ["--root", "--serve"],
+        "demo": ["--base", "--experts", "--root", "--serve", "more"],
     }
