@@ -1,7 +1,6 @@
 """One version of one expert, as the API process reads it from its artifact."""
 
 import asyncio
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.compression.image.source import open_source
+from deltamux.compression.streaming.served import own_template, read_settings
 
 
 class ExpertError(Exception):
@@ -105,7 +105,7 @@ def read_expert(name: str, path: Path, max_rank: int) -> Expert:
     """
     source = open_source(path, max_rank)
     source.check_content()
-    config = _read_json(path / "generation_config.json")
+    config = read_settings(path / "generation_config.json")
     stop = config.get("eos_token_id")
     return Expert(
         name=name,
@@ -115,24 +115,5 @@ def read_expert(name: str, path: Path, max_rank: int) -> Expert:
         bits_per_weight=source.bits_per_weight,
         generation_config=config,
         stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
-        chat_template=_chat_template(path),
+        chat_template=own_template(path),
     )
-
-
-def _chat_template(path: Path) -> str | None:
-    """An artifact's own chat template: a file, or in its tokenizer's configuration."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text()
-    embedded = _read_json(path / "tokenizer_config.json").get("chat_template")
-    if isinstance(embedded, list):
-        named = {each["name"]: each["template"] for each in embedded}
-        embedded = named.get("default")
-    return embedded
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content

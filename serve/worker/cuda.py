@@ -6,16 +6,14 @@
 Either way grids follow from shapes alone and nothing is read back, so that the ops can be captured.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from deltamux.serve.worker import triton_product
+from deltamux.serve.worker.ops import Add, Multiply
 from deltamux.serve.worker.rows import RowMap
 from deltamux.serve.worker.slots import Slots
-
-Add = Callable[[torch.Tensor, torch.Tensor, RowMap], None]
-Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, RowMap], torch.Tensor]
 
 
 def linear_product(

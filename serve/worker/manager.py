@@ -58,8 +58,7 @@ class ExpertManager:
         self.hashes = BaseHashes(base)
         self._largest_rank = settings.slot.largest_rank
         self.host = HostCache(settings.host_cache)
-        on_cpu = torch.device(device).type == "cpu"
-        self.capacity = capacity(settings, self.shapes, on_cpu)
+        self.capacity = capacity(settings, self.shapes, torch.device(device).type == "cpu")
         count = vllm_config.lora_config.max_loras
         self.slots = Slots(
             count,
@@ -226,9 +225,8 @@ class ExpertManager:
         image = source.image(self.shapes)
         self.capacity.check(source, image.numel())
         if not self.slots.on_cpu:
-            image = (
-                image.pin_memory()
-            )  # or its copies to the device would not run beside other work
+            # Or its copies to the device would not run beside other work.
+            image = image.pin_memory()
         for expert_id in self.host.put(request.lora_int_id, image):
             logger.info("deltamux: expert %d left the host cache", expert_id)
         self._expert(request.lora_int_id).error = None

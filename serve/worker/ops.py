@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import torch
 
+from deltamux.serve.worker.product import rms_norm
 from deltamux.serve.worker.rows import RowMap
 from deltamux.serve.worker.slots import Slots
 
@@ -227,13 +228,11 @@ def norm_product(slots: Slots, entry: int, epsilon: float) -> Add:
 def _replace_norm(
     y: torch.Tensor, x: torch.Tensor, rows: RowMap, slots: Slots, entry: int, epsilon: float
 ) -> None:
-    """y[t] = RMSNorm(x[t]) with the slot's own weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """y[t] = RMSNorm(x[t]) with the slot's own weight."""
     spans: list[int] = rows.starts_host.tolist()
     for slot, (begin, end) in enumerate(pairwise(spans)):
         weight_H = slots.vector(slot, entry, y.shape[-1]) if begin < end else None
         if weight_H is None:
             continue
         chosen = rows.order[begin:end]
-        wide = x.index_select(0, chosen).float()
-        unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
-        y.index_copy_(0, chosen, unit.to(y.dtype) * weight_H.to(y.dtype))
+        y.index_copy_(0, chosen, rms_norm(x.index_select(0, chosen), weight_H, epsilon, y.dtype))

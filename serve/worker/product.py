@@ -131,6 +131,15 @@ def add_embedding(
         y_TK[members] = (y_TK[members].float() + delta).to(y_TK.dtype)
 
 
+def rms_norm(
+    x: torch.Tensor, weight_H: torch.Tensor, epsilon: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """RMSNorm(x) over the last dimension, in `dtype` (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    wide = x.float()
+    unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
+    return unit.to(dtype) * weight_H.to(dtype)
+
+
 def dense(
     record: SlotRecord, rows: int, columns: int, wanted: torch.Tensor | None = None
 ) -> torch.Tensor:

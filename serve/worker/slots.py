@@ -27,7 +27,6 @@ class Slots:
 
     Attributes:
         buffer: uint8 [slots, bytes], a slot's image from its start on.
-        names: The base's tensors; a name's place is its record's index.
 
     Args:
         count: Experts resident at once.
@@ -76,7 +75,7 @@ class Slots:
         return self._index[name]
 
     def load(self, slot: int, image: torch.Tensor) -> None:
-        """Copy an expert's image into a slot; it fits (see `check_fits`)."""
+        """Copy an expert's image into a slot; it fits (see `capacity.py`)."""
         self.buffer[slot, : image.numel()].copy_(image, non_blocking=True)
         self._tables[slot] = self._table(image)
 

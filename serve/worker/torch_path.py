@@ -62,9 +62,7 @@ def replace_norm(
             if len(members) == 0 or not record.number(Field.VECTOR):
                 continue
             weight_H = record.section(Field.VECTOR, torch.float32, y.shape[-1])
-            wide = x[members].float()
-            unit = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
-            y[members] = unit.to(y.dtype) * weight_H.to(y.dtype)
+            y[members] = product.rms_norm(x[members], weight_H, epsilon, y.dtype)
 
 
 def _on(device: torch.device) -> torch.device:
