@@ -118,6 +118,7 @@ def evaluate_command(  # noqa: PLR0917 - a command line, called by name
     from deltamux.compression.streaming.text import read_rows
 
     opened = Artifact(artifact)
+    opened.check_content()
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     check_base(opened, pair[0])

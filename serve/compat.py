@@ -2,9 +2,10 @@
 
 Replaced (general plugin): the LoRA manager class that model runners create; an expert travels
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
-isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state`; for per-expert latencies
+isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state` (`api/surface.py`); for per-expert latencies
 `IterationStats.update_from_output` and `OutputProcessor.add_request` (`engine_stats.py`); for traces
-`OutputProcessor.do_tracing` (`spans.py`). On instances: `apply` of the linears' `quant_method`, `forward`
+`OutputProcessor.do_tracing` (`spans.py`). In the engine's process the methods of `ENGINE_THREADS`
+(`threads.py`). On instances: `apply` of the linears' `quant_method`, `forward`
 of embeddings and norms, `LogitsProcessor._get_logits` (`worker/deltas.py`),
 `show_available_models` and `model_name` of `openai_serving_models` (`endpoint.py`), and, on shallow
 copies of the handlers, template, sampling defaults and engine client (`handlers.py`).
@@ -37,6 +38,9 @@ UNQUANTIZED = ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
 STATS = ("vllm.v1.metrics.stats", "IterationStats")
 OUTPUT = ("vllm.v1.engine.output_processor", "OutputProcessor")
 LORA_REQUEST = ("vllm.lora.request", "LoRARequest")
+ENGINE_PROCESS = ("vllm.v1.engine.core", "EngineCoreProc")
+# What runs in threads of its own there.
+ENGINE_THREADS = ("process_input_sockets", "process_output_sockets")
 SAMPLING = ("vllm.sampling_params", "SamplingParams")
 # Imported on a GPU alone.
 NVML_MODULE = "vllm.third_party.pynvml"
@@ -51,6 +55,7 @@ SYMBOLS: tuple[tuple[str, ...], ...] = (
     (*STATS, "update_from_output"),
     (*OUTPUT, "add_request"),
     (*OUTPUT, "do_tracing"),
+    *((*ENGINE_PROCESS, method) for method in ENGINE_THREADS),
     LORA_REQUEST,
     (*SAMPLING, "_all_stop_token_ids"),
     (*PLATFORM, "is_cuda"),
@@ -78,14 +83,7 @@ MODELS_ATTRIBUTES = (
 )
 # Exceptions that vLLM answers with a 4xx, wherever they are in a class's ancestry.
 CLIENT_ERRORS = {"VLLMClientError", "ValueError", "TypeError", "OverflowError", "TemplateError"}
-# Handlers on app.state and the method that answers a request.
-HANDLERS = {
-    "openai_serving_chat": "create_chat_completion",
-    "openai_serving_completion": "create_completion",
-    "openai_serving_responses": "create_responses",
-    "anthropic_serving_messages": "create_messages",
-    "openai_serving_chat_batch": "create_batch_chat_completion",
-}
+API_KEY_VARIABLE = "VLLM_API_KEY"
 # Where the classes of HTTP bodies are, newest first.
 PROTOCOL_MODULES = (
     "vllm.entrypoints.serve.engine.protocol",

@@ -14,12 +14,14 @@ from typing import Any, NoReturn
 from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.plugin import PLUGIN_NAME
-from deltamux.serve.settings import Settings, load_settings
+from deltamux.serve.settings import MULTIPROCESS_VARIABLE, Settings, load_settings
 
 logger = logging.getLogger("deltamux")
 
 # The rank means nothing to experts; the smallest keeps what vLLM reserves for it small.
 LORA_RANK = 8
+# After SIGTERM, running requests may take so long to end.
+DRAIN_SECONDS = 30
 
 
 def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[str]) -> NoReturn:
@@ -45,6 +47,8 @@ def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[
     module, prefix = compat.server_command()
     settings = load_settings(config, environment)
     arguments = vllm_arguments(settings, extra)
+    if os.environ.pop(MULTIPROCESS_VARIABLE, None) is not None:
+        logger.warning("%s is unset: deltamux has one API server process", MULTIPROCESS_VARIABLE)
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN_NAME]))
     os.execv(sys.executable, [sys.executable, "-m", module, *prefix, *arguments])
@@ -69,6 +73,7 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
         "max_loras": settings.slots,
         "max_cpu_loras": max(settings.slots, len(settings.experts), 1),
         "max_lora_rank": LORA_RANK,
+        "shutdown_timeout": DRAIN_SECONDS,
         "additional_config": additional,
     }
     if settings.base.revision:

@@ -18,6 +18,8 @@ from deltamux.serve.names import BASE, NAME_PATTERN, check_expert_name
 ENVIRONMENT_PREFIX = "DELTAMUX_"
 # What vLLM's own LoRA takes at most by rule of thumb; chosen, not measured.
 DEFAULT_RANK = 64
+# Makes the library of metrics keep them in files, for several processes; gauges and what is read at a scrape get lost.
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 Size = Annotated[ByteSize, Field(ge=0)]
 ExpertName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -86,7 +88,17 @@ class SlotSettings(_Model):
 class PluginSettings(_Model):
     """What deltamux's code inside vLLM needs to know; `slots` itself is vLLM's max_loras.
 
-    `log_requests` writes one line of JSON a request to standard output.
+    Attributes:
+        version: Of the configuration.
+        experts: What is served from the start.
+        router: Who answers `auto`.
+        host_cache: Host memory for experts.
+        log_requests: Write one line of JSON a request to standard output.
+        slot: What one slot has room for.
+        roots: Folders that clients may load experts and routers from; empty: those that the configuration and what
+            it names lie in.
+        tenants: `tenants.yaml` (see `api/tenants.py`); None: there are no tenants.
+        metrics: Whether `/metrics` asks for a key where there are keys.
     """
 
     version: Literal[1] = 1
@@ -95,6 +107,17 @@ class PluginSettings(_Model):
     host_cache: Size = ByteSize(8 * 2**30)
     log_requests: bool = False
     slot: SlotSettings = SlotSettings()
+    roots: tuple[Path, ...] = ()
+    tenants: Path | None = None
+    metrics: Literal["open", "key"] = "open"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where experts and routers that clients name may lie."""
+        named = [expert.path.parent for expert in self.experts]
+        if self.router is not None:
+            named.append(self.router.path.parent)
+        return self.roots or tuple(dict.fromkeys(named))
 
     @model_validator(mode="after")
     def _check_names(self) -> "PluginSettings":
@@ -174,7 +197,16 @@ def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
     base = settings.base
     if (root / base.model).is_dir():
         base = base.model_copy(update={"model": str(root / base.model)})
-    return settings.model_copy(update={"experts": experts, "router": router, "base": base})
+    changed = settings.model_copy(
+        update={
+            "experts": experts,
+            "router": router,
+            "base": base,
+            "tenants": settings.tenants and root / settings.tenants,
+        }
+    )
+    roots = tuple(root / each for each in settings.roots) or (root, *changed.folders)
+    return changed.model_copy(update={"roots": roots})
 
 
 def plugin_settings(additional_config: Any) -> PluginSettings:

@@ -13,6 +13,7 @@ from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.artifact.stored import Stored
 from deltamux.compression.checkpoint.architecture import EMBEDDING, tensor_specs
 from deltamux.compression.checkpoint.checkpoint import Checkpoint, save_tensors
+from deltamux.compression.files import read_json
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 
 SHARD_BYTES = 2 * 1024**3
@@ -144,7 +145,7 @@ def _write_shards(
 
 
 def _write_side_files(artifact: Artifact, dtype: torch.dtype, target: Path) -> None:
-    config = json.loads((artifact.root / CONFIG_FILE).read_text())
+    config = read_json(artifact.root / CONFIG_FILE)
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

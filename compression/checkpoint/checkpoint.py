@@ -6,7 +6,6 @@ stays near the largest tensor in use.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD
 from deltamux.compression.errors import naming
+from deltamux.compression.files import open_tensors, read_json
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 
 # What a tokenizer, a chat template and generation defaults are kept in.
@@ -59,8 +58,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """The model's `config.json`."""
         path = self.root / CONFIG_FILE
-        with naming(path):
-            config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         if not isinstance(config, dict):
             raise ValueError(f"{str(path)!r} is no configuration: fetch or save it again")
         return config
@@ -146,15 +144,7 @@ class Checkpoint:
 
 
 def _open_safetensors(path: Path) -> Any:
-    # A pipe or device would block or never end.
-    if not path.is_file():
-        raise ValueError(f"{str(path)!r} is no file: fetch or save the checkpoint again")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} is not a complete safetensors file ({error}); fetch or save it again"
-        ) from error
+    return open_tensors(path, "fetch or save the checkpoint again")
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
@@ -205,9 +195,10 @@ def resolve_directory(source: str, revision: str | None = None) -> Path:
 
 def _tensor_files(root: Path, source: str) -> dict[str, Path]:
     index = root / INDEX_FILE
-    if index.is_file():
+    if index.exists():
+        content = read_json(index)
         with naming(index):
-            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+            weight_map: dict[str, str] = dict(content["weight_map"])
             missing = sorted({file for file in weight_map.values() if not (root / file).is_file()})
         if missing:
             raise ValueError(f"{source!r} names the shard {missing[0]!r}, which is not there")

@@ -5,14 +5,13 @@ the base's. Text that is calibrated and verified on is read in this way too, so 
 be served, and where the expert itself would read differently, that is said.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltamux.compression.checkpoint.architecture import LM_HEAD
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
-from deltamux.compression.errors import naming
+from deltamux.compression.checkpoint.settings import own_template, read_side_settings
 from deltamux.compression.streaming.text import (
     Conversation,
     Sample,
@@ -46,42 +45,8 @@ def served_reading(base: Checkpoint, expert: Checkpoint) -> Reading | None:
     found = find_tokenizer(base.root, expert.root)
     if found is None:
         return None
-    return Reading(found, own_template(expert.root), _stop_ids(expert.root))
-
-
-def own_template(root: Path) -> str | None:
-    """A checkpoint's or artifact's own chat template: a file, or in its tokenizer's configuration.
-
-    Raises:
-        ValueError: The file that it would be in is damaged.
-    """
-    file = root / "chat_template.jinja"
-    if file.is_file():
-        with naming(file):
-            return file.read_text(encoding="utf-8")
-    path = root / "tokenizer_config.json"
-    embedded = read_settings(path).get("chat_template")
-    if isinstance(embedded, list):
-        with naming(path):
-            embedded = {each["name"]: each["template"] for each in embedded}.get("default")
-    if embedded is not None and not isinstance(embedded, str):
-        raise ValueError(f"{str(path)!r} has a chat_template that is no text: save it again")
-    return embedded
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object beside a checkpoint; empty where there is no such file.
-
-    Raises:
-        ValueError: It is no JSON object.
-    """
-    if not path.is_file():
-        return {}
-    with naming(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} is no JSON object: save it again")
-    return content
+    settings = read_side_settings(expert.root)
+    return Reading(found, settings.template, frozenset(settings.stop_ids))
 
 
 def reading_differences(base: Checkpoint, expert: Checkpoint) -> list[str]:
@@ -115,9 +80,3 @@ def _other_token(served: Any, own: Any) -> list[str]:
         f"which the server reads text with ({len(differing)} tokens differ): save the base with the "
         "expert's tokenizer, or expect other answers"
     ]
-
-
-def _stop_ids(root: Path) -> frozenset[int]:
-    found = read_settings(root / "generation_config.json").get("eos_token_id")
-    ids = found if isinstance(found, list) else [found]
-    return frozenset(each for each in ids if isinstance(each, int))

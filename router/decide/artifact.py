@@ -42,7 +42,7 @@ SEEN: Final = "seen"
 
 Fingerprints = npt.NDArray[np.uint64]
 
-_ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
+ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
 
 
 def fingerprint(turns: Sequence[str]) -> int:
@@ -60,7 +60,7 @@ def check_target(directory: Path) -> None:
     if not directory.exists():
         return
     names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {"a file"}
-    if names and not (CONFIG_FILE in names and names <= _ARTIFACT_FILES):
+    if names and not (CONFIG_FILE in names and names <= ARTIFACT_FILES):
         raise ValueError(
             f"{directory} exists and does not hold a router alone; give another directory to write"
         )

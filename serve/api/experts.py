@@ -7,6 +7,7 @@ beside the old one, swaps the name, and drops the old one when its last request 
 """
 
 import asyncio
+import copy
 import logging
 import re
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.serve import compat
-from deltamux.serve.api.expert import Expert, ExpertError, read_expert
+from deltamux.serve.api.expert import Expert, ExpertError, Served, read_expert
 from deltamux.serve.names import (
     artifact_path,
     check_expert_name,
@@ -33,13 +34,15 @@ class ExpertRegistry:
     Args:
         engine: vLLM's engine client.
         models: `app.state.openai_serving_models`.
-        max_rank: The largest rank of a LoRA adapter that slots take.
+        served: What decides on the experts that are taken.
     """
 
-    def __init__(self, engine: Any, models: Any, max_rank: int) -> None:
+    def __init__(self, engine: Any, models: Any, served: Served) -> None:
         self._engine = engine
         self._models = models
-        self._max_rank = max_rank
+        # vLLM's own table stays empty: what is not handed a handler from here reaches no expert.
+        self._requests: dict[str, Any] = {}
+        self._served = served
         self._experts: dict[str, Expert] = {}
         # Every version that the engine may still be running, by LoRA id.
         self._versions: dict[int, Expert] = {}
@@ -56,6 +59,14 @@ class ExpertRegistry:
     def version(self, lora_id: int) -> Expert | None:
         """The version of an expert behind a LoRA id."""
         return self._versions.get(lora_id)
+
+    def seen_by(self, handler: Any, **changes: Any) -> Any:
+        """A copy of one of vLLM's handlers to which the experts exist; attributes change as given."""
+        seeing, models = copy.copy(handler), copy.copy(self._models)
+        models.lora_requests = self._requests
+        for name, value in {"models": models, **changes}.items():
+            setattr(seeing, name, value)
+        return seeing
 
     def serves(self, name: str) -> bool:
         """Whether an expert can answer."""
@@ -74,7 +85,9 @@ class ExpertRegistry:
 
     async def adopt(self) -> None:
         """Take over what `--lora-modules` loaded, under versioned names."""
-        for name, request in list(self._models.lora_requests.items()):
+        given = dict(self._models.lora_requests)
+        self._models.lora_requests.clear()
+        for name, request in given.items():
             await self.register(name, artifact_path(request.lora_path))
             await self._engine.remove_lora(request.lora_int_id)
 
@@ -113,9 +126,14 @@ class ExpertRegistry:
             raise ExpertError(str(error)) from error
         async with self._lock:
             try:
-                expert = await asyncio.to_thread(read_expert, name, path, self._max_rank)
+                expert = await asyncio.to_thread(read_expert, name, path, self._served)
             except (ValueError, OSError) as error:
                 raise ExpertError(str(error)) from error
+            except Exception as error:
+                # Not foreseen: a fault of ours, which must keep neither the server nor the others from serving.
+                logger.exception("deltamux: expert %r cannot be read", name)
+                reason = f"{str(path)!r} cannot be read: {type(error).__name__}: {error}"
+                raise ExpertError(reason) from error
             previous = self._experts.get(name)
             if previous and previous.request and previous.same_weights(expert):
                 previous.take_over(expert)
@@ -125,7 +143,7 @@ class ExpertRegistry:
                 await self._load(expert)
                 self._experts[name] = expert
                 self._versions[expert.request.lora_int_id] = expert
-                self._models.lora_requests[name] = expert.request
+                self._requests[name] = expert.request
         if previous and previous.request:
             expert.pinned = pin or previous.pinned
             self._in_background(self._succeed(previous, expert))
@@ -179,7 +197,7 @@ class ExpertRegistry:
         expert = self._experts.pop(name, None)
         if expert is None:
             raise ExpertError(f"there is no expert {name!r}")
-        self._models.lora_requests.pop(name, None)
+        self._requests.pop(name, None)
         if expert.request:
             await self._drop(expert)
 

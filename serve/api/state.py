@@ -5,6 +5,9 @@ from typing import Any
 
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.api.guard import Doors
+from deltamux.serve.api.owners import Owners
+from deltamux.serve.api.roots import Roots
 from deltamux.serve.observability.journal import Journal
 from deltamux.serve.settings import PluginSettings
 
@@ -21,6 +24,9 @@ class ServerState:
         route: Who answers `auto`.
         journal: Requests in flight.
         engine: vLLM's engine client.
+        owners: Whose each response is.
+        doors: Whose keys open what.
+        roots: Where experts and routers that a client names may lie.
     """
 
     settings: PluginSettings
@@ -28,6 +34,9 @@ class ServerState:
     route: AutoRoute
     journal: Journal
     engine: Any
+    owners: Owners
+    doors: Doors
+    roots: Roots
 
     def attach(self, state: Any) -> None:
         """Put it on an application's state."""
