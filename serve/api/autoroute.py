@@ -171,7 +171,7 @@ class AutoRoute:
             decision = chosen
             if chosen.expert is None and fallback:
                 decision = replace(chosen, expert=fallback)
-            decisions.append(decision)
+            decisions.append(self._seen(decision, allowed))
             if counted and active is not None and conversation is not None:
                 active.drift.observe(chosen)
                 ask_shadow(active, conversation, chosen)
@@ -180,6 +180,12 @@ class AutoRoute:
         if counted:
             self._reader.remember(request)
         return decisions
+
+    def _seen(self, decision: Decision, allowed: frozenset[str] | None) -> Decision:
+        """The decision as a client may see it: a domain whose expert it may not use is the base's."""
+        if allowed is None or self.visible({decision.domain: 1.0}, allowed):
+            return decision
+        return replace(decision, domain=BASE)
 
     def _servable(self, decision: Decision) -> Decision:
         """The decision, or the base where its expert is not served."""
