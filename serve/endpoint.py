@@ -136,7 +136,11 @@ def _auto_route(
     model_config = engine_client.vllm_config.model_config
     return AutoRoute(
         settings.router,
-        resolve_directory(model_config.tokenizer, model_config.tokenizer_revision),
+        resolve_directory(
+            model_config.tokenizer,
+            model_config.tokenizer_revision,
+            engine_client.vllm_config.load_config.download_dir,
+        ),
         _encoder(engine_client),
         registry.serves,
         registry.residents,

@@ -7,6 +7,7 @@ in one line, before vLLM takes its time to load a model.
 import json
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,8 @@ logger = logging.getLogger("deltamux")
 LORA_RANK = 8
 # After SIGTERM, running requests may take so long to end.
 DRAIN_SECONDS = 30
+# vLLM's.
+DEFAULT_PORT = 8000
 
 
 def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[str]) -> NoReturn:
@@ -47,6 +50,7 @@ def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[
     module, prefix = compat.server_command()
     settings = load_settings(config, environment)
     arguments = vllm_arguments(settings, extra)
+    check_port(settings.engine, extra)
     if os.environ.pop(MULTIPROCESS_VARIABLE, None) is not None:
         logger.warning("%s is unset: deltamux has one API server process", MULTIPROCESS_VARIABLE)
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
@@ -64,8 +68,9 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     Raises:
         ValueError: The base is not there.
     """
-    resolve_directory(settings.base.model, settings.base.revision)
     engine = dict(settings.engine)
+    cache = _given(extra, "--download-dir") or engine.get("download_dir")
+    resolve_directory(settings.base.model, settings.base.revision, cache)
     additional = dict(engine.pop("additional_config", {}))
     additional["deltamux"] = settings.plugin().model_dump(mode="json")
     options: dict[str, Any] = {
@@ -82,6 +87,39 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     for name, value in (options | engine).items():
         arguments += _flag(name, value)
     return arguments + extra
+
+
+def _given(extra: list[str], flag: str) -> str | None:
+    """The value of a flag for vLLM on the command line, the last one; None: it is not given."""
+    found = None
+    for place, word in enumerate(extra):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else next(iter(extra[place + 1 :]), None)
+    return found
+
+
+def check_port(engine: dict[str, Any], extra: list[str]) -> None:
+    """Say who is in the way before vLLM, which would end with a traceback.
+
+    Raises:
+        ValueError: Something listens on the port.
+    """
+    if _given(extra, "--uds") or engine.get("uds"):
+        return
+    host = _given(extra, "--host") or engine.get("host") or ""
+    port = _given(extra, "--port") or engine.get("port") or DEFAULT_PORT
+    if not str(port).isdecimal() or int(port) == 0:
+        return  # vLLM's own to refuse
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            raise ValueError(
+                f"the port {port} of {host or 'this machine'!r} cannot be had: "
+                f"{(error.strerror or str(error)).lower()}: end what listens there, or give another --port"
+            ) from error
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -169,11 +169,12 @@ def test_every_route_is_documented() -> None:
     from deltamux.serve.api.experts_api import experts_router
     from deltamux.serve.api.ready import ready_router
     from deltamux.serve.api.router_api import routing_router
+    from deltamux.serve.api.tenants_api import tenants_router
 
     text = HTTP.read_text()
     routes = {
         f"{method} {route.path}"
-        for router in (experts_router, ready_router, routing_router)
+        for router in (experts_router, ready_router, routing_router, tenants_router)
         for route in router.routes
         for method in route.methods  # type: ignore[attr-defined]
     }

@@ -147,17 +147,20 @@ def _open_safetensors(path: Path) -> Any:
     return open_tensors(path, "fetch or save the checkpoint again")
 
 
-def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, revision: str | None = None, cache: str | None = None
+) -> Checkpoint:
     """Open a checkpoint directory or hub id; reads headers only.
 
     Args:
         source: A directory, or a hub id that is fetched to (or found in) the local cache.
         revision: Hub revision; ignored for a directory.
+        cache: Where fetched checkpoints are kept; None: where the hub's library keeps them.
 
     Raises:
         ValueError: No safetensors weights, no configuration, or an incomplete shard.
     """
-    root = resolve_directory(str(source), revision)
+    root = resolve_directory(str(source), revision, cache)
     if not (root / CONFIG_FILE).is_file():
         raise ValueError(f"{str(source)!r} has no {CONFIG_FILE}: name a Hugging Face checkpoint")
     files = _tensor_files(root, str(source))
@@ -181,8 +184,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     path.chmod(0o666 & ~umask)
 
 
-def resolve_directory(source: str, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint; a hub id is fetched unless it is cached."""
+def resolve_directory(source: str, revision: str | None = None, cache: str | None = None) -> Path:
+    """The local directory of a checkpoint; a hub id is fetched unless it is in the cache."""
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -190,7 +193,9 @@ def resolve_directory(source: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    return Path(
+        snapshot_download(source, revision=revision, cache_dir=cache, allow_patterns=patterns)
+    )
 
 
 def _tensor_files(root: Path, source: str) -> dict[str, Path]:

@@ -51,7 +51,8 @@ class ExpertManager:
         compat.check_one_device(vllm_config.parallel_config)
         define_ops()
         model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        base = open_checkpoint(model_config.model, model_config.revision)
+        cache = vllm_config.load_config.download_dir
+        base = open_checkpoint(model_config.model, model_config.revision, cache)
         specs = tensor_specs(base.config, set(base.files))
         # In the order of the base's list: a weight's place is its record's in every image.
         self.shapes = {spec.name: base.shape(spec.name) for spec in specs}
