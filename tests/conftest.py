@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -27,6 +28,8 @@ settings.register_profile(
     "deltamux", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("deltamux")
+# `make fuzz` asks for more examples than the tests have time for, and for others each time.
+FUZZ_EXAMPLES = int(os.environ.get("DELTAMUX_FUZZ", "0"))
 # How long `eventually` waits. Only an event that never comes takes that long.
 PATIENCE_SECONDS = 300.0
 

@@ -121,6 +121,7 @@ def test_the_command_line_is_frozen() -> None:
             "expert",
         ],
         "inspect": ["--json", "artifact"],
+        "key": ["--stdin"],
         "merge": ["--dtype", "--output", "-o", "artifact", "base"],
         "evaluate": [
             "--data",
