@@ -26,6 +26,7 @@ HTTP = ROOT / "docs" / "http.md"
 PAGES = [
     README,
     ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
     ROOT / "docker" / "README.md",
     ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

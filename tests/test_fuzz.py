@@ -175,6 +175,7 @@ def material(
     original = make_artifact("qwen2")
     base = open_checkpoint(make_pair("qwen2")[0])
     shapes = {name: base.shape(name) for name in base.files}
+    check_values(image_of(original, shapes), shapes)
     return shutil.copytree(original, folder / "artifact"), original, shapes
 
 
@@ -377,15 +378,16 @@ def router(
         path = folder / "data" / f"{domain}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fit_router(read_dataset(folder / "data"), folder / "original", base=str(base))
+    assert decided(folder / "original", folder / "original", base).confidence > 0
     return shutil.copytree(folder / "original", folder / "router"), folder / "original", base
 
 
-def decided(folder: Path, base: Path) -> Any:
+def decided(folder: Path, original: Path, base: Path) -> Any:
     from deltamux.router.decide.router import Router
     from deltamux.router.decide.tokenizer import load_tokenizer, tokenizer_sha256
 
     found = Router.load(folder, tokenizer_sha256=tokenizer_sha256(base))
-    return found.decide(["select the table"], load_tokenizer(base))
+    return found.decide(["select the table"], load_tokenizer(original))
 
 
 @fuzz(100)
@@ -397,7 +399,7 @@ def test_configurations_of_routers(
     shutil.copy(original / "router.safetensors", folder)
     content = json.loads((original / "router_config.json").read_text())
     (folder / "router_config.json").write_text(json.dumps(changed(content, path, value)))
-    found = refused_or(lambda: decided(folder, base))
+    found = refused_or(lambda: decided(folder, original, base))
     assert found is None or 0 <= found.confidence <= 1
 
 
@@ -419,7 +421,7 @@ def test_tables_of_routers(
         else damaged(whole, places, 1.0 if kept > 0.95 else kept)
     )
     (folder / "router.safetensors").write_bytes(content)
-    found = refused_or(lambda: decided(folder, base))
+    found = refused_or(lambda: decided(folder, original, base))
     assert found is None or 0 <= found.confidence <= 1
 
 
@@ -442,7 +444,9 @@ def test_requests_for_auto(router: tuple[Path, Path, Path], request: dict[str, A
     from deltamux.serve.settings import RouterSettings
 
     _, original, base = router
-    route = AutoRoute(RouterSettings(path=original), base, load_tokenizer(base), lambda _: True)
+    encode = load_tokenizer(original)
+    route = AutoRoute(RouterSettings(path=original), base, encode, lambda _: True)
+    assert route.error is None
     decisions = refused_or(lambda: route.decide_each(request, counted=True)) or []
     assert all(0 <= decision.confidence <= 1 for decision in decisions)
     json.dumps([decision.to_json() for decision in decisions])
