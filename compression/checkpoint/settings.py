@@ -30,6 +30,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 # Chosen, not measured: templates have some kilobytes, and models a handful of tokens that end an answer.
 MOST_TEMPLATE_BYTES = MIB
 MOST_STOP_IDS = 128
+LARGEST_CONSTANT = 1_000_000
 # Of a token's id, where the vocabulary is not known.
 LARGEST_ID = 2**31 - 1
 
@@ -216,11 +217,29 @@ def check_template(path: Path, template: str) -> None:
         raise refusal(f"line {error.lineno}: {error.message}") from error
     except RecursionError as error:
         raise refusal("it is nested too deep") from error
+    endless = _endless(parsed)
+    if endless:
+        raise refusal(endless)
     for kind, names in ((nodes.Filter, environment.filters), (nodes.Test, environment.tests)):
         for node in parsed.find_all(kind):
             if node.name not in names:
                 what = kind.__name__.lower()
                 raise refusal(f"line {node.lineno}: there is no {what} {node.name!r}")
+
+
+def _endless(parsed: Any) -> str | None:
+    """What of a parsed template Jinja would compute for ever when it compiles it: constants."""
+    from jinja2 import nodes
+
+    if any(parsed.find_all(nodes.Pow)):
+        return "it has a power, which takes any time to compute"
+    for product in parsed.find_all(nodes.Mul):
+        values = [each.value for each in product.find_all(nodes.Const)]
+        largest = max((each for each in values if isinstance(each, int)), default=0)
+        constant = not any(product.find_all(nodes.Name))
+        if constant and (any(product.find_all(nodes.Mul)) or largest > LARGEST_CONSTANT):
+            return f"line {product.lineno}: it has a product that is too large to compute"
+    return None
 
 
 def _read(path: Path, schema: type[Settings]) -> Settings:

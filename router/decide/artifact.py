@@ -37,6 +37,10 @@ from deltamux.router.decide.config import (
 from deltamux.router.decide.encoder import WIDTH as SENTENCE_WIDTH
 from deltamux.router.decide.tables import Floats, Tables
 
+#: Of the largest files that are read. Chosen, not measured: tables of 256 thousand tokens and 64 domains take 33 MB.
+MOST_CONFIG_BYTES: Final = 16 * 2**20
+MOST_TABLES_BYTES: Final = 2 * 2**30
+
 #: Tensor that the classifier does not read.
 SEEN: Final = "seen"
 
@@ -125,9 +129,12 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
         ValueError: A file is truncated, of another kind or version, or they do not fit together.
     """
     config_path, tables_path = directory / CONFIG_FILE, directory / TABLES_FILE
-    for path in (config_path, tables_path):
+    for path, most in ((config_path, MOST_CONFIG_BYTES), (tables_path, MOST_TABLES_BYTES)):
+        # is_file: a pipe would block whoever opens it, a device never end.
         if not path.is_file():
             raise FileNotFoundError(f"no {path.name} in {directory}; fit a router there first")
+        if path.stat().st_size > most:
+            raise ValueError(f"{path} has more than {most:,} bytes; fit the router again")
     config = parse_config(config_path.read_text(encoding="utf-8"), config_path)
     arrays = _read_tables(tables_path)
     num_domains = len(config.labels)

@@ -44,7 +44,7 @@ def _describe(expert: Expert, server: ServerState) -> dict[str, Any]:
         "last_used": expert.last_used,
         "running": running,
         "waiting": waiting,
-        "error": expert.error or seen.error,
+        "error": _told(expert.error or seen.error),
     }
 
 
@@ -52,6 +52,11 @@ def sees_paths() -> bool:
     """Whether the client may know how the server's disk is laid out: an admin, or anybody where there are no tenants."""
     tenant = current_tenant.get()
     return tenant is None or tenant.admin
+
+
+def _told(reason: str | None) -> str | None:
+    """Why an expert is refused; its paths are for those who may know them."""
+    return reason if reason is None or sees_paths() else "refused"
 
 
 def _visible(name: str, server: ServerState) -> Expert | None:

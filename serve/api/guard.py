@@ -14,12 +14,15 @@ from typing import Any
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 
+from deltamux.compression.files import MIB
 from deltamux.serve.api.access import Access, access_of
 from deltamux.serve.api.tenants import Keys, Tenant, current_tenant, load_tenants
 from deltamux.serve.observability import metrics
 
 logger = logging.getLogger("vllm.deltamux")
 
+# Of a request's body, which is parsed as a whole. Chosen, not measured: the longest contexts take some megabytes.
+MOST_BODY_BYTES = 64 * MIB
 POLICY_VIOLATION = 1008  # of a WebSocket
 WEBSOCKET = "websocket"
 
@@ -73,10 +76,11 @@ class Guard:
         method = scope.get("method", "GET")
         access = access_of(method, get_route_path(scope))
         tenant = self._doors.keys.owner(Headers(scope=scope).get("authorization"))
-        refused = self._refusal(access, tenant)
+        refused = self._refusal(access, tenant) or _too_large(scope)
         if refused:
             await _refuse(scope, send, *refused)
             return
+        receive = _bounded(receive)
         mark = current_tenant.set(tenant)
         try:
             if tenant is None or method != "POST" or access is not Access.USER:
@@ -113,6 +117,22 @@ class Guard:
             tenant.limits.leave()
 
 
+def _bounded(receive: Any) -> Any:
+    """What receives a body, and ends the connection where it is larger than anything that is asked."""
+    received = 0
+
+    async def bounded() -> Any:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > MOST_BODY_BYTES:
+            logger.warning("deltamux: a request's body has more than %d bytes", MOST_BODY_BYTES)
+            return {"type": "http.disconnect"}
+        return message
+
+    return bounded
+
+
 _LIMITS = {
     "requests": "requests a minute",
     "tokens": "tokens a minute",
@@ -122,7 +142,17 @@ _KINDS = {
     HTTPStatus.UNAUTHORIZED: "AuthenticationError",
     HTTPStatus.FORBIDDEN: "PermissionDeniedError",
     HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "BadRequestError",
 }
+
+
+def _too_large(scope: Any) -> tuple[HTTPStatus, str] | None:
+    """Refuse a body by the size that it says it has."""
+    said = Headers(scope=scope).get("content-length", "0")
+    digits = len(str(MOST_BODY_BYTES))
+    if not said.isdecimal() or (len(said) <= digits and int(said) <= MOST_BODY_BYTES):
+        return None
+    return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body has up to {MOST_BODY_BYTES:,} bytes"
 
 
 async def _refuse(

@@ -232,7 +232,10 @@ class Gateway:
             try:
                 record.swap_wait_seconds = await self._registry.admit(expert)
             except ExpertError as error:
-                return unavailable(str(error))
+                tenant = current_tenant.get()
+                if tenant is None or tenant.admin:
+                    return unavailable(str(error))
+                return unavailable(f"expert {expert.name!r} is not available")
             if call.method not in expert.variants:
                 expert.variants[call.method] = specialise(call.handler, expert)
             variant = expert.variants[call.method]
