@@ -71,6 +71,7 @@ ENGINE_ATTRIBUTES = (
     "pin_lora",
     "reset_prefix_cache",
     "check_health",
+    "errored",
 )
 MODELS_ATTRIBUTES = (
     "base_model_paths",

@@ -11,6 +11,7 @@ import copy
 import logging
 import re
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from deltamux.serve.status import ExpertStatus, read_status
 
 _WORKER_ERROR = re.compile(r"failed with error '(.*)', please check", re.DOTALL)
 logger = logging.getLogger("vllm.deltamux")
+
+# Between looks at whether the engine is still there, while it is waited for. Chosen, not measured.
+ENGINE_POLL_SECONDS = 0.5
 
 
 class ExpertRegistry:
@@ -89,7 +93,7 @@ class ExpertRegistry:
         self._models.lora_requests.clear()
         for name, request in given.items():
             await self.register(name, artifact_path(request.lora_path))
-            await self._engine.remove_lora(request.lora_int_id)
+            await self._asked(self._engine.remove_lora(request.lora_int_id))
 
     async def offer(self, name: str, path: Path, pin: bool) -> Expert:
         """Register an expert from the configuration; a refused one is kept with its reason.
@@ -169,7 +173,7 @@ class ExpertRegistry:
             await self._load(expert)
         if seen.error:
             # What ran while it was gone left the base's keys in the cache under its name.
-            await self._engine.reset_prefix_cache()
+            await self._asked(self._engine.reset_prefix_cache())
         return time.monotonic() - start if absent else 0.0
 
     async def pin(self, name: str) -> None:
@@ -183,7 +187,7 @@ class ExpertRegistry:
             raise ExpertError(f"there is no expert {name!r}")
         await self.admit(expert)
         try:
-            await self._engine.pin_lora(expert.request.lora_int_id)
+            await self._asked(self._engine.pin_lora(expert.request.lora_int_id))
         except Exception as error:
             raise ExpertError(_reason(error)) from error
         expert.pinned = True
@@ -210,9 +214,24 @@ class ExpertRegistry:
             base_model_name=self._models.base_model_paths[0].name,
         )
 
+    async def _asked(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """The engine's answer to a call; an engine that has ended gives none, and vLLM would wait for it.
+
+        Raises:
+            ExpertError: The engine has ended meanwhile.
+        """
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({task}, timeout=ENGINE_POLL_SECONDS))[0]:
+                if self._engine.errored:
+                    raise ExpertError("the engine has ended: ask again when the server is back")
+            return task.result()
+        finally:
+            task.cancel()
+
     async def _load(self, expert: Expert) -> None:
         try:
-            await self._engine.add_lora(expert.request)
+            await self._asked(self._engine.add_lora(expert.request))
         except Exception as error:
             raise ExpertError(_reason(error)) from error
 
@@ -224,7 +243,7 @@ class ExpertRegistry:
 
     async def _drop(self, expert: Expert) -> None:
         await expert.drained()
-        await self._engine.remove_lora(expert.request.lora_int_id)
+        await self._asked(self._engine.remove_lora(expert.request.lora_int_id))
         self._versions.pop(expert.request.lora_int_id, None)
 
     def _in_background(self, work: Any) -> None:
