@@ -157,7 +157,7 @@ def _observing(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
         generated = len(given["output"].new_token_ids)
         metrics.tokens_total.labels(label, "generated").inc(generated)
         if record is not None:
-            record.generated_tokens += generated
+            record.spend("generated", generated)
 
     observed.deltamux = True  # type: ignore[attr-defined]
     return observed
@@ -169,7 +169,7 @@ def _first_token(label: str, record: RequestRecord | None, stats: Any, now: floa
     if record is None:
         metrics.ttft_seconds.labels(label).observe(stats.first_token_latency)
         return
-    record.prompt_tokens += prompt_tokens
+    record.spend("prompt", prompt_tokens)
     if record.ttft_seconds is not None:
         return
     # Wall clocks both: somebody may have set them back meanwhile.

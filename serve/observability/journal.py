@@ -71,6 +71,19 @@ class RequestRecord:
         """Since its arrival; never below nought, though somebody may have set the clock back meanwhile."""
         return max(0.0, time.time() - self.arrival)
 
+    def spend(self, kind: str, tokens: int) -> None:
+        """Count tokens, `prompt` or `generated`; those that come behind the response's end are charged at once.
+
+        A response that is made in the background ends before its first token.
+        """
+        if kind == "prompt":
+            self.prompt_tokens += tokens
+        else:
+            self.generated_tokens += tokens
+        if self.outcome is not None and self.tenant is not None:
+            self.tenant.limits.spend(tokens)
+            metrics.tenant_tokens.labels(self.tenant.name, kind).inc(tokens)
+
     def to_json(self) -> dict[str, Any]:
         """The fields of a log line."""
         return {

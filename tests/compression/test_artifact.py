@@ -15,7 +15,7 @@ from deltamux.compression.artifact.manifest import (
     manifest_sha256,
     read_manifest,
 )
-from deltamux.compression.artifact.matrices import Coded, Factored
+from deltamux.compression.artifact.matrices import Coded, Factored, FactoredEntry
 from deltamux.compression.artifact.merge import check_base, reconstructed
 from deltamux.compression.artifact.stored import BiasDelta, Encoded, Replacement
 from deltamux.compression.checkpoint.architecture import Role, TensorSpec
@@ -532,3 +532,10 @@ def test_the_content_hash_is_stable_and_follows_the_weights(copied, make_artifac
     assert len(before) == 16
     edit_json(copied / "delta_config.json", weights_sha256="0" * 64)
     assert content_hash(copied) != before
+
+
+def test_a_rank_larger_than_the_matrix_is_refused_before_anything_is_unpacked():
+    entry = {"name": LINEAR, "role": "linear", "shape": (96, 128), "bytes": 1}
+    assert FactoredEntry.model_validate(entry | {"rank": 96}).rank == 96
+    with pytest.raises(ValueError, match="rank 97, more than the matrix itself"):
+        FactoredEntry.model_validate(entry | {"rank": 97})

@@ -1,11 +1,17 @@
 """Tenants: their file, their keys, and what is left of their minute."""
 
+import asyncio
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from deltamux.serve.api.expert import Expert, ExpertError
+from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.api.guard import MOST_BODY_BYTES, Doors, Guard
 from deltamux.serve.api.limits import Bucket, Limits
 from deltamux.serve.api.owners import Owners
 from deltamux.serve.api.roots import Roots
@@ -201,3 +207,84 @@ def test_roots_bind_directories_and_the_files_in_them(tmp_path: Path) -> None:
             roots.inside(path)
     with pytest.raises(ValueError, match="absolute path"):
         roots.inside(Path("expert"))
+
+
+def test_a_clock_that_is_set_back_makes_no_time_negative() -> None:
+    from deltamux.router.decide.decision import Decision
+    from deltamux.serve.observability.journal import RequestRecord
+
+    decision = Decision("math", "math", 1.0, "explicit", {})
+    record = RequestRecord("math", decision, arrival=time.time() + 3600)
+    assert record.seconds == 0.0
+    assert record.to_json()["e2e_seconds"] == 0.0
+
+
+def test_tokens_that_come_behind_the_end_of_a_response_are_charged() -> None:
+    from deltamux.router.decide.decision import Decision
+    from deltamux.serve.observability import journal
+
+    tenant = Tenant("team", limits=Limits(tokens_per_minute=100))
+    mark = journal.current_tenant.set(tenant)
+    try:
+        book = journal.Journal()
+        record = book.begin("math", Decision("math", "math", 1.0, "explicit", {}), time.time())
+    finally:
+        journal.current_tenant.reset(mark)
+    record.spend("prompt", 30)
+    assert tenant.limits.enter() is None
+    book.close(record, "ok")
+    record.spend("generated", 75)
+    refused = tenant.limits.enter()
+    assert refused is not None
+    assert refused[0] == "tokens"
+
+
+def ask(headers: list[tuple[bytes, bytes]], parts: list[bytes]) -> tuple[list[Any], list[Any]]:
+    """What a guard sends, and what the application behind it receives of a body in parts."""
+    sent: list[Any] = []
+    received: list[Any] = []
+    waiting = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        received.extend([await receive() for _ in parts])
+
+    async def receive() -> Any:
+        return waiting.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    asyncio.run(Guard(app, Doors())(scope, receive, send))
+    return sent, received
+
+
+@pytest.mark.parametrize("length", [str(MOST_BODY_BYTES + 1), "9" * 5000])
+def test_a_body_that_says_it_is_too_large_is_not_read(length: str) -> None:
+    sent, received = ask([(b"content-length", length.encode())], [b"x"])
+    assert sent[0]["status"] == 413
+    assert not received
+
+
+def test_a_body_that_grows_too_large_is_given_up() -> None:
+    half = b"x" * (MOST_BODY_BYTES // 2)
+    _, received = ask([], [half, half, b"x"])
+    assert [each["type"] for each in received] == ["http.request"] * 2 + ["http.disconnect"]
+
+
+class Engine:
+    """An engine that gives no answer any more."""
+
+    errored = False
+
+    async def add_lora(self, _: Any) -> None:
+        self.errored = True
+        await asyncio.Event().wait()
+
+
+def test_a_call_to_an_engine_that_has_ended_is_given_up() -> None:
+    engine = Engine()
+    registry = ExpertRegistry(engine, None, None)  # type: ignore[arg-type]
+    expert = Expert("math", Path("math"), request=object())
+    with pytest.raises(ExpertError, match="the engine has ended"):
+        asyncio.run(registry._load(expert))
