@@ -40,6 +40,8 @@ test-image: $(VENV)/.installed
 EXAMPLES ?= 20000
 fuzz: $(VENV)/.installed
 	DELTAMUX_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-show-statistics
+	@if $(BIN)/python -c 'import atheris' 2> /dev/null; then for part in streams manifests settings; do \
+	  $(BIN)/python tests/fuzz_coverage.py $$part -runs=$$((10 * $(EXAMPLES))) || exit 1; done; fi
 
 check: lint types
 
