@@ -133,17 +133,36 @@ class ExpertManager:
         Raises:
             ValueError: The expert is not loaded, or no slot would be left for the others.
         """
-        if expert_id not in self.host and expert_id not in self.resident:
-            raise ValueError(f"expert {expert_id} is not loaded: load it before pinning it")
         if expert_id not in self.pinned and len(self.pinned) + 1 >= self.slots.count:
             raise ValueError(
                 f"pinning expert {expert_id} would pin all {self.slots.count} slots: "
                 "one must stay free for the others"
             )
-        if expert_id not in self.resident:
-            self._activate(expert_id, keep=set())
+        self.activate_adapter(expert_id)
         self.pinned.add(expert_id)
         self.host.pin(expert_id)
+        self._publish()
+        return True
+
+    def unpin_adapter(self, expert_id: int) -> bool:
+        """Let an expert leave its slot like any other; it stays until another needs the slot."""
+        was_pinned = expert_id in self.pinned
+        self.pinned.discard(expert_id)
+        self.host.unpin(expert_id)
+        self._publish()
+        return was_pinned
+
+    def activate_adapter(self, expert_id: int) -> bool:
+        """Bring an expert into a slot; the least recently used one makes room, a pinned one last.
+
+        Raises:
+            ValueError: The expert is not loaded.
+        """
+        if expert_id not in self.resident:
+            if expert_id not in self.host:
+                raise ValueError(f"expert {expert_id} is not loaded: load it first")
+            self._activate(expert_id, keep=set())
+        self.resident.move_to_end(expert_id)
         self._publish()
         return True
 
