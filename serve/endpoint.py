@@ -12,10 +12,10 @@ from fastapi import FastAPI
 from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.api.autoroute import AutoRoute
+from deltamux.serve.api.console import console_router
 from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.api.experts_api import experts_router
 from deltamux.serve.api.handlers import Gateway, RoutedHandler
-from deltamux.serve.api.console import console_router
 from deltamux.serve.api.headers import DecisionHeaders
 from deltamux.serve.api.ready import ready_router
 from deltamux.serve.api.router_api import routing_router

@@ -48,7 +48,7 @@ function inWords(status, body, retryAfter) {
   const message = said(body).trim().slice(0, MOST_LETTERS);
   if (status === 401) return "The server does not take this key.";
   if (status === 403) {
-    return `This key may look, but not do that: ${message || "the server forbids it"} (403). Use an administrator's key.`;
+    return `This key does not allow it: ${message || "the server gives no reason"} (403). Use an administrator's key.`;
   }
   if (status === 429) {
     const when = retryAfter ? ` Try again in ${retryAfter} s.` : "";

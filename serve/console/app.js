@@ -51,7 +51,7 @@ function showState() {
   const [words, kind] = state(away, locked, ready);
   text(byId("ready"), words);
   set(byId("ready"), "class", `pill ${kind}`);
-  set(byId("ready"), "title", ready?.reasons.join("; "));
+  set(byId("ready"), "title", reasons(ready));
   const since = away && duration((Date.now() - server.awaySince) / 1000);
   text(byId("away"), away ? `${away.message} Asking again every 2 seconds; what is shown is ${since} old.` : notReady(ready, locked));
   set(byId("away"), "class", away ? "error" : "");
@@ -70,7 +70,12 @@ function state(away, locked, ready) {
 
 function notReady(ready, locked) {
   if (locked || ready === null || ready.ready) return "";
-  return `The server is not ready: ${ready.reasons.join("; ")}.`;
+  return `The server is not ready: ${reasons(ready) || "an administrator's key shows why"}.`;
+}
+
+// Who is no administrator gets none.
+function reasons(ready) {
+  return ready?.reasons?.join("; ") ?? "";
 }
 
 // Experts that came or went since the last look, and a server that came back.

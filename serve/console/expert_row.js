@@ -31,7 +31,7 @@ export function updateRow(row, expert) {
   const { path, reason, pill, numbers, chart, buttons } = row.parts;
   const where = expert.error ? "refused" : expert.tier;
   const slot = expert.slot === null ? "" : ` ${expert.slot}`;
-  text(path, expert.path);
+  text(path, expert.path ?? "");
   text(reason, expert.error ?? "");
   text(pill, `${WHERE[where]}${where === "slot" ? slot : ""}${expert.pinned ? ", pinned" : ""}`);
   set(pill, "class", `pill where-${where}`);
