@@ -11,7 +11,7 @@ const MOST_LETTERS = 600;
 const root = new URL(".", document.baseURI);
 
 // What a server answered instead of what was asked; status 0: it did not answer.
-export class ServerError extends Error {
+class ServerError extends Error {
   constructor(status, message) {
     super(message);
     this.status = status;

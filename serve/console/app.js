@@ -52,8 +52,7 @@ function showState() {
   text(byId("ready"), words);
   set(byId("ready"), "class", `pill ${kind}`);
   set(byId("ready"), "title", reasons(ready));
-  const since = away && duration((Date.now() - server.awaySince) / 1000);
-  text(byId("away"), away ? `${away.message} Asking again every 2 seconds; what is shown is ${since} old.` : notReady(ready, locked));
+  text(byId("away"), away ? awayWords(away) : notReady(ready, locked));
   set(byId("away"), "class", away ? "error" : "");
   set(document.body, "class", away ? "stale" : null);
   const who = [server.base ? `base ${server.base}` : "", server.version].filter(Boolean).join(" · ");
@@ -66,6 +65,11 @@ function state(away, locked, ready) {
   if (locked) return ["Locked", "where-host"];
   if (ready === null) return ["Connecting", ""];
   return ready.ready ? ["Ready", "where-slot"] : ["Not ready", "where-host"];
+}
+
+function awayWords(away) {
+  const age = server.at ? ` What is shown is ${duration((Date.now() - server.at) / 1000)} old.` : "";
+  return `${away.message} Asking again every 2 seconds.${age}`;
 }
 
 function notReady(ready, locked) {

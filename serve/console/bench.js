@@ -87,7 +87,7 @@ function domains(probabilities, explanation) {
     const chart = bar(name === explanation?.domain ? "winner" : "");
     drawBar(chart, share, threshold);
     const needs = threshold === null ? "" : `${percent(threshold)} needed`;
-    return el("li", {}, el("span", { class: "domain" }, name), chart, el("span", { class: "share" }, percent(share), el("span", { class: "needs" }, needs)));
+    return el("li", {}, el("span", { class: "domain", title: name }, name), chart, el("span", { class: "share" }, percent(share), el("span", { class: "needs" }, needs)));
   });
   const left = ranked.length - rows.length;
   const more = left > 0 ? [el("li", { class: "detail" }, `and ${left} more`)] : [];

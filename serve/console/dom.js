@@ -76,7 +76,9 @@ export function own(object, name) {
   return object && Object.hasOwn(object, name) ? object[name] : undefined;
 }
 
-export function field(label, control, hint = null) {
-  const words = hint === null ? null : el("span", { class: "hint" }, hint);
-  return el("label", { class: "field" }, el("span", {}, label), control, words);
+let fields = 0;
+
+export function field(label, control) {
+  control.id = `field-${(fields += 1)}`;
+  return el("div", { class: "field" }, el("label", { for: control.id }, label), control);
 }

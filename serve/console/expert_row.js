@@ -66,9 +66,9 @@ function updateButtons([bring, pinning, retry], expert) {
   set(bring, "hidden", refused);
   set(pinning, "hidden", refused);
   set(retry, "hidden", !refused);
-  label(bring, "Bring in", `Bring ${name} into a slot`);
+  label(bring, "Bring in", `Bring in ${name}`);
   label(pinning, expert.pinned ? "Unpin" : "Pin", `${expert.pinned ? "Unpin" : "Pin"} ${name}`);
-  label(retry, "Try again", `Try to load ${name} again`);
+  label(retry, "Try again", `Try again to load ${name}`);
   enable(bring, expert.tier !== "slot" && !bring.dataset.busy);
   enable(pinning, !pinning.dataset.busy);
   enable(retry, !retry.dataset.busy);

@@ -21,7 +21,7 @@ const NAMES = { device: "Device", host: "Host" };
 const places = el("div", { class: "places" });
 const rows = el("tbody", {});
 const empty = el("p", { class: "empty", hidden: true });
-const table = el("table", { class: "kinds" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Kind"), el("th", { scope: "col" }, "What it is"), el("th", { scope: "col", class: "number" }, "Size"), el("th", { scope: "col", class: "number" }, "Of what is used"))), rows);
+const table = el("table", { class: "kinds" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Kind"), el("th", { scope: "col" }, "What it is"), el("th", { scope: "col", class: "number" }, "Size"), el("th", { scope: "col", class: "number" }, "Share"))), rows);
 const card = el("div", { class: "card" }, table);
 
 export function mount(root) {

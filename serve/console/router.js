@@ -80,7 +80,7 @@ function put({ value, detail }, words, details) {
 }
 
 function makeDomain([name]) {
-  const head = el("p", {}, el("strong", { class: "domain" }, name), el("span", { class: "detail" }));
+  const head = el("p", {}, el("strong", { class: "domain", title: name }, name), el("span", { class: "detail" }));
   const line = (kind, label) => el("p", { class: "pair" }, el("span", { class: "hidden-words" }, label), bar(kind), el("span", { class: "share" }));
   return el("li", {}, head, line("now", "now"), line("fit", "at the fit"));
 }

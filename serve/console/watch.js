@@ -22,7 +22,6 @@ export const server = {
   samplesError: null,
   version: "",
   away: null,
-  awaySince: 0,
   locked: null,
   history: [],
   residency: new Residency(PAST_MS),
@@ -70,7 +69,6 @@ function blame(error) {
     server.away = null;
     return;
   }
-  if (server.away === null) server.awaySince = Date.now();
   server.away = error;
 }
 

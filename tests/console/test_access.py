@@ -96,10 +96,10 @@ def test_everything_is_reached_by_keyboard_alone(site: Any, visit: Visit) -> Non
     press_until(page, "Route")
     page.keyboard.press("Space")
     page.get_by_text("1 routed in").wait_for()
-    page.keyboard.press("Alt+ArrowLeft")
+    page.go_back()
     page.locator("#view-experts").wait_for()
     site.http("POST", "/v1/experts/shell/slot")
-    press_until(page, "Bring sql into a slot")
+    press_until(page, "Bring in sql")
     page.keyboard.press("Enter")
     page.get_by_text(re.compile("sql is in slot")).wait_for()
 

@@ -54,12 +54,20 @@ def test_a_server_that_goes_away_is_told_and_the_page_recovers(site: Any, visit:
     assert page.locator("#ready").inner_text() == "Away"
     # What was seen last stays.
     assert page.locator("table.experts tbody tr").count() == len(site.experts())
-    page.get_by_role("button", name="Bring shell into a slot").click()
+    page.get_by_role("button", name="Bring in shell").click()
     page.locator(".notice.error", has_text="The server cannot be reached.").wait_for()
     site.relay.up()
     page.get_by_text("The server is back.").wait_for()
     assert page.locator("#ready").inner_text() == "Ready"
     assert page.locator("#away").inner_text() == ""
+
+
+def test_a_server_that_hangs_is_away_too(site: Any, visit: Visit) -> None:
+    page = visit()
+    page.route("**/v1/experts", lambda route: None)
+    page.get_by_text("The server did not answer in time. Asking again").wait_for()
+    page.unroute_all(behavior="ignoreErrors")
+    page.get_by_text("The server is back.").wait_for()
 
 
 def test_an_expert_that_disappears_leaves_the_table_with_a_notice(site: Any, visit: Visit) -> None:

@@ -108,7 +108,7 @@ def test_stop_ends_every_answer(site: Any, visit: Visit, eventually: Callable[..
     page = visit("playground")
     held: list[Any] = []
     # Held back, the requests are open for as long as it takes to press the button.
-    page.route("**/v1/chat/completions", held.append)
+    page.route("**/v1/chat/completions", lambda route: held.append(route))
     ask(page)
     eventually(lambda: page.get_by_text("Waiting for the first token").count() == 4)
     page.get_by_role("button", name="Stop").click()
