@@ -20,7 +20,7 @@ from deltamux.serve.demo.server import Server, deltamux_serve, free_port, runnin
 
 BUILD = Path(__file__).parents[2] / "build"
 KEY = "secret"
-PATIENCE_MS = 8_000.0
+PATIENCE_MS = 60_000.0
 # Of the Mozilla Public License 2.0; fetched for these tests alone and no part of any package.
 AXE = "axe-core@4.14.1"
 # A domain and a name as long as they may be; the domain would run as markup if it were taken for that.

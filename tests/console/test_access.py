@@ -99,6 +99,7 @@ def test_everything_is_reached_by_keyboard_alone(site: Any, visit: Visit) -> Non
     page.go_back()
     page.locator("#view-experts").wait_for()
     site.http("POST", "/v1/experts/shell/slot")
+    page.locator('button[aria-label="Bring in sql"]:not([aria-disabled])').wait_for()
     press_until(page, "Bring in sql")
     page.keyboard.press("Enter")
     page.get_by_text(re.compile("sql is in slot")).wait_for()
