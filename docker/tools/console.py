@@ -23,8 +23,8 @@ DOCKER = Path(__file__).parent.parent
 VIEWS = ("experts", "router", "memory", "bench", "playground")
 WIDTHS = (360, 1600)
 SCHEMES = ("light", "dark")
-# Enough for flat colours and smoothed letters, and a third of the bytes.
-COLOURS = 128
+# Enough for flat colours and smoothed letters, in a third of the bytes.
+COLOURS = 256
 PROMPTS = (
     "What is 17 times 23?",
     "List the names of all customers who ordered in May.",
@@ -112,7 +112,7 @@ def use(page: Page, view: str) -> None:
 def save(page: Page, path: Path) -> None:
     """Photograph the whole page, in few colours."""
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:

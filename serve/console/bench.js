@@ -3,7 +3,7 @@
 import { ask } from "./api.js";
 import { bar, drawBar } from "./charts.js";
 import { el, enable, field, heading, isEnabled, own, text } from "./dom.js";
-import { duration, percent } from "./words.js";
+import { latency, percent } from "./words.js";
 
 const MOST_PROMPTS = 100;
 const MOST_DOMAINS = 6;
@@ -48,7 +48,7 @@ async function onSubmit(event) {
   await inTurns(asked, (prompt, index) => showDecision(items[index], prompt));
   enable(run, true);
   const left = all.length - asked.length;
-  return text(status, `${asked.length} routed in ${duration((performance.now() - start) / 1000)}${left ? `; the other ${left} were left out, ${MOST_PROMPTS} are the most` : ""}.`);
+  return text(status, `${asked.length} routed in ${latency((performance.now() - start) / 1000)}${left ? `; the other ${left} were left out, ${MOST_PROMPTS} are the most` : ""}.`);
 }
 
 // Does some things at a time, in order.
@@ -73,7 +73,7 @@ async function showDecision(item, prompt) {
 }
 
 function decided({ expert, domain, confidence, reason, probabilities, explanation, error, seconds }) {
-  const why = `${REASONS[reason] ?? reason}; ${percent(confidence)} for ${domain}, in ${duration(seconds)}`;
+  const why = `${REASONS[reason] ?? reason}; ${percent(confidence)} for ${domain}, in ${latency(seconds)}`;
   const verdict = el("p", { class: "verdict" }, el("strong", { class: expert === null ? "base" : "expert" }, expert ?? "base"), el("span", { class: "detail" }, why));
   const broken = error ? el("p", { class: "reason" }, error) : null;
   const parts = el("div", { class: "why" }, domains(probabilities, explanation), tokensOf(explanation));

@@ -4,8 +4,8 @@ import { LONG_MS, ask } from "./api.js";
 import { drawTimeline, timeline } from "./charts.js";
 import { el, enable, isEnabled, set, text } from "./dom.js";
 import { notice } from "./notices.js";
-import { PAST_MS, look, rate, server } from "./watch.js";
-import { ago, bits, bytes, digits, duration } from "./words.js";
+import { look, rate, server } from "./watch.js";
+import { ago, bits, bytes, digits, latency } from "./words.js";
 
 const WHERE = { slot: "slot", host: "host memory", disk: "disk", refused: "refused" };
 
@@ -22,7 +22,7 @@ export function makeRow(expert) {
   const numbers = ["Size", "Bits a weight", "Requests/s", "Tokens/s", "Open", "Last asked"].map((label) => cell(label, "number"));
   const chart = timeline();
   const buttons = makeButtons(expert.id);
-  row.append(name, cell("Where", "where", pill), ...numbers, cell("Last 15 minutes", "times", chart), cell("By hand", "hand", ...buttons));
+  row.append(name, cell("Where", "where", pill), ...numbers, cell("Where it was", "times", chart), cell("By hand", "hand", ...buttons));
   row.parts = { path, reason, pill, numbers, chart, buttons };
   return row;
 }
@@ -44,7 +44,7 @@ export function updateRow(row, expert) {
     ago(expert.last_used, server.at),
   ];
   figures.forEach((words, index) => text(numbers[index], words));
-  drawTimeline(chart, server.residency.of(expert.id), server.at, PAST_MS);
+  drawTimeline(chart, server.residency.of(expert.id), server.at, server.residency.reach(server.at));
   row.expert = expert;
   updateButtons(buttons, expert);
 }
@@ -106,7 +106,7 @@ async function act(button, method, path, body, done) {
   const start = Date.now();
   try {
     const expert = await ask(method, path, body, LONG_MS);
-    notice(`${done(expert)} It took ${duration((Date.now() - start) / 1000)}.`);
+    notice(`${done(expert)} It took ${latency((Date.now() - start) / 1000)}.`);
   } catch (error) {
     notice(error.message, true);
   }

@@ -19,7 +19,7 @@ const COLUMNS = [
   ["Tokens/s", (expert) => -rate("tokens", expert.id)],
   ["Open", (expert) => -(expert.running + expert.waiting)],
   ["Last asked", (expert) => -(expert.last_used ?? 0)],
-  ["Last 15 minutes", null],
+  ["Where it was", null],
   ["By hand", null],
 ];
 
@@ -68,7 +68,7 @@ function updateTiles() {
   tiles.swaps.show(digits(rate("swaps") * 60), none || "moves into a slot", per("swaps", 60), PAST_MS);
   const open = history.map((seen) => [seen.at, seen.running + seen.waiting]);
   const states = last ? `${last.running} running, ${last.waiting} waiting` : none;
-  tiles.open.show(last ? digits(last.running + last.waiting) : "–", states, open, PAST_MS);
+  tiles.open.show(last ? String(last.running + last.waiting) : "–", states, open, PAST_MS);
 }
 
 function updateSlots() {
@@ -96,6 +96,11 @@ function head([title, by], index) {
   return el("th", { scope: "col", role: "columnheader" }, sorts);
 }
 
+function lastMinutes() {
+  const minutes = server.residency.reach(server.at) / 60_000;
+  return minutes === 1 ? "Last minute" : `Last ${minutes} minutes`;
+}
+
 function sortBy(index) {
   sorting.down = sorting.column === index && !sorting.down;
   sorting.column = index;
@@ -118,6 +123,7 @@ function chosen() {
 function draw() {
   const shown = chosen();
   heads.forEach((cell, index) => {
+    if (COLUMNS[index][0] === "Where it was") text(cell, lastMinutes());
     const direction = sorting.down ? "descending" : "ascending";
     set(cell, "aria-sort", index === sorting.column ? direction : null);
   });

@@ -3,7 +3,7 @@
 import { stream } from "./api.js";
 import { el, enable, field, fill, heading, isEnabled, keyed, set, text } from "./dom.js";
 import { look, server } from "./watch.js";
-import { count, digits, duration, percent } from "./words.js";
+import { count, digits, latency, percent } from "./words.js";
 
 const REASONS = { router: "the router is sure", abstain: "the router is not sure", "router-error": "the router could not decide" };
 const ENDS = { stop: "ended by itself", length: "stopped at the most tokens" };
@@ -159,7 +159,7 @@ function showFigures({ figures }, state) {
   const seconds = (performance.now() - (state.first ?? state.start)) / 1000;
   const made = state.tokens ?? state.pieces;
   const words = [];
-  if (state.first !== null) words.push(`first token after ${duration((state.first - state.start) / 1000)}`);
+  if (state.first !== null) words.push(`first token after ${latency((state.first - state.start) / 1000)}`);
   if (made) words.push(count(made, "token", "tokens"));
   if (made > 1 && seconds > 0 && state.first !== null) words.push(`${digits((made - 1) / seconds)} tokens/s`);
   if (state.end !== null) words.push(ENDS[state.end] ?? state.end);

@@ -3,6 +3,7 @@
 const KEEP = "deltamux.residency";
 // A longer pause than this between two looks is a time of which nothing is known.
 const GAP_MS = 10_000;
+const MINUTE_MS = 60_000;
 
 export class Residency {
   constructor(pastMs) {
@@ -25,6 +26,12 @@ export class Residency {
       while (spans.length && spans[0].end < at - this.pastMs) spans.shift();
       if (!spans.length) this.spans.delete(id);
     }
+  }
+
+  // How far back anything is known, in whole minutes.
+  reach(at) {
+    const first = Math.min(at, ...[...this.spans.values()].map((spans) => spans[0].start));
+    return Math.min(Math.max(Math.ceil((at - first) / MINUTE_MS), 1) * MINUTE_MS, this.pastMs);
   }
 
   of(id) {

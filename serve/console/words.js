@@ -35,6 +35,11 @@ export function duration(seconds) {
   return `${Math.floor(seconds / 86400)} d`;
 }
 
+// A short time, with one digit behind the point.
+export function latency(seconds) {
+  return seconds < 1 || seconds >= 60 ? duration(seconds) : `${seconds.toFixed(1)} s`;
+}
+
 export function ago(unixSeconds, nowMs) {
   if (!unixSeconds) return "never";
   const seconds = nowMs / 1000 - unixSeconds;
