@@ -9,7 +9,7 @@ forms the smallest is taken, each is exact:
 
 - plane: column j of a row is in bits 2 (j mod 4) and up of byte ⌊j / 4⌋; rows are padded to 16 bytes.
 - escapes: uint16, the low 12 bits a column within its block of 4096, the high 4 bits d + 8 with −8 ≤ d ≤ 7; by row,
-  block and column. A difference beyond takes several. `starts` [R · blocks + 1] says where each row's block begins.
+  block and column. A difference beyond takes several. Code and escapes of a place come to −16 … 31. `starts` [R · blocks + 1] says where each row's block begins.
 
 Shapes: R coded rows, K columns, L codes that occur, E escapes.
 """

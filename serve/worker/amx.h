@@ -5,12 +5,12 @@
 #pragma once
 
 #define TARGET_AMX \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,amx-tile,amx-int8")))
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,bmi2,amx-tile,amx-int8")))
 
 namespace deltamux::amx {
 
 // Tokens from which on tiles pay.
-constexpr int FEW_TOKENS = 7;
+constexpr int FEW_TOKENS = 9;
 // Tokens from which on several blocks of rows pay: their codes no longer fit into the first cache.
 constexpr int MANY_TOKENS = 32;
 // Units that inputs are asked for ahead.
@@ -136,14 +136,14 @@ TARGET_AMX static void multiply(const Codes &run, const Inputs &inputs, float ze
 }
 
 static Layout layout(int tokens) {
-    if (tokens < FEW_TOKENS) return {1, false};
-    return {tokens < MANY_TOKENS ? 1 : MOST_AT_ONCE, true};
+    if (tokens < FEW_TOKENS) return {1, false, true};
+    return {tokens < MANY_TOKENS ? 1 : MOST_AT_ONCE, true, false};
 }
 
 static const Kernels KERNELS = {
-    "amx",     vnni::quantize, vnni::widen, vnni::unpack,    multiply,     vnni::multiply_exact,
-    vnni::dot, vnni::dot_int8, vnni::scale, vnni::add_outer, vnni::add_to, layout,
-    begin,     end,
+    "amx", vnni::quantize, vnni::widen, vnni::unpack, vnni::add_escapes, multiply, vnni::multiply_exact,
+    vnni::multiply_planes, vnni::interleave, vnni::sum_escapes, vnni::dot, vnni::dot_int8, vnni::scale,
+    vnni::add_outer, vnni::add_to, layout, begin, end,
 };
 
 }  // namespace deltamux::amx

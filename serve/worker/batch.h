@@ -12,6 +12,7 @@
 namespace deltamux {
 
 constexpr int MOST_SLICES = 8;
+constexpr int NOT_BY_COLUMN = -1;
 
 // A layer as Python prepares it once.
 struct Linear {
@@ -27,6 +28,8 @@ struct Members {
     int place;           // in the room for panels, in rows
     int at_once;         // blocks of 16 outputs that are worked on together
     bool whole_panels;
+    bool from_planes;    // few enough for `multiply_planes`
+    int by_column;       // where its inputs by column begin, in numbers
 };
 
 // One slice of one slot with some rows of the batch.
@@ -34,6 +37,7 @@ struct Span {
     Record record;
     Members members;
     int slice_rows, slice_start;
+    bool from_planes;     // by `multiply_planes`
     bool compact;         // blocks of coded rows, not of output rows
     int parts, part_end;  // so many pieces of work; the latter counted over all spans
     int thin_width;       // channels, directions of factors, a bias
@@ -54,6 +58,7 @@ struct Batch {
     int64_t first;
     int tokens, panel_rows;
     int most_tokens, most_thin, most_at_once;
+    int by_column;  // numbers of inputs by column
     bool coded, wide;  // whether some span has codes, and whether some asks for x in float32
 
     void plan(const Kernels &kernels, const Linear &layer, const int64_t *starts, int64_t from,
@@ -62,7 +67,7 @@ struct Batch {
         spans.clear();
         first = from;
         tokens = int(to - from);
-        panel_rows = most_tokens = most_thin = most_at_once = 0;
+        panel_rows = most_tokens = most_thin = most_at_once = by_column = 0;
         coded = wide = false;
         for (int slot = 0; slot < layer.num_slots; slot++) {
             int begin = int(std::max(starts[slot], from) - from);
@@ -89,8 +94,9 @@ struct Batch {
 
   private:
     void add_members(const Kernels &kernels, Type type, int begin, int count) {
-        Layout layout = type == FLOAT32 ? Layout{1, false} : kernels.layout(count);
-        members.push_back({begin, count, panel_rows, layout.blocks, layout.whole_panels});
+        Layout layout = type == FLOAT32 ? Layout{1, false, false} : kernels.layout(count);
+        members.push_back({begin, count, panel_rows, layout.blocks, layout.whole_panels,
+                           layout.from_planes, NOT_BY_COLUMN});
         panel_rows += layout.whole_panels ? divide_up(count, PANEL) * PANEL : count;
         most_tokens = std::max(most_tokens, count);
         most_at_once = std::max(most_at_once, layout.blocks);
@@ -100,7 +106,15 @@ struct Batch {
         for (int slice = 0, start = 0; slice < layer.num_slices; start += layer.rows[slice++]) {
             Record record = read_record(image, layer.entries[slice]);
             if (record.empty()) continue;
+            Members &own = members.back();
+            bool from_planes = own.from_planes && record.planes > 0;
+            if (from_planes && record.escapes && own.by_column == NOT_BY_COLUMN) {
+                own.by_column = by_column;
+                int quads = divide_up(own.tokens, 4), units = divide_up(layer.columns, UNIT_COLUMNS);
+                by_column += quads * units * UNIT_COLUMNS * 4;
+            }
             Span span;
+            span.from_planes = from_planes;
             span.record = record;
             span.members = members.back();
             span.slice_rows = layer.rows[slice];
