@@ -3,97 +3,9 @@
 //
 // No include guard on purpose.
 
-#define UNROLLED _Pragma("GCC unroll 16")
+#include "avx512_inputs.h"
 
 namespace deltamux::AVX512_NAMESPACE {
-
-TARGET static inline __m512 load16(const void *x, Type type, ptrdiff_t at, __mmask16 mask) {
-    if (type == FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float *>(x) + at);
-    const uint16_t *half = static_cast<const uint16_t *>(x) + at;
-    __m256i bits = _mm256_maskz_loadu_epi16(mask, half);
-    if (type == FLOAT16) return _mm512_cvtph_ps(bits);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-// To the nearest bfloat16, ties to even; not a number stays one.
-TARGET static inline __m256i to_bfloat16(__m512 value) {
-    __m512i bits = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC00000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
-TARGET static inline __mmask16 first(int count) {
-    return __mmask16(_bzhi_u32(0xFFFF, unsigned(std::clamp(count, 0, LANES))));
-}
-
-// The largest magnitude of some numbers; what comes out for those that are none is any number.
-TARGET static inline float largest_of(const void *x, Type type, int start, int stop) {
-    if (type == FLOAT32) {
-        __m512 most = _mm512_setzero_ps();
-        for (int j = start; j < stop; j += LANES) {
-            most = _mm512_max_ps(most, _mm512_abs_ps(load16(x, type, j, first(stop - j))));
-        }
-        return _mm512_reduce_max_ps(most);
-    }
-    // Bits without the sign are in the order of the magnitudes.
-    const uint16_t *half = static_cast<const uint16_t *>(x);
-    const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
-    __m512i most = _mm512_setzero_si512();
-    for (int j = start; j < stop; j += 2 * LANES) {
-        __mmask32 mask = stop - j >= 32 ? ~0u : (1u << (stop - j)) - 1;
-        __m512i bits = _mm512_maskz_loadu_epi16(mask, half + j);
-        most = _mm512_max_epu16(most, _mm512_and_si512(bits, magnitude));
-    }
-    __m256i halves = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
-    __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
-    // The instruction finds the least.
-    __m128i ones = _mm_set1_epi16(-1);
-    uint16_t found = uint16_t(~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(eight, ones)), 0));
-    return portable::load(&found, type, 0);
-}
-
-TARGET static void quantize(const void *x, Type type, int columns, int8_t *levels,
-                            ptrdiff_t stride, float *scales, float *sums) {
-    const __m512i transposed = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i ones = _mm512_set1_epi8(1);
-    int units = (columns + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
-    for (int unit = 0, group = 0; unit < units; group++) {
-        int end = unit + units_of_group(std::min(units - unit, RUN_UNITS - unit % RUN_UNITS));
-        int start = unit * UNIT_COLUMNS, stop = std::min(end * UNIT_COLUMNS, columns);
-        float largest = largest_of(x, type, start, stop);
-        const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
-        __m512i sum = _mm512_setzero_si512();
-        for (; unit < end; unit++) {
-            __m512i parts[4];
-            for (int part = 0; part < 4; part++) {
-                int j = unit * UNIT_COLUMNS + part * LANES;
-                __m512 value = load16(x, type, j, first(stop - j));
-                parts[part] = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-            }
-            // Packing leaves words of four columns in the order of lanes.
-            __m512i low = _mm512_packs_epi32(parts[0], parts[1]);
-            __m512i high = _mm512_packs_epi32(parts[2], parts[3]);
-            __m512i bytes = _mm512_permutexvar_epi32(words, _mm512_packs_epi16(low, high));
-            bytes = _mm512_shuffle_epi8(bytes, transposed);
-            DOT(sum, ones, bytes);
-            _mm512_store_si512(levels + unit * stride, bytes);
-        }
-        scales[group] = largest / 127.0f;
-        sums[group] = float(_mm512_reduce_add_epi32(sum));
-    }
-}
-
-TARGET static void widen(const void *x, Type type, int columns, float *wide) {
-    for (int j = 0; j < columns; j += LANES) {
-        __mmask16 mask = first(columns - j);
-        _mm512_mask_storeu_ps(wide + j, mask, load16(x, type, j, mask));
-    }
-}
 
 TARGET static inline __m128i load_bytes(const uint8_t *bytes) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes));
@@ -265,218 +177,6 @@ TARGET static void multiply(const Codes &codes, const Inputs &inputs, float zero
     }
 }
 
-// Codes straight from planes: each is used for all tokens while it is in a register.
-template <int TOKENS, int SETS>
-TARGET static inline void multiply_planes_of(const PlaneRows &planes, const Inputs &inputs, float zero,
-                                             const int32_t *extra, float *tile) {
-    const int8_t *x = inputs.levels;
-    const uint8_t *first = planes.first;
-    const ptrdiff_t stride = planes.stride;
-    const __m512i no_offset = _mm512_setzero_si512();
-    for (int unit = 0, group = 0; unit < inputs.units; group++) {
-        __m512i sums[TOKENS][SETS];
-        UNROLLED for (int t = 0; t < TOKENS; t++) {
-            UNROLLED for (int set = 0; set < SETS; set++) sums[t][set] = _mm512_setzero_si512();
-        }
-        int end = unit + units_of_group(std::min(inputs.units - unit, RUN_UNITS - unit % RUN_UNITS));
-        for (; unit < end; unit++, x += TOKENS * UNIT_COLUMNS) {
-            __m512i words[4], upper[4];
-            ptrdiff_t at = ptrdiff_t(unit) * UNIT_PLANE_BYTES;
-            fetch_unit(planes.ahead, unit);
-            load_words([&](int row) { return first + row * stride + at; }, words);
-            if (planes.second) {
-                fetch_unit(planes.ahead + planes.second, unit);
-                load_words([&](int row) { return first + row * stride + planes.second + at; }, upper);
-            }
-            UNROLLED for (int i = 0; i < 4; i++) {
-                __m512i codes[4];
-                if (planes.second) {
-                    codes[0] = codes_at<0>(words[i], upper[i], no_offset);
-                    codes[1] = codes_at<1>(words[i], upper[i], no_offset);
-                    codes[2] = codes_at<2>(words[i], upper[i], no_offset);
-                    codes[3] = codes_at<3>(words[i], upper[i], no_offset);
-                } else {
-                    codes[0] = codes_at<0>(words[i], no_offset);
-                    codes[1] = codes_at<1>(words[i], no_offset);
-                    codes[2] = codes_at<2>(words[i], no_offset);
-                    codes[3] = codes_at<3>(words[i], no_offset);
-                }
-                UNROLLED for (int q = 0; q < 4; q++) {
-                    UNROLLED for (int t = 0; t < TOKENS; t++) {
-                        int32_t four;
-                        std::memcpy(&four, x + t * UNIT_COLUMNS + 16 * i + 4 * q, sizeof four);
-                        DOT(sums[t][q % SETS], codes[q], _mm512_set1_epi32(four));
-                    }
-                }
-            }
-        }
-        UNROLLED for (int t = 0; t < TOKENS; t++) {
-            UNROLLED for (int set = 1; set < SETS; set++) {
-                sums[t][0] = _mm512_add_epi32(sums[t][0], sums[t][set]);
-            }
-            if (extra) {
-                const int32_t *own = extra + (ptrdiff_t(group) * TOKENS + t) * LANES;
-                sums[t][0] = _mm512_add_epi32(sums[t][0], _mm512_load_si512(own));
-            }
-            ptrdiff_t at = ptrdiff_t(t) * inputs.groups + group;
-            __m512 sum = _mm512_cvtepi32_ps(sums[t][0]);
-            sum = _mm512_fnmadd_ps(_mm512_set1_ps(inputs.sums[at]), _mm512_set1_ps(zero), sum);
-            __m512 total = group == 0 ? _mm512_setzero_ps() : _mm512_load_ps(tile + t * LANES);
-            total = _mm512_fmadd_ps(sum, _mm512_set1_ps(inputs.scales[at]), total);
-            _mm512_store_ps(tile + t * LANES, total);
-        }
-    }
-}
-
-TARGET static void multiply_planes(const PlaneRows &planes, const Inputs &inputs, float zero,
-                                   const int32_t *extra, float *tile) {
-    switch (inputs.tokens) {
-#define CASE(tokens, sets) \
-    case tokens: \
-        multiply_planes_of<tokens, sets>(planes, inputs, zero, extra, tile); \
-        break;
-        CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 2) CASE(5, 2) CASE(6, 2) CASE(7, 1) CASE(8, 1)
-        CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1) CASE(13, 1) CASE(14, 1) CASE(15, 1) CASE(16, 1)
-#undef CASE
-    }
-}
-
-// See `kernels.h`. A transposed 4 by 4 in every 16 bytes, which are in the order of codes.
-TARGET static void interleave(const int8_t *levels, ptrdiff_t stride, int tokens, int units, int32_t *out) {
-    for (int unit = 0; unit < units; unit++, levels += stride) {
-        for (int at = 0; at < UNIT_COLUMNS; at += LANES, out += 4 * LANES) {
-            __m512i each[4];
-            UNROLLED for (int t = 0; t < 4; t++) {
-                const int8_t *own = levels + (t < tokens ? t : 0) * UNIT_COLUMNS + at;
-                __m512i wide = _mm512_cvtepi8_epi32(load_bytes(reinterpret_cast<const uint8_t *>(own)));
-                each[t] = t < tokens ? wide : _mm512_setzero_si512();
-            }
-            __m512i low01 = _mm512_unpacklo_epi32(each[0], each[1]);
-            __m512i high01 = _mm512_unpackhi_epi32(each[0], each[1]);
-            __m512i low23 = _mm512_unpacklo_epi32(each[2], each[3]);
-            __m512i high23 = _mm512_unpackhi_epi32(each[2], each[3]);
-            _mm512_store_si512(out, _mm512_unpacklo_epi64(low01, low23));
-            _mm512_store_si512(out + LANES, _mm512_unpackhi_epi64(low01, low23));
-            _mm512_store_si512(out + 2 * LANES, _mm512_unpacklo_epi64(high01, high23));
-            _mm512_store_si512(out + 3 * LANES, _mm512_unpackhi_epi64(high01, high23));
-        }
-    }
-}
-
-// The escapes of 16 rows in one list, and where those of each row and group of columns end.
-struct EscapeList {
-    static constexpr int ROOM = 1024;
-    alignas(64) int32_t places[ROOM + LANES], extras[ROOM + LANES];
-    int ends[LANES * (RUN_UNITS / GROUP_UNITS)];
-    int count = 0;
-
-    TARGET void add(const uint16_t *escapes, int size) {
-        for (int at = 0; at < size; at += LANES) {
-            __m512i each = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(size - at), escapes + at));
-            __m512i column = _mm512_and_si512(each, _mm512_set1_epi32(BLOCK_COLUMNS - 1));
-            __m512i extra = _mm512_sub_epi32(_mm512_srli_epi32(each, BLOCK_BITS), _mm512_set1_epi32(MIDDLE));
-            // The upper half is a factor of nothing.
-            extra = _mm512_and_si512(extra, _mm512_set1_epi32(0xFFFF));
-            _mm512_storeu_si512(places + count + at, _mm512_slli_epi32(column, 2));
-            _mm512_storeu_si512(extras + count + at, extra);
-        }
-        count += size;
-    }
-};
-
-// How many escapes of a row lie before a column.
-TARGET static inline int escapes_before(const uint16_t *escapes, int size, int column) {
-    int found = 0;
-    for (int at = 0; at < size; at += 2 * LANES) {
-        __mmask32 mask = _bzhi_u32(~0u, unsigned(std::min(size - at, 2 * LANES)));
-        __m512i each = _mm512_maskz_loadu_epi16(mask, escapes + at);
-        each = _mm512_and_si512(each, _mm512_set1_epi16(BLOCK_COLUMNS - 1));
-        found += __builtin_popcount(_mm512_mask_cmplt_epu16_mask(mask, each, _mm512_set1_epi16(short(column))));
-    }
-    return found;
-}
-
-// One token: inputs are gathered.
-TARGET static void sum_escapes_of_one(const EscapeRows &rows, const int32_t *x, int groups, int32_t *sums) {
-    for (int group = 0; group < groups; group++) _mm512_store_si512(sums + group * LANES, _mm512_setzero_si512());
-    for (int lane = 0; lane < rows.count; lane++) {
-        const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
-        const uint16_t *escapes = rows.escapes + starts[0];
-        int size = int(starts[1] - starts[0]);
-        for (int at = 0; at < size; at += LANES) {
-            __mmask16 mask = first(size - at);
-            __m512i each = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, escapes + at));
-            __m512i column = _mm512_and_si512(each, _mm512_set1_epi32(BLOCK_COLUMNS - 1));
-            __m512i extra = _mm512_sub_epi32(_mm512_srli_epi32(each, BLOCK_BITS), _mm512_set1_epi32(MIDDLE));
-            __m512i inputs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, _mm512_slli_epi32(column, 2), x, 4);
-            // Neither factor has more than 16 bits: what the upper ones add is nought times the sign.
-            extra = _mm512_and_si512(extra, _mm512_set1_epi32(0xFFFF));
-            __m512i product = _mm512_madd_epi16(extra, inputs);
-            __m512i own = _mm512_min_epi32(_mm512_srli_epi32(column, GROUP_BITS), _mm512_set1_epi32(groups - 1));
-            for (int group = 0; group < groups; group++) {
-                __mmask16 here = _mm512_cmpeq_epi32_mask(own, _mm512_set1_epi32(group));
-                sums[group * LANES + lane] += _mm512_mask_reduce_add_epi32(here, product);
-            }
-        }
-    }
-}
-
-// See `kernels.h`. Sums up to every escape are kept, and those between two ends are their difference: so
-// no loop ends with a row, of which most have few.
-TARGET static bool sum_escapes(const EscapeRows &rows, const int32_t *x, int x_columns, int tokens, int groups,
-                               int32_t *sums) {
-    if (tokens == 1) {
-        sum_escapes_of_one(rows, x, groups, sums);
-        return true;
-    }
-    EscapeList list;
-    alignas(64) __m128i before[EscapeList::ROOM + 1];
-    uint32_t total = 0;
-    for (int lane = 0; lane < rows.count; lane++) {
-        const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
-        total += starts[1] - starts[0];
-    }
-    if (total > EscapeList::ROOM) return false;
-    if (rows.blocks == 1) list.add(rows.escapes + rows.starts[0], int(total));
-    for (int lane = 0, end = 0; lane < rows.count; lane++) {
-        const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
-        const uint16_t *escapes = rows.escapes + starts[0];
-        int size = int(starts[1] - starts[0]);
-        if (rows.blocks > 1) list.add(escapes, size);
-        for (int group = 0; group + 1 < groups; group++) {
-            int stop = (group + 1) * GROUP_UNITS * UNIT_COLUMNS;
-            list.ends[lane * groups + group] = end + escapes_before(escapes, size, stop);
-        }
-        end += size;
-        list.ends[lane * groups + groups - 1] = end;
-    }
-    for (int lane = rows.count * groups; lane < LANES * groups; lane++) list.ends[lane] = int(total);
-    for (int four = 0; four < tokens; four += 4, x += ptrdiff_t(x_columns) * 4) {
-        __m128i sum = _mm_setzero_si128();
-        for (int each = 0; each < int(total); each++) {
-            _mm_store_si128(before + each, sum);
-            __m128i extra = _mm_set1_epi32(list.extras[each]);
-            const __m128i *inputs = reinterpret_cast<const __m128i *>(x + list.places[each]);
-            sum = _mm_add_epi32(sum, _mm_madd_epi16(extra, _mm_load_si128(inputs)));
-        }
-        _mm_store_si128(before + total, sum);
-        for (int group = 0; group < groups; group++) {
-            alignas(64) __m128i parts[LANES];
-            for (int lane = 0; lane < LANES; lane++) {
-                int place = lane * groups + group;
-                __m128i start = place ? before[list.ends[place - 1]] : _mm_setzero_si128();
-                parts[lane] = _mm_sub_epi32(before[list.ends[place]], start);
-            }
-            __m512i words[4];
-            const uint8_t *bytes = reinterpret_cast<const uint8_t *>(parts);
-            load_words([&](int row) { return bytes + row * sizeof(__m128i); }, words);
-            int32_t *out = sums + (ptrdiff_t(group) * tokens + four) * LANES;
-            for (int t = 0; t < std::min(tokens - four, 4); t++) _mm512_store_si512(out + t * LANES, words[t]);
-        }
-    }
-    return true;
-}
-
 // As above in float32: codes of a column become numbers once for all tokens of the panel.
 template <int TOKENS>
 TARGET static inline void multiply_exact_panel(const Codes &run, const Inputs &inputs, int panel,
@@ -591,6 +291,12 @@ TARGET static void add_to(const float *tiles, const float *steps, int tokens, co
     }
 }
 
+}  // namespace deltamux::AVX512_NAMESPACE
+
+#include "avx512_few.h"
+
+namespace deltamux::AVX512_NAMESPACE {
+
 static Layout layout(int tokens) { return {1, false, tokens <= PANEL}; }
 
 static const Kernels KERNELS = {
@@ -599,5 +305,3 @@ static const Kernels KERNELS = {
 };
 
 }  // namespace deltamux::AVX512_NAMESPACE
-
-#undef UNROLLED
