@@ -10,7 +10,7 @@
 namespace deltamux::amx {
 
 // Tokens from which on tiles pay.
-constexpr int FEW_TOKENS = 9;
+constexpr int FEW_TOKENS = 7;
 // Tokens from which on several blocks of rows pay: their codes no longer fit into the first cache.
 constexpr int MANY_TOKENS = 32;
 // Units that inputs are asked for ahead.
@@ -36,6 +36,11 @@ struct Part {
     int units, first;
     float zero;
     ptrdiff_t panel, block, tile;
+    const int32_t *extra;
+
+    const int32_t *extra_of(int group, int token) const {
+        return extra + (ptrdiff_t(group) * inputs.tokens + token) * LANES;
+    }
 };
 
 // The sums of a group of columns, brought to float32.
@@ -44,7 +49,9 @@ TARGET_AMX static inline void add_sums(const Part &part, const int32_t *sums, in
     int tokens = std::min(part.inputs.tokens - token, PANEL);
     for (int t = 0; t < tokens; t++) {
         ptrdiff_t at = ptrdiff_t(token + t) * part.inputs.groups + group;
-        __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + t * LANES));
+        __m512i whole = _mm512_load_si512(sums + t * LANES);
+        if (part.extra) whole = _mm512_add_epi32(whole, _mm512_load_si512(part.extra_of(group, token + t)));
+        __m512 sum = _mm512_cvtepi32_ps(whole);
         sum = _mm512_fnmadd_ps(_mm512_set1_ps(part.inputs.sums[at]), _mm512_set1_ps(part.zero), sum);
         float *total = tile + ptrdiff_t(token + t) * LANES;
         __m512 before = group == 0 ? _mm512_setzero_ps() : _mm512_load_ps(total);
@@ -116,7 +123,8 @@ TARGET_AMX static void multiply(const Codes &run, const Inputs &inputs, float ze
               zero,
               ptrdiff_t(inputs.units) * UNIT_CODES,
               ptrdiff_t(run.units) * UNIT_CODES,
-              ptrdiff_t(inputs.tokens) * LANES};
+              ptrdiff_t(inputs.tokens) * LANES,
+              run.extra};
     int panels = (inputs.tokens + PANEL - 1) / PANEL;
     for (int block = 0; block < run.blocks; block += 2) {
         bool two = block + 1 < run.blocks;
@@ -136,8 +144,8 @@ TARGET_AMX static void multiply(const Codes &run, const Inputs &inputs, float ze
 }
 
 static Layout layout(int tokens) {
-    if (tokens < FEW_TOKENS) return {1, false, true};
-    return {tokens < MANY_TOKENS ? 1 : MOST_AT_ONCE, true, false};
+    if (tokens < FEW_TOKENS) return {1, false, true, true};
+    return {tokens < MANY_TOKENS ? 1 : MOST_AT_ONCE, true, tokens <= PANEL, false};
 }
 
 static const Kernels KERNELS = {

@@ -172,7 +172,7 @@ TARGET static void multiply_block(const Codes &codes, const Inputs &inputs, floa
 TARGET static void multiply(const Codes &codes, const Inputs &inputs, float zero, float *tiles) {
     for (int block = 0; block < codes.blocks; block++) {
         const uint8_t *start = codes.codes + ptrdiff_t(block) * codes.units * UNIT_CODES;
-        multiply_block({start, codes.first, codes.units, 1}, inputs, zero,
+        multiply_block({start, codes.first, codes.units, 1, nullptr}, inputs, zero,
                        tiles + ptrdiff_t(block) * inputs.tokens * LANES);
     }
 }
@@ -297,7 +297,7 @@ TARGET static void add_to(const float *tiles, const float *steps, int tokens, co
 
 namespace deltamux::AVX512_NAMESPACE {
 
-static Layout layout(int tokens) { return {1, false, tokens <= PANEL}; }
+static Layout layout(int tokens) { return {1, false, tokens <= PANEL, tokens <= PANEL}; }
 
 static const Kernels KERNELS = {
     NAME, quantize, widen, unpack, add_escapes, multiply, multiply_exact, multiply_planes, interleave, sum_escapes,

@@ -160,24 +160,66 @@ TARGET static void sum_escapes_of_one(const EscapeRows &rows, const int32_t *x, 
     }
 }
 
-// See `kernels.h`. Sums up to every escape are kept, and those between two ends are their difference: so
-// no loop ends with a row, of which most have few.
-TARGET static bool sum_escapes(const EscapeRows &rows, const int32_t *x, int x_columns, int tokens, int groups,
-                               int32_t *sums) {
-    if (tokens == 1) {
-        sum_escapes_of_one(rows, x, groups, sums);
-        return true;
+// Levels of four tokens, or of eight, in one register.
+template <int QUADS>
+struct Levels;
+template <>
+struct Levels<1> {
+    using type = __m128i;
+    TARGET static type zero() { return _mm_setzero_si128(); }
+    TARGET static type add(type sum, int32_t extra, const int32_t *x, ptrdiff_t) {
+        const type *four = reinterpret_cast<const type *>(x);
+        return _mm_add_epi32(sum, _mm_madd_epi16(_mm_set1_epi32(extra), _mm_load_si128(four)));
     }
-    EscapeList list;
-    alignas(64) __m128i before[EscapeList::ROOM + 1];
-    uint32_t total = 0;
+    TARGET static type less(type a, type b) { return _mm_sub_epi32(a, b); }
+};
+template <>
+struct Levels<2> {
+    using type = __m256i;
+    TARGET static type zero() { return _mm256_setzero_si256(); }
+    TARGET static type add(type sum, int32_t extra, const int32_t *x, ptrdiff_t next) {
+        const __m128i *low = reinterpret_cast<const __m128i *>(x), *high = reinterpret_cast<const __m128i *>(x + next);
+        type eight = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(low)), _mm_load_si128(high), 1);
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_set1_epi32(extra), eight));
+    }
+    TARGET static type less(type a, type b) { return _mm256_sub_epi32(a, b); }
+};
+
+// Sums up to every escape are kept, and those between two ends are their difference: so no loop ends with a
+// row, of which most have few. The levels of four more tokens lie `next` behind.
+template <int QUADS>
+TARGET static void sum_list(const EscapeList &list, const int32_t *x, ptrdiff_t next, int tokens, int all_tokens,
+                            int groups, int32_t *sums) {
+    using Each = typename Levels<QUADS>::type;
+    alignas(64) Each before[EscapeList::ROOM + 1];
+    Each sum = Levels<QUADS>::zero();
+    for (int each = 0; each < list.count; each++) {
+        before[each] = sum;
+        sum = Levels<QUADS>::add(sum, list.extras[each], x + list.places[each], next);
+    }
+    before[list.count] = sum;
+    for (int group = 0; group < groups; group++, sums += ptrdiff_t(all_tokens) * LANES) {
+        alignas(64) Each parts[LANES];
+        for (int lane = 0; lane < LANES; lane++) {
+            int place = lane * groups + group, start = place ? list.ends[place - 1] : 0;
+            parts[lane] = Levels<QUADS>::less(before[list.ends[place]], before[start]);
+        }
+        const uint8_t *bytes = reinterpret_cast<const uint8_t *>(parts);
+        for (int four = 0; four < tokens; four += 4) {
+            __m512i words[4];
+            load_words([&](int row) { return bytes + row * sizeof(Each) + four * sizeof(int32_t); }, words);
+            for (int t = 0; t < std::min(tokens - four, 4); t++) {
+                _mm512_store_si512(sums + ptrdiff_t(four + t) * LANES, words[t]);
+            }
+        }
+    }
+}
+
+// All escapes of 16 rows.
+TARGET static void list_escapes(const EscapeRows &rows, int groups, EscapeList &list) {
+    if (rows.blocks == 1) list.add(rows.escapes + rows.starts[0], int(rows.starts[rows.count] - rows.starts[0]));
+    int end = 0;
     for (int lane = 0; lane < rows.count; lane++) {
-        const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
-        total += starts[1] - starts[0];
-    }
-    if (total > EscapeList::ROOM) return false;
-    if (rows.blocks == 1) list.add(rows.escapes + rows.starts[0], int(total));
-    for (int lane = 0, end = 0; lane < rows.count; lane++) {
         const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
         const uint16_t *escapes = rows.escapes + starts[0];
         int size = int(starts[1] - starts[0]);
@@ -189,28 +231,31 @@ TARGET static bool sum_escapes(const EscapeRows &rows, const int32_t *x, int x_c
         end += size;
         list.ends[lane * groups + groups - 1] = end;
     }
-    for (int lane = rows.count * groups; lane < LANES * groups; lane++) list.ends[lane] = int(total);
-    for (int four = 0; four < tokens; four += 4, x += ptrdiff_t(x_columns) * 4) {
-        __m128i sum = _mm_setzero_si128();
-        for (int each = 0; each < int(total); each++) {
-            _mm_store_si128(before + each, sum);
-            __m128i extra = _mm_set1_epi32(list.extras[each]);
-            const __m128i *inputs = reinterpret_cast<const __m128i *>(x + list.places[each]);
-            sum = _mm_add_epi32(sum, _mm_madd_epi16(extra, _mm_load_si128(inputs)));
-        }
-        _mm_store_si128(before + total, sum);
-        for (int group = 0; group < groups; group++) {
-            alignas(64) __m128i parts[LANES];
-            for (int lane = 0; lane < LANES; lane++) {
-                int place = lane * groups + group;
-                __m128i start = place ? before[list.ends[place - 1]] : _mm_setzero_si128();
-                parts[lane] = _mm_sub_epi32(before[list.ends[place]], start);
-            }
-            __m512i words[4];
-            const uint8_t *bytes = reinterpret_cast<const uint8_t *>(parts);
-            load_words([&](int row) { return bytes + row * sizeof(__m128i); }, words);
-            int32_t *out = sums + (ptrdiff_t(group) * tokens + four) * LANES;
-            for (int t = 0; t < std::min(tokens - four, 4); t++) _mm512_store_si512(out + t * LANES, words[t]);
+    for (int place = rows.count * groups; place < LANES * groups; place++) list.ends[place] = end;
+}
+
+// See `kernels.h`.
+TARGET static bool sum_escapes(const EscapeRows &rows, const int32_t *x, int x_columns, int tokens, int groups,
+                               int32_t *sums) {
+    if (tokens == 1) {
+        sum_escapes_of_one(rows, x, groups, sums);
+        return true;
+    }
+    uint32_t total = 0;
+    for (int lane = 0; lane < rows.count; lane++) {
+        const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
+        total += starts[1] - starts[0];
+    }
+    if (total > EscapeList::ROOM) return false;
+    EscapeList list;
+    list_escapes(rows, groups, list);
+    ptrdiff_t next = ptrdiff_t(x_columns) * 4;
+    for (int done = 0; done < tokens; done += 8, x += 2 * next, sums += 8 * LANES) {
+        int left = std::min(tokens - done, 8);
+        if (left > 4) {
+            sum_list<2>(list, x, next, left, tokens, groups, sums);
+        } else {
+            sum_list<1>(list, x, next, left, tokens, groups, sums);
         }
     }
     return true;

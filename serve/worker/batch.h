@@ -28,7 +28,7 @@ struct Members {
     int place;           // in the room for panels, in rows
     int at_once;         // blocks of 16 outputs that are worked on together
     bool whole_panels;
-    bool from_planes;    // few enough for `multiply_planes`
+    bool escapes_apart, from_planes;  // see `Layout`
     int by_column;       // where its inputs by column begin, in numbers
 };
 
@@ -37,7 +37,6 @@ struct Span {
     Record record;
     Members members;
     int slice_rows, slice_start;
-    bool from_planes;     // by `multiply_planes`
     bool compact;         // blocks of coded rows, not of output rows
     int parts, part_end;  // so many pieces of work; the latter counted over all spans
     int thin_width;       // channels, directions of factors, a bias
@@ -94,9 +93,9 @@ struct Batch {
 
   private:
     void add_members(const Kernels &kernels, Type type, int begin, int count) {
-        Layout layout = type == FLOAT32 ? Layout{1, false, false} : kernels.layout(count);
+        Layout layout = type == FLOAT32 ? Layout{1, false, false, false} : kernels.layout(count);
         members.push_back({begin, count, panel_rows, layout.blocks, layout.whole_panels,
-                           layout.from_planes, NOT_BY_COLUMN});
+                           layout.escapes_apart, layout.from_planes, NOT_BY_COLUMN});
         panel_rows += layout.whole_panels ? divide_up(count, PANEL) * PANEL : count;
         most_tokens = std::max(most_tokens, count);
         most_at_once = std::max(most_at_once, layout.blocks);
@@ -107,14 +106,12 @@ struct Batch {
             Record record = read_record(image, layer.entries[slice]);
             if (record.empty()) continue;
             Members &own = members.back();
-            bool from_planes = own.from_planes && record.planes > 0;
-            if (from_planes && record.escapes && own.by_column == NOT_BY_COLUMN) {
+            if (own.escapes_apart && record.escapes && own.by_column == NOT_BY_COLUMN) {
                 own.by_column = by_column;
                 int quads = divide_up(own.tokens, 4), units = divide_up(layer.columns, UNIT_COLUMNS);
                 by_column += quads * units * UNIT_COLUMNS * 4;
             }
             Span span;
-            span.from_planes = from_planes;
             span.record = record;
             span.members = members.back();
             span.slice_rows = layer.rows[slice];

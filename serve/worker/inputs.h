@@ -63,7 +63,7 @@ class PassInputs {
 
     void interleave(const Kernels &kernels, const Members &members, int four) const {
         const int8_t *levels = levels_ + size_t(members.place) * row_ + size_t(four) * 4 * UNIT_COLUMNS;
-        ptrdiff_t stride = ptrdiff_t(members.tokens) * UNIT_COLUMNS;
+        ptrdiff_t stride = ptrdiff_t(members.whole_panels ? PANEL : members.tokens) * UNIT_COLUMNS;
         int tokens = std::min(members.tokens - 4 * four, 4);
         int32_t *out = by_column(members) + size_t(four) * 4 * row_;
         kernels.interleave(levels, stride, tokens, row_ / UNIT_COLUMNS, out);

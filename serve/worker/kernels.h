@@ -59,10 +59,11 @@ struct Inputs {
 };
 
 // The codes of `units` units from the `first`-th on, which starts a run, of 16 times `blocks` rows:
-// [blocks][units][1024].
+// [blocks][units][1024]. `extra` is what escapes that are no part of them add (see `multiply_planes`), or null.
 struct Codes {
     const uint8_t *codes;
     int first, units, blocks;
+    const int32_t *extra;
 };
 
 // Units of the group that begins with a unit, of `left` units of its run.
@@ -106,7 +107,8 @@ inline void fetch_unit(const uint8_t *ahead, int unit) {
 struct Layout {
     int blocks;
     bool whole_panels;
-    bool from_planes;  // by `multiply_planes`
+    bool escapes_apart;  // by `sum_escapes`
+    bool from_planes;    // by `multiply_planes`
 };
 
 // Sixteen rows of planes that lie behind each other; plane 1 lies `second` bytes behind plane 0, 0: there is

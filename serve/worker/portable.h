@@ -221,7 +221,7 @@ static void add_to(const float *tiles, const float *steps, int tokens, const Out
     }
 }
 
-static Layout layout(int) { return {1, false, false}; }
+static Layout layout(int) { return {1, false, false, false}; }
 
 static const Kernels KERNELS = {
     "scalar", quantize, widen, unpack, add_escapes, multiply, multiply_exact, nullptr, nullptr, nullptr, dot, dot_int8, scale,

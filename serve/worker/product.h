@@ -160,24 +160,16 @@ class Product {
     void multiply_codes(const Span &span, const Lanes *lanes, int blocks, const PassInputs &pass,
                         const Workspace &space) const {
         const Record &record = span.record;
-        int offset = record.escapes ? ESCAPE_OFFSET : 0;
+        Inputs inputs = pass.of(span.members);
+        bool apart = record.escapes && record.planes > 0 && span.members.escapes_apart && sum_escapes(span, lanes[0], pass, space.extra);
+        const int32_t *extra = apart ? space.extra : nullptr;
+        int offset = record.escapes && !apart ? ESCAPE_OFFSET : 0;
         float zero = record.zero + float(offset);
         float whole = std::floor(zero), rest = zero - whole;
-        Inputs inputs = pass.of(span.members);
-        if (span.from_planes && multiply_few(span, lanes[0], inputs, pass, space)) return;
-        for (int run = 0, unit = 0; unit < units_; run++, unit += RUN_UNITS) {
-            int units = std::min(units_ - unit, RUN_UNITS);
-            for (int block = 0; block < blocks; block++) {
-                uint8_t *codes = space.codes + size_t(block) * units * UNIT_CODES;
-                unpack_rows(kernels_, record, lanes[block], unit, units, offset, codes);
-                if (record.escapes) add_escapes(record, lanes[block], run, codes);
-            }
-            Codes codes{space.codes, unit, units, blocks};
-            if (inputs.exact) {
-                kernels_.multiply_exact(codes, inputs, zero, space.tiles);
-            } else {
-                kernels_.multiply(codes, inputs, whole, space.tiles);
-            }
+        if (span.members.from_planes && record.planes > 0 && offset == 0) {
+            kernels_.multiply_planes(plane_rows(record, lanes[0], space.codes), inputs, whole, extra, space.tiles);
+        } else {
+            multiply_unpacked(record, lanes, blocks, inputs, {nullptr, 0, 0, blocks, extra}, offset, space);
         }
         if (rest == 0 || inputs.exact) return;
         size_t tile_floats = size_t(span.members.tokens) * LANES;
@@ -187,27 +179,37 @@ class Product {
         }
     }
 
-    // The same for few tokens; false: there are too many escapes.
-    bool multiply_few(const Span &span, const Lanes &lanes, const Inputs &inputs, const PassInputs &pass,
-                      const Workspace &space) const {
-        const Record &record = span.record;
-        int tokens = span.members.tokens;
-        for (int block = 0; record.escapes && block < record.blocks; block++) {
-            const uint32_t *starts = record.starts + size_t(lanes.first_coded) * record.blocks + block;
-            int units = std::min(units_ - block * RUN_UNITS, RUN_UNITS);
-            int first = block * (RUN_UNITS / GROUP_UNITS);
-            const int32_t *x = pass.by_column(span.members) + size_t(block) * BLOCK_COLUMNS * 4;
-            if (!kernels_.sum_escapes({record.escapes, starts, record.blocks, lanes.coded}, x,
-                                      units_ * UNIT_COLUMNS, tokens, count_groups(units),
-                                      space.extra + size_t(first) * tokens * LANES)) {
-                return false;
+    // The same by codes that lie in memory, a run of columns at a time.
+    void multiply_unpacked(const Record &record, const Lanes *lanes, int blocks, const Inputs &inputs, Codes run,
+                           int offset, const Workspace &space) const {
+        float zero = record.zero + float(offset);
+        run.codes = space.codes;
+        for (int index = 0; run.first < units_; index++, run.first += RUN_UNITS) {
+            run.units = std::min(units_ - run.first, RUN_UNITS);
+            for (int block = 0; block < blocks; block++) {
+                uint8_t *codes = space.codes + size_t(block) * run.units * UNIT_CODES;
+                unpack_rows(kernels_, record, lanes[block], run.first, run.units, offset, codes);
+                if (offset) add_escapes(record, lanes[block], index, codes);
+            }
+            if (inputs.exact) {
+                kernels_.multiply_exact(run, inputs, zero, space.tiles);
+            } else {
+                kernels_.multiply(run, inputs, std::floor(zero), space.tiles);
             }
         }
-        float whole = std::floor(record.zero), rest = record.zero - whole;
-        PlaneRows planes = plane_rows(record, lanes, space.codes);
-        kernels_.multiply_planes(planes, inputs, whole, record.escapes ? space.extra : nullptr, space.tiles);
-        for (int at = 0; rest != 0 && at < tokens * LANES; at++) {
-            space.tiles[at] -= rest * pass.level_sum(span.members.first + at / LANES);
+    }
+
+    // What escapes add to the sums of few tokens; false: they are too many.
+    bool sum_escapes(const Span &span, const Lanes &lanes, const PassInputs &pass, int32_t *extra) const {
+        const Record &record = span.record;
+        int tokens = span.members.tokens;
+        for (int block = 0; block < record.blocks; block++) {
+            const uint32_t *starts = record.starts + size_t(lanes.first_coded) * record.blocks + block;
+            int groups = count_groups(std::min(units_ - block * RUN_UNITS, RUN_UNITS));
+            const int32_t *x = pass.by_column(span.members) + size_t(block) * BLOCK_COLUMNS * 4;
+            int32_t *own = extra + size_t(block) * (RUN_UNITS / GROUP_UNITS) * tokens * LANES;
+            EscapeRows rows{record.escapes, starts, record.blocks, lanes.coded};
+            if (!kernels_.sum_escapes(rows, x, units_ * UNIT_COLUMNS, tokens, groups, own)) return false;
         }
         return true;
     }
