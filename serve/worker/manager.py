@@ -27,6 +27,7 @@ from deltamux.serve.status import ExpertStatus, Histogram, WorkerStatus, publish
 from deltamux.serve.worker.capacity import capacity
 from deltamux.serve.worker.deltas import Hooks, Rows, base_bytes, hook_model
 from deltamux.serve.worker.host_cache import BaseHashes, HostCache, open_expert
+from deltamux.serve.worker.image_cache import ImageCache
 from deltamux.serve.worker.ops import define_ops
 from deltamux.serve.worker.rows import BASE_ROW, RowMap
 from deltamux.serve.worker.slots import Slots
@@ -58,6 +59,7 @@ class ExpertManager:
         self.hashes = BaseHashes(base)
         self._largest_rank = settings.slot.largest_rank
         self.host = HostCache(settings.host_cache)
+        self._images = ImageCache(settings.image_cache, self.shapes)
         self.capacity = capacity(settings, self.shapes, torch.device(device).type == "cpu")
         count = vllm_config.lora_config.max_loras
         self.slots = Slots(
@@ -241,7 +243,7 @@ class ExpertManager:
         start = time.perf_counter()
         source = open_expert(request.lora_path, self.hashes, self._largest_rank)
         self.capacity.check(source, source.image_bytes(self.shapes))
-        image = source.image(self.shapes)
+        image = self._images.image(source.content, lambda: source.image(self.shapes))
         self.capacity.check(source, image.numel())
         if not self.slots.on_cpu:
             # Or its copies to the device would not run beside other work.
