@@ -2,7 +2,8 @@
 
 Replaced (general plugin): the LoRA manager class that model runners create; an expert travels
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
-isolation are vLLM's own. Wrapped (endpoint plugin): handlers on `app.state`; for per-expert latencies
+isolation are vLLM's own. Wrapped there: the two methods of `Worker` that run a step, so that its end is known.
+Wrapped (endpoint plugin): handlers on `app.state`; for per-expert latencies
 `IterationStats.update_from_output` and `OutputProcessor.add_request` (`engine_stats.py`); for traces
 `OutputProcessor.do_tracing` (`spans.py`). On instances: `apply` of the linears' `quant_method`, `forward`
 of embeddings and norms, `LogitsProcessor._get_logits` (`worker/deltas.py`),
@@ -13,7 +14,7 @@ copies of the handlers, template, sampling defaults and engine client (`handlers
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -36,6 +37,9 @@ CPU_PLATFORM = ("vllm.platforms.cpu", "CpuPlatform")
 UNQUANTIZED = ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
 STATS = ("vllm.v1.metrics.stats", "IterationStats")
 OUTPUT = ("vllm.v1.engine.output_processor", "OutputProcessor")
+# What runs a step; the CPU's worker derives from it.
+WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
+STEP_METHODS = ("execute_model", "sample_tokens")
 LORA_REQUEST = ("vllm.lora.request", "LoRARequest")
 SAMPLING = ("vllm.sampling_params", "SamplingParams")
 # Imported on a GPU alone.
@@ -54,6 +58,7 @@ SYMBOLS: tuple[tuple[str, ...], ...] = (
     LORA_REQUEST,
     (*SAMPLING, "_all_stop_token_ids"),
     (*PLATFORM, "is_cuda"),
+    (*WORKER, "execute_model"),
     ("vllm.logger", "init_logger"),
 )
 # What is used of the objects that vLLM hands to the endpoint plugin; releases move their classes about.
@@ -292,3 +297,33 @@ def replace_manager(manager: type) -> None:
     symbol(*MANAGER)
     module, name = MANAGER
     setattr(import_module(module), name, manager)
+
+
+def tell_ends_of_steps() -> None:
+    """Let the worker tell the manager when a step has ended; a second call does nothing.
+
+    vLLM says when a step begins (it sets the batch's adapters) but not when it is over. `execute_model` returns
+    None where `sample_tokens` is to finish the step.
+    """
+    worker = symbol(*WORKER)
+    for name in STEP_METHODS:
+        method = getattr(worker, name, None)
+        if method is not None and not hasattr(method, "deltamux"):
+            setattr(worker, name, _telling(method))
+
+
+def _telling(method: Any) -> Any:
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        finished = True
+        try:
+            output = method(self, *args, **kwargs)
+            finished = output is not None
+        finally:
+            manager = getattr(self.model_runner, "lora_manager", None)
+            if finished and hasattr(manager, "step_ended"):
+                manager.step_ended()
+        return output
+
+    run.deltamux = True  # type: ignore[attr-defined]
+    return run
