@@ -66,9 +66,6 @@ ENGINE_ATTRIBUTES = (
     "vllm_config",
     "renderer",
     "generate",
-    "add_lora",
-    "remove_lora",
-    "pin_lora",
     "reset_prefix_cache",
     "check_health",
 )
@@ -320,9 +317,9 @@ def _telling(method: Any) -> Any:
             output = method(self, *args, **kwargs)
             finished = output is not None
         finally:
-            manager = getattr(self.model_runner, "lora_manager", None)
-            if finished and hasattr(manager, "step_ended"):
-                manager.step_ended()
+            tell = getattr(getattr(self.model_runner, "lora_manager", None), "step_ended", None)
+            if finished and tell is not None:
+                tell()
         return output
 
     run.deltamux = True  # type: ignore[attr-defined]

@@ -24,8 +24,8 @@ class Order(BaseModel):
     """What the worker is to do with an expert.
 
     Attributes:
-        order: `load` brings it into the host cache, `enter` into a slot, `pin` keeps it there, `leave` frees slot
-            and host memory, `remove` forgets it.
+        order: `check` looks whether it could be loaded, `load` brings it into the host cache, `enter` into a slot,
+            `pin` keeps it there, `leave` frees slot and host memory, `remove` forgets it.
         expert_id: vLLM's LoRA id.
         name: What vLLM calls it.
         path: Its directory, with the hash of its content.
@@ -34,7 +34,7 @@ class Order(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    order: Literal["load", "enter", "pin", "leave", "remove"]
+    order: Literal["check", "load", "enter", "pin", "leave", "remove"]
     expert_id: Annotated[int, Field(gt=0)]
     name: str = ""
     path: str = ""

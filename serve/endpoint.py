@@ -16,8 +16,10 @@ from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.api.experts_api import experts_router
 from deltamux.serve.api.handlers import Gateway, RoutedHandler
 from deltamux.serve.api.headers import DecisionHeaders
+from deltamux.serve.api.offers import offer_all
 from deltamux.serve.api.ready import ready_router
 from deltamux.serve.api.router_api import routing_router
+from deltamux.serve.api.saved import SavedExperts
 from deltamux.serve.api.state import ServerState
 from deltamux.serve.names import AUTO, public_name
 from deltamux.serve.observability import collector, spans
@@ -49,10 +51,11 @@ class DeltamuxEndpoint:
         compat.check_one_device(config.parallel_config)
         _check_one_process(args)
         settings = plugin_settings(config.additional_config)
-        registry = ExpertRegistry(engine_client, models, settings.slot.largest_rank)
-        await registry.adopt()
-        for expert in settings.experts:
-            await registry.offer(expert.name, expert.path, expert.pin)
+        registry = ExpertRegistry(
+            engine_client, models, settings.slot.largest_rank, settings.slot_wait, settings.ttl
+        )
+        saved = SavedExperts(settings.state)
+        await offer_all(settings, registry, saved)
         route = _auto_route(settings, engine_client, registry)
         journal = Journal(settings.log_requests)
         gateway = Gateway(registry, route, models, journal)
@@ -63,7 +66,7 @@ class DeltamuxEndpoint:
         _list_everything(models, registry, has_router=settings.router is not None)
         collector.install(collector.Sources(registry, journal, Memory(config)))
         spans.install(config.observability_config)
-        ServerState(settings, registry, route, journal, engine_client).attach(state)
+        ServerState(settings, registry, route, journal, engine_client, saved).attach(state)
 
 
 def _check_one_process(args: Namespace) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.api.saved import SavedExperts
 from deltamux.serve.observability.journal import Journal
 from deltamux.serve.settings import PluginSettings
 
@@ -21,6 +22,7 @@ class ServerState:
         route: Who answers `auto`.
         journal: Requests in flight.
         engine: vLLM's engine client.
+        saved: Experts that are kept over a restart.
     """
 
     settings: PluginSettings
@@ -28,6 +30,7 @@ class ServerState:
     route: AutoRoute
     journal: Journal
     engine: Any
+    saved: SavedExperts
 
     def attach(self, state: Any) -> None:
         """Put it on an application's state."""

@@ -104,7 +104,12 @@ def _swaps(_: Sources, status: WorkerStatus) -> Iterator[Any]:
     yield family
     evictions = CounterMetricFamily("deltamux_evictions", "Experts that lost their slot.")
     evictions.add_metric([], status.evictions)
-    yield evictions
+    stalls = CounterMetricFamily(
+        "deltamux_step_stalls",
+        "Experts that a step waited for: they were not in a slot when it began.",
+    )
+    stalls.add_metric([], status.stalls)
+    yield from (evictions, stalls)
 
 
 def _memory(sources: Sources, status: WorkerStatus) -> Iterator[Any]:

@@ -68,6 +68,10 @@ class RequestEngine:
         version = self._registry.version(request.lora_int_id) if request else None
         record.request_id = record.request_id or request_id
         record.lora_id = request.lora_int_id if request else None
+        if version is not None:
+            prompt = salted(prompt, version.content)
+            if self._registry.vllm_orders:
+                kwargs["priority"] = kwargs.get("priority", 0) + version.limits.priority
         outputs = self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs)
         with version.generating() if version else nullcontext():
             try:
@@ -91,6 +95,17 @@ class RequestEngine:
                 raise
             finally:
                 await outputs.aclose()
+
+
+def salted(prompt: Any, content: str) -> Any:
+    """A prompt whose keys and values no cache mixes with those of other weights.
+
+    vLLM's own prefix cache tells experts apart by name and path; a cache outside of it may know tokens and salt
+    alone. What the client salts with stays part of it.
+    """
+    if not isinstance(prompt, dict):
+        return prompt
+    return {**prompt, "cache_salt": content + (prompt.get("cache_salt") or "")}
 
 
 def _note_failure(record: RequestRecord, output: Any) -> None:

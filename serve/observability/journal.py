@@ -12,8 +12,8 @@ import logging
 import sys
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -46,6 +46,7 @@ class RequestRecord:
         generated_tokens: Tokens made for it so far, over all its sequences.
         failure: How the engine ended it, if not well.
         outcome: One of `OUTCOMES`, None while it is open.
+        at_end: What to call when it is closed.
     """
 
     expert: str
@@ -60,6 +61,7 @@ class RequestRecord:
     generated_tokens: int = 0
     failure: str | None = None
     outcome: str | None = None
+    at_end: list[Callable[[], None]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The fields of a log line."""
@@ -171,6 +173,8 @@ class Journal:
             return
         record.outcome = outcome
         self._open.discard(record)
+        for done in record.at_end:
+            done()
         reason = record.decision.reason
         metrics.request_outcomes.labels(record.expert, reason, outcome).inc()
         if outcome == OK:

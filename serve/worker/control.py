@@ -4,6 +4,7 @@ import logging
 import socketserver
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,6 +22,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     request_queue_size = 128
     residency: Residency
+    check: Callable[[str], None]
 
 
 class _Connection(socketserver.StreamRequestHandler):
@@ -32,7 +34,7 @@ class _Connection(socketserver.StreamRequestHandler):
         """Carry out the order; whatever is wrong with it is the reply."""
         start = time.monotonic()
         try:
-            carry_out(self.server.residency, self.rfile.readline(LONGEST_LINE))
+            carry_out(self.server.residency, self.server.check, self.rfile.readline(LONGEST_LINE))
             reply: dict[str, Any] = {"seconds": time.monotonic() - start}
         except ValueError as error:
             reply = {"error": str(error)}
@@ -45,7 +47,7 @@ class _Connection(socketserver.StreamRequestHandler):
             return  # who asked has gone; the expert stays where it was brought
 
 
-def carry_out(residency: Residency, line: bytes) -> None:
+def carry_out(residency: Residency, check: Callable[[str], None], line: bytes) -> None:
     """Do what an order says.
 
     Raises:
@@ -57,6 +59,8 @@ def carry_out(residency: Residency, line: bytes) -> None:
         raise ValueError(f"not an order: {problems(error)}") from error
     wanted = Wanted(order.expert_id, order.name, order.path)
     match order.order:
+        case "check":
+            check(order.path)
         case "load":
             residency.load(wanted)
         case "enter":
@@ -69,10 +73,15 @@ def carry_out(residency: Residency, line: bytes) -> None:
             residency.remove(order.expert_id)
 
 
-def listen(residency: Residency) -> None:
-    """Take orders from now on."""
+def listen(residency: Residency, check: Callable[[str], None]) -> None:
+    """Take orders from now on.
+
+    Args:
+        residency: Who carries them out.
+        check: Looks whether the expert of a path could be loaded; raises ValueError.
+    """
     path = socket_path()
     path.unlink(missing_ok=True)
     server = _Server(str(path), _Connection)
-    server.residency = residency
+    server.residency, server.check = residency, check
     threading.Thread(target=server.serve_forever, name="deltamux-control", daemon=True).start()

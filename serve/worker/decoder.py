@@ -5,7 +5,7 @@ the interpreter from the engine's step a few hundred times (a step of a 135M mod
 an expert was decoded beside it); in a process of their own, of lower priority, they take spare processor time.
 It also keeps an artifact that changes while it is read from ending the engine.
 
-    worker → decoder    one line of JSON: {"path": …}
+    worker → decoder    one line of JSON: {"path": …}, with "check": true to look and not to decode
     decoder → worker    one line of JSON: {"bytes": …} with the image's memory, or {"error": …}
 
 The image is passed as a file descriptor of anonymous memory: both processes map the same pages.
@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ import torch
 from deltamux.compression.checkpoint.architecture import tensor_specs
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.image.build import Shapes
+from deltamux.compression.image.source import Source
 from deltamux.serve.errors import one_line
 from deltamux.serve.worker.capacity import Capacity
 from deltamux.serve.worker.host_cache import BaseHashes, open_expert
@@ -74,8 +74,8 @@ class Decoder:
         self._shapes: Shapes = {spec.name: base.shape(spec.name) for spec in specs}
         self._hashes = BaseHashes(base)
 
-    def image(self, versioned: str) -> torch.Tensor:
-        """The slot image of an expert, every part checked.
+    def check(self, versioned: str) -> Source:
+        """Open an expert, and look whether it fits base and slots.
 
         Raises:
             ValueError: The artifact is refused; the message says why.
@@ -83,6 +83,11 @@ class Decoder:
         """
         source = open_expert(versioned, self._hashes, self._task.largest_rank)
         self._task.capacity.check(source, source.image_bytes(self._shapes))
+        return source
+
+    def image(self, versioned: str) -> torch.Tensor:
+        """The slot image of an expert, every part checked; raises as `check`."""
+        source = self.check(versioned)
         image = source.image(self._shapes)
         self._task.capacity.check(source, image.numel())
         return image
@@ -92,16 +97,20 @@ def shared(image: torch.Tensor) -> int:
     """A file descriptor of anonymous memory that holds an image."""
     memory = os.memfd_create("deltamux-image")
     with os.fdopen(os.dup(memory), "wb", buffering=0) as file:
-        view = memoryview(image.numpy())
+        view = memoryview(image.numpy().data)
         while view:
             view = view[file.write(view) :]
     return memory
 
 
-def answer(decoder: Decoder, channel: socket.socket, path: str) -> None:
+def answer(decoder: Decoder, channel: socket.socket, question: dict[str, Any]) -> None:
     """Decode one expert and send it, or what is wrong with it."""
     try:
-        memory = shared(decoder.image(path))
+        if question.get("check"):
+            decoder.check(question["path"])
+            channel.sendall(json.dumps({"bytes": 0}).encode() + b"\n")
+            return
+        memory = shared(decoder.image(question["path"]))
     except Exception as error:
         reason = one_line(error) or f"{type(error).__name__}: {error}"
         channel.sendall(json.dumps({"error": reason}).encode() + b"\n")
@@ -132,7 +141,7 @@ def main() -> None:
     decoder = Decoder(Task.from_json(sys.argv[2]))
     with channel.makefile("r") as lines:
         for line in lines:
-            answer(decoder, channel, json.loads(line)["path"])
+            answer(decoder, channel, json.loads(line))
 
 
 if __name__ == "__main__":

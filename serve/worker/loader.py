@@ -53,21 +53,31 @@ class Loader:
         Raises:
             ValueError: The artifact is refused, or the process ended while it read it.
         """
+        size, memory = self._ask({"path": versioned})
+        assert memory is not None
+        return _mapped(memory, size, self._pin)
+
+    def check(self, versioned: str) -> None:
+        """Look whether an expert could be loaded; raises as `image`."""
+        self._ask({"path": versioned, "check": True})
+
+    def _ask(self, question: dict[str, object]) -> tuple[int, int | None]:
+        """The bytes of the reply's memory, and its file descriptor."""
         with self._lock:
             channel = self._connect()
             try:
-                channel.sendall(json.dumps({"path": versioned}).encode() + b"\n")
+                channel.sendall(json.dumps(question).encode() + b"\n")
                 content, memories, _, _ = socket.recv_fds(channel, LONGEST_MESSAGE, 1)
                 while content and not content.endswith(b"\n"):
                     content += channel.recv(LONGEST_MESSAGE)
             except OSError:
                 content, memories = b"", []
             if not content:
-                raise ValueError(self._ended(artifact_path(versioned)))
+                raise ValueError(self._ended(artifact_path(str(question["path"]))))
         reply = json.loads(content)
         if "error" in reply:
             raise ValueError(reply["error"])
-        return _mapped(memories[0], reply["bytes"], self._pin)
+        return int(reply["bytes"]), memories[0] if memories else None
 
     def _connect(self) -> socket.socket:
         if self._channel is not None and self._process and self._process.poll() is None:

@@ -83,7 +83,7 @@ class ExpertManager:
         self.residency.status.memory_bytes = memory
         self.residency.publish()
         self.loader.start()
-        listen(self.residency)
+        listen(self.residency, self.loader.check)
         logger.info(
             "deltamux: %d slots of %.1f MB beside a base of %.1f MB",
             self.slots.count,

@@ -9,6 +9,7 @@ expert is in no open step and in no request that the API server reports as runni
 and that is not in a slot is brought in by the step itself, which makes the whole batch wait: a stall, counted.
 """
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
@@ -17,14 +18,13 @@ from threading import Condition, Lock
 from typing import NamedTuple
 
 import torch
-from vllm.logger import init_logger
 
 from deltamux.serve.names import public_name
 from deltamux.serve.status import ExpertStatus, Histogram, WorkerStatus, publish
 from deltamux.serve.worker.host_cache import HostCache
 from deltamux.serve.worker.slots import Slots
 
-logger = init_logger("vllm.deltamux")
+logger = logging.getLogger("vllm.deltamux")
 
 # Seconds that an order waits for a slot to become free before it gives up.
 PATIENCE = 30.0
@@ -202,8 +202,7 @@ class Residency:
                 in_host = "host" if expert_id in self.host else "disk"
                 expert.tier = in_host if expert.slot is None else "slot"
             self.status.memory_bytes["host_cache"] = self.host.num_bytes
-            content = self.status.model_dump_json()
-        return content
+            return self.status.model_dump_json()
 
     def _load(self, wanted: Wanted) -> None:
         start = time.perf_counter()
@@ -272,7 +271,9 @@ class Residency:
                 self._expert(wanted.expert_id).error = str(error)
         with self._changed:
             # Another load may have taken its place at once.
-            return self.host.get(wanted.expert_id) if wanted.expert_id in self.host else self._nothing
+            return (
+                self.host.get(wanted.expert_id) if wanted.expert_id in self.host else self._nothing
+            )
 
     def _slot_now(self, batch: Collection[int]) -> int:
         """A slot for an expert of the step that starts; there are as many as a batch may have experts.
