@@ -29,8 +29,8 @@ from deltamux.serve.errors import one_line
 from deltamux.serve.worker.capacity import Capacity
 from deltamux.serve.worker.host_cache import BaseHashes, open_expert
 
-# Added to the process's niceness. Chosen: beside a busy step it gets a tenth of a core, on idle cores all it asks.
-NICENESS = 10
+# Added to the process's niceness. Chosen: beside a busy step it gets a thirtieth of a core, on idle cores all it asks.
+NICENESS = 15
 
 
 @dataclass(frozen=True)
