@@ -17,7 +17,6 @@ The parts of a run are kept in one file; parts that are not asked for are taken 
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
 from benchmarks.record import RESULTS, keep
@@ -51,11 +49,14 @@ class Bench:
         self.folder = Path(tempfile.mkdtemp(prefix="deltamux-swap-"))
 
     @contextmanager
-    def server(self, count: int, gate: bool = True, **settings: Any) -> Iterator[tuple[Server, list[str]]]:
+    def server(
+        self, count: int, gate: bool = True, **settings: Any
+    ) -> Iterator[tuple[Server, list[str]]]:
         """A server with so many experts: the demo's, in turn, under names of their own."""
         names = [f"e{i}" for i in range(count)]
         experts = [
-            {"name": name, "path": str(self.paths[i % len(self.paths)])} for i, name in enumerate(names)
+            {"name": name, "path": str(self.paths[i % len(self.paths)])}
+            for i, name in enumerate(names)
         ]
         content = {"base": {"model": str(self.root / "base")}, "experts": experts, "engine": ENGINE}
         config = self.folder / "deltamux.yaml"
@@ -67,6 +68,7 @@ class Bench:
             yield server, names
 
     def gaps(self) -> Figures:
+        """Gaps of running requests, quiet and while others are loaded."""
         # One image fits: each of the two that alternate comes from disk.
         with self.server(3, slots=2, host_cache="1MB") as (server, names):
             asyncio.run(_gaps(server.url, names, windows=2))
@@ -85,6 +87,7 @@ class Bench:
         }
 
     def ttft(self) -> Figures:
+        """First tokens by where the expert was."""
         found: Figures = {}
         for tier, cache in (("disk", "1MB"), ("host", "2GiB")):
             with self.server(3, slots=2, host_cache=cache) as (server, names):
@@ -92,6 +95,7 @@ class Bench:
         return found
 
     def copy(self) -> Figures:
+        """A copy into a slot, and a plain one."""
         import torch
 
         from deltamux.compression.checkpoint.architecture import tensor_specs
@@ -125,6 +129,7 @@ class Bench:
         }
 
     def fits(self) -> Figures:
+        """What a working set that fits still moves."""
         with self.server(2, slots=2) as (server, names):
             trace = zipf_trace(2, 24, 2.0)
             asyncio.run(replay(server.url, trace, names))
@@ -141,6 +146,7 @@ class Bench:
         }
 
     def flood(self) -> Figures:
+        """How long a cold expert waits under a flood."""
         with self.server(3, slots=2, slot_wait=PATIENCE) as (server, names):
             waits, longest = asyncio.run(_flood(server.url, names))
         return {
@@ -152,6 +158,7 @@ class Bench:
         }
 
     def zipf(self) -> Figures:
+        """One trace on four servers."""
         found: Figures = {}
         kinds = {"four slots": (4, True), "all resident": (EXPERTS, True), "plain LRU": (4, False)}
         for label, (slots, gate) in kinds.items():
@@ -214,7 +221,7 @@ RATE = 1.5
 async def _gaps(url: str, names: list[str], windows: int) -> tuple[list[float], list[float], int]:
     """Gaps of two streams of the first expert, by whether requests beside them load experts or not."""
     async with client(url) as session:
-        tokens, spans, loads = 0, [], 0
+        spans, loads = [], 0
         end = time.monotonic() + windows * WINDOW_SECONDS
         answers: list[Answer] = []
 
@@ -234,7 +241,6 @@ async def _gaps(url: str, names: list[str], windows: int) -> tuple[list[float], 
                     await asyncio.sleep(0.3)
             spans.append((start, time.monotonic(), loading))
         await asyncio.gather(*running)
-        del tokens
     found: dict[bool, list[float]] = {False: [], True: []}
     for answer in answers:
         for at, gap in answer.gaps:
@@ -268,7 +274,7 @@ async def _flood(url: str, names: list[str]) -> tuple[list[float], float]:
             nonlocal longest
             while not over:
                 answer = await stream(session, name, 24)
-                longest = max(longest, answer.tokens[-1] - answer.tokens[0] + answer.ttft * 0)
+                longest = max(longest, answer.tokens[-1] - answer.asked)
 
         floods = [asyncio.create_task(flood(name)) for name in names[:2] for _ in range(4)]
         await asyncio.sleep(5)

@@ -21,6 +21,7 @@ class Answer:
 
     @property
     def ttft(self) -> float:
+        """Seconds to the first token."""
         return self.tokens[0] - self.asked
 
     @property

@@ -1,6 +1,6 @@
 """A server for comparison: deltamux without its gate, so that a step loads what it lacks, least recently used out.
 
-    python -m benchmarks.swap_plain CONFIG [vLLM flags]
+python -m benchmarks.swap_plain CONFIG [vLLM flags]
 """
 
 import os

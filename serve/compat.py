@@ -4,13 +4,14 @@ Replaced (general plugin): the LoRA manager class that model runners create; an 
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
 isolation are vLLM's own. Wrapped there: the two methods of `Worker` that run a step, so that its end is known.
 Wrapped (endpoint plugin): handlers on `app.state`; for per-expert latencies
-`IterationStats.update_from_output` and `OutputProcessor.add_request` (`engine_stats.py`); for traces
+`IterationStats.update_from_output`, `LoRARequestStates.update_scheduler_stats` (`adapters.py`) and `OutputProcessor.add_request` (`engine_stats.py`); for traces
 `OutputProcessor.do_tracing` (`spans.py`). On instances: `apply` of the linears' `quant_method`, `forward`
 of embeddings and norms, `LogitsProcessor._get_logits` (`worker/deltas.py`),
 `show_available_models` and `model_name` of `openai_serving_models` (`endpoint.py`), and, on shallow
 copies of the handlers, template, sampling defaults and engine client (`handlers.py`).
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ OUTPUT = ("vllm.v1.engine.output_processor", "OutputProcessor")
 # What runs a step; the CPU's worker derives from it.
 WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
 STEP_METHODS = ("execute_model", "sample_tokens")
+LORA_STATES = ("vllm.v1.metrics.stats", "LoRARequestStates")
+METRICS_MODULE = "vllm.v1.metrics.loggers"
 LORA_REQUEST = ("vllm.lora.request", "LoRARequest")
 SAMPLING = ("vllm.sampling_params", "SamplingParams")
 # Imported on a GPU alone.
@@ -59,6 +62,7 @@ SYMBOLS: tuple[tuple[str, ...], ...] = (
     (*SAMPLING, "_all_stop_token_ids"),
     (*PLATFORM, "is_cuda"),
     (*WORKER, "execute_model"),
+    (*LORA_STATES, "update_scheduler_stats"),
     ("vllm.logger", "init_logger"),
 )
 # What is used of the objects that vLLM hands to the endpoint plugin; releases move their classes about.
@@ -246,6 +250,12 @@ def _without_lora(config: Any) -> Iterator[None]:
         yield
     finally:
         config.lora_config = lora
+
+
+@lru_cache
+def tells_loaded_adapters(metric: str) -> bool:
+    """Whether this vLLM exports a metric of its own about loaded adapters."""
+    return metric in inspect.getsource(import_module(METRICS_MODULE))
 
 
 def hooked_layers() -> tuple[type, type, type]:

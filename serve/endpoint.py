@@ -64,7 +64,8 @@ class DeltamuxEndpoint:
             if handler is not None:
                 setattr(state, attribute, RoutedHandler(handler, method, gateway))
         _list_everything(models, registry, has_router=settings.router is not None)
-        collector.install(collector.Sources(registry, journal, Memory(config)))
+        drafts = config.speculative_config is not None
+        collector.install(collector.Sources(registry, journal, Memory(config), drafts))
         spans.install(config.observability_config)
         ServerState(settings, registry, route, journal, engine_client, saved).attach(state)
 

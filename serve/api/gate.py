@@ -169,6 +169,15 @@ class Gate:
             place.is_member = place.ready = place.in_host = False
             self._start(place, self._worker.leave(expert))
 
+    def waiting(self) -> dict[str, int]:
+        """How many requests wait, by the expert's name; of those who have some."""
+        found: dict[str, int] = {}
+        for place in list(self._places.values()):
+            if place.waiting:
+                name = place.expert.name
+                found[name] = found.get(name, 0) + len(place.waiting)
+        return found
+
     def loaded(self, expert: Expert) -> None:
         """An expert was brought into host memory."""
         self._place(expert).in_host = True

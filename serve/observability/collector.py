@@ -20,7 +20,7 @@ from deltamux.compression.artifact.manifest import deltamux_version
 from deltamux.serve import compat
 from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.names import BASE
-from deltamux.serve.observability import engine_stats, metrics
+from deltamux.serve.observability import adapters, engine_stats, metrics
 from deltamux.serve.observability.journal import Journal
 from deltamux.serve.observability.memory import Memory
 from deltamux.serve.status import SWAP_BUCKETS, WorkerStatus, read_status
@@ -37,12 +37,14 @@ class Sources:
     registry: ExpertRegistry
     journal: Journal
     memory: Memory
+    speculative: bool = False
 
 
 def install(sources: Sources) -> None:
     """Start measuring."""
     metrics.build_info.labels(deltamux_version(), str(compat.vllm_version())).set(1)
-    engine_stats.install()
+    engine_stats.install(sources.speculative)
+    adapters.name_publicly(sources.registry)
     REGISTRY.register(ServerCollector(sources))
 
 
@@ -59,7 +61,7 @@ class ServerCollector(Collector):
 
     def collect(self) -> Iterable[Any]:
         """All families that can be read."""
-        for family in (_experts, _swaps, _memory, _in_flight):
+        for family in (_experts, _adapters, _swaps, _memory, _in_flight):
             yield from self._readable(family)
 
     def _readable(self, family: Callable[[Sources, WorkerStatus], Iterable[Any]]) -> list[Any]:
@@ -89,6 +91,10 @@ def _experts(sources: Sources, status: WorkerStatus) -> Iterator[Any]:
             count = status.swaps.get(expert.name, {}).get(tier, 0)
             swaps.add_metric([expert.name, tier], count)
     yield from (swaps, resident, size)
+
+
+def _adapters(sources: Sources, _: WorkerStatus) -> Iterator[Any]:
+    return adapters.loaded_adapters(sources.registry)
 
 
 def _swaps(_: Sources, status: WorkerStatus) -> Iterator[Any]:

@@ -114,14 +114,18 @@ def _note_failure(record: RequestRecord, output: Any) -> None:
         record.failure = ERROR
 
 
-def install() -> None:
-    """Wrap vLLM's methods; harmless when called again."""
+def install(speculative: bool = False) -> None:
+    """Wrap vLLM's methods; harmless when called again.
+
+    Args:
+        speculative: Whether tokens are drafted, so that acceptance is counted.
+    """
     processor: Any = compat.symbol(*compat.OUTPUT)
     stats: Any = compat.symbol(*compat.STATS)
     if hasattr(stats.update_from_output, "deltamux"):
         return
     processor.add_request = _marking(processor.add_request)
-    stats.update_from_output = _observing(stats.update_from_output)
+    stats.update_from_output = _observing(stats.update_from_output, speculative)
 
 
 def _marking(add_request: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +147,7 @@ def _marking(add_request: Callable[..., Any]) -> Callable[..., Any]:
     return marked
 
 
-def _observing(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
+def _observing(update_from_output: Callable[..., Any], speculative: bool) -> Callable[..., Any]:
     """`IterationStats.update_from_output`, observing per expert what vLLM observes in sum."""
     # Releases differ in the order of these arguments, not in their names.
     names = list(inspect.signature(update_from_output).parameters)
@@ -160,6 +164,10 @@ def _observing(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
         else:
             metrics.itl_seconds.labels(label).observe(given["engine_core_timestamp"] - previous)
         generated = len(given["output"].new_token_ids)
+        if speculative and generated and not given["is_prefilling"]:
+            # A step gives one token of its own, and the drafted ones that it accepted before it.
+            metrics.speculative_steps.labels(label).inc()
+            metrics.speculative_accepted.labels(label).inc(generated - 1)
         metrics.tokens_total.labels(label, "generated").inc(generated)
         if record is not None:
             record.generated_tokens += generated
