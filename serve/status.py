@@ -77,6 +77,17 @@ class WorkerStatus(BaseModel):
     stalls: int = 0
     memory_bytes: dict[str, int] = Field(default_factory=dict)
 
+    def expert(self, expert_id: int) -> ExpertStatus:
+        """What is said of an expert, from now on if nothing was."""
+        return self.experts.setdefault(expert_id, ExpertStatus())
+
+    def count_swap(self, name: str | None, tier: str, seconds: float) -> None:
+        """Count a move into a tier; without a name it is that of a dummy of vLLM's warm-up."""
+        if name is not None:
+            swaps = self.swaps.setdefault(name, {})
+            swaps[tier] = swaps.get(tier, 0) + 1
+            self.swap_seconds.setdefault(tier, Histogram()).observe(seconds)
+
 
 def status_directory() -> Path:
     """The folder of the status file; made, and removed at exit, by the first process to ask."""

@@ -11,18 +11,18 @@ and that is not in a slot is brought in by the step itself, which makes the whol
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future
 from threading import Condition, Lock
 from typing import NamedTuple
 
 import torch
 
 from deltamux.serve.names import public_name
-from deltamux.serve.status import ExpertStatus, Histogram, WorkerStatus, publish
+from deltamux.serve.status import WorkerStatus, publish
 from deltamux.serve.worker.host_cache import HostCache
+from deltamux.serve.worker.once import Once
 from deltamux.serve.worker.slots import Slots
+from deltamux.serve.worker.table import SlotTable
 
 logger = logging.getLogger("vllm.deltamux")
 
@@ -42,7 +42,7 @@ class Residency:
     """The experts of one worker; every method may be called from any thread.
 
     Attributes:
-        resident: Expert id → slot, least recently used first.
+        table: Which expert is in which slot.
         status: What is published.
 
     Args:
@@ -62,15 +62,11 @@ class Residency:
         self.slots = slots
         self.host = host
         self.status = WorkerStatus()
-        self.resident: OrderedDict[int, int] = OrderedDict()
-        self.pinned: set[int] = set()
+        self.table = SlotTable(slots.count)
         self._read = read
         self._nothing = nothing
         self._names: dict[int, str] = {}
-        self._filling: dict[int, int] = {}
-        self._loading: dict[int, Future[None]] = {}
-        # Of the open step: its experts, and the slots that it reads.
-        self._step: dict[int, int] = {}
+        self._loads = Once()
         self._step_done: torch.cuda.Event | None = None
         self._changed = Condition()
         self._publishing = Lock()
@@ -82,21 +78,13 @@ class Residency:
             ValueError: The artifact is refused; the message says why.
         """
         with self._changed:
-            if wanted.expert_id in self.host and self._expert(wanted.expert_id).error is None:
+            if wanted.expert_id in self.host and self.status.expert(wanted.expert_id).error is None:
                 self.host.get(wanted.expert_id)
                 return
-            under_way = self._loading.get(wanted.expert_id)
-            mine = self._loading.setdefault(wanted.expert_id, Future())
-        if under_way is not None:
-            under_way.result()
-            return
         try:
-            self._load(wanted)
-        except BaseException as error:
-            self._finish(wanted, error)
-            raise
-        self._finish(wanted, None)
-        assert mine.done()
+            self._loads.run(wanted.expert_id, lambda: self._load(wanted))
+        finally:
+            self.publish()
 
     def enter(self, wanted: Wanted, keep: Collection[int], pin: bool = False) -> None:
         """Bring an expert into a slot that nobody needs; no step waits for it.
@@ -110,23 +98,25 @@ class Residency:
             ValueError: It is refused, or no slot becomes free.
         """
         if pin:
-            self._check_pin(wanted.expert_id)
+            with self._changed:
+                self.table.check_pin(wanted.expert_id)
         end = time.monotonic() + PATIENCE
         while not self._is_in_slot(wanted.expert_id):
             self.load(wanted)
             with self._changed:
-                slot = self._place(wanted.expert_id, keep)
-                if slot is None:
-                    self._wait(end)
-                    continue
                 if wanted.expert_id not in self.host:
                     continue  # another one took its place there
                 image = self.host.get(wanted.expert_id)
-                self._filling[wanted.expert_id] = slot
+                copied = wanted.expert_id in self.table.filling
+                slot = None if copied else self.table.find(keep)
+                if slot is None:
+                    self._wait(end)
+                    continue
+                self.table.filling[wanted.expert_id] = slot
             self._fill(wanted.expert_id, slot, image)
         if pin:
             with self._changed:
-                self.pinned.add(wanted.expert_id)
+                self.table.pinned.add(wanted.expert_id)
                 self.host.pin(wanted.expert_id)
         self.publish()
 
@@ -138,21 +128,15 @@ class Residency:
         """
         wanted = {each.expert_id: each for each in requests}
         with self._changed:
-            self._step = {}
-            for expert_id in wanted:
-                slot = self.resident.get(expert_id)
-                if slot is not None:
-                    self.resident.move_to_end(expert_id)
-                    self._step[expert_id] = slot
-            missing = [each for each in wanted.values() if each.expert_id not in self._step]
-        for each in missing:
-            self._enter_now(each, wanted)
-        return self._step
+            missing = self.table.begin(wanted)
+        for expert_id in missing:
+            self._enter_now(wanted[expert_id], wanted)
+        return self.table.step
 
     def end(self, done: torch.cuda.Event | None = None) -> None:
         """The open step has ended; on a GPU, where it may still run, `done` says when."""
         with self._changed:
-            self._step = {}
+            self.table.step = {}
             self._step_done = done or self._step_done
             self._changed.notify_all()
 
@@ -160,8 +144,8 @@ class Residency:
         """Free an expert's slot and its host memory, pinned or not; it stays known."""
         with self._changed:
             self._settle(expert_id)
-            self.resident.pop(expert_id, None)
-            self.pinned.discard(expert_id)
+            self.table.resident.pop(expert_id, None)
+            self.table.pinned.discard(expert_id)
             image = self.host.remove(expert_id)
             self._changed.notify_all()
         del image
@@ -180,13 +164,15 @@ class Residency:
     def ids(self) -> set[int]:
         """Experts in slots or in the host cache."""
         with self._changed:
-            return set(self.resident) | {each for each in self.status.experts if each in self.host}
+            return set(self.table.resident) | {
+                each for each in self.status.experts if each in self.host
+            }
 
     def add_nothing(self, expert_id: int) -> None:
         """Know an expert that changes nothing."""
         with self._changed:
             self.host.put(expert_id, self._nothing)
-            self._expert(expert_id)
+            self.status.expert(expert_id)
 
     def publish(self) -> None:
         """Tell the API server."""
@@ -196,11 +182,12 @@ class Residency:
     def _described(self) -> str:
         with self._changed:
             for expert_id, expert in self.status.experts.items():
-                expert.slot = self.resident.get(expert_id)
-                expert.pinned = expert_id in self.pinned
+                expert.slot = self.table.resident.get(expert_id)
+                expert.pinned = expert_id in self.table.pinned
                 expert.host_bytes = self.host.bytes_of(expert_id)
                 in_host = "host" if expert_id in self.host else "disk"
                 expert.tier = in_host if expert.slot is None else "slot"
+            self.status.evictions = self.table.evictions
             self.status.memory_bytes["host_cache"] = self.host.num_bytes
             return self.status.model_dump_json()
 
@@ -208,44 +195,38 @@ class Residency:
         start = time.perf_counter()
         image = self._read(wanted.path)
         with self._changed:
-            expert = self._expert(wanted.expert_id)
+            expert = self.status.expert(wanted.expert_id)
             if expert.error is not None:
                 # What a slot holds of it is what was there while it was refused: it is copied anew.
-                self.resident.pop(wanted.expert_id, None)
+                self.table.resident.pop(wanted.expert_id, None)
             evicted = self.host.put(wanted.expert_id, image)
             expert.error = None
             self._names[wanted.expert_id] = public_name(wanted.name)
-            self._count(wanted.expert_id, "host", time.perf_counter() - start)
+            self.status.count_swap(
+                self._names.get(wanted.expert_id), "host", time.perf_counter() - start
+            )
         for expert_id in evicted:
             logger.info("deltamux: expert %d left the host cache", expert_id)
-
-    def _finish(self, wanted: Wanted, error: BaseException | None) -> None:
-        with self._changed:
-            future = self._loading.pop(wanted.expert_id)
-            self._changed.notify_all()
-        self.publish()
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
 
     def _enter_now(self, wanted: Wanted, batch: Collection[int]) -> None:
         """Within a step: everybody waits."""
         start = time.monotonic()
         with self._changed:
             self._settle(wanted.expert_id)
-            slot = self.resident.get(wanted.expert_id)
+            slot = self.table.resident.get(wanted.expert_id)
         if slot is None:
             image = self._image_now(wanted)
             begin = time.perf_counter()
             slot = self._slot_now(batch)
             self.slots.load(slot, image)
             with self._changed:
-                self.resident[wanted.expert_id] = slot
-                self._count(wanted.expert_id, "slot", time.perf_counter() - begin)
+                self.table.resident[wanted.expert_id] = slot
+                self.status.count_swap(
+                    self._names.get(wanted.expert_id), "slot", time.perf_counter() - begin
+                )
         with self._changed:
-            self._step[wanted.expert_id] = slot
-            expert = self._expert(wanted.expert_id)
+            self.table.step[wanted.expert_id] = slot
+            expert = self.status.expert(wanted.expert_id)
             expert.swapped_at = time.monotonic()
             expert.swap_seconds = expert.swapped_at - start
             if wanted.expert_id in self._names:  # no dummy of vLLM's warm-up
@@ -268,7 +249,7 @@ class Residency:
             logger.exception("deltamux: cannot load expert %r", wanted.name)
             with self._changed:
                 self.host.put(wanted.expert_id, self._nothing)
-                self._expert(wanted.expert_id).error = str(error)
+                self.status.expert(wanted.expert_id).error = str(error)
         with self._changed:
             # Another load may have taken its place at once.
             return (
@@ -276,61 +257,38 @@ class Residency:
             )
 
     def _slot_now(self, batch: Collection[int]) -> int:
-        """A slot for an expert of the step that starts; there are as many as a batch may have experts.
-
-        vLLM's scheduler knows the number of slots but not the pins: a batch that needs every slot takes a pinned
-        one too.
-        """
         with self._changed:
-            while True:
-                taken = {*self.resident.values(), *self._filling.values()}
-                free = set(range(self.slots.count)) - taken
-                if free:
-                    return min(free)
-                idle = [each for each in self.resident if each not in batch]
-                if idle:
-                    return self._evict(min(idle, key=lambda each: each in self.pinned))
+            while (slot := self.table.find_now(batch)) is None:
                 self._changed.wait()
+            return slot
 
     def _is_in_slot(self, expert_id: int) -> bool:
         with self._changed:
-            if expert_id not in self.resident or self._expert(expert_id).error is not None:
+            if (
+                expert_id not in self.table.resident
+                or self.status.expert(expert_id).error is not None
+            ):
                 return False
-            self.resident.move_to_end(expert_id)
+            self.table.resident.move_to_end(expert_id)
             return True
-
-    def _place(self, expert_id: int, keep: Collection[int]) -> int | None:
-        """A slot for an expert; None: not yet."""
-        if expert_id in self._filling:
-            return None
-        busy = {*self._step.values(), *self._filling.values()}
-        free = set(range(self.slots.count)) - set(self.resident.values()) - busy
-        if free:
-            return min(free)
-        for each, slot in self.resident.items():
-            if each not in keep and each not in self.pinned and slot not in busy:
-                return self._evict(each)
-        return None
-
-    def _evict(self, expert_id: int) -> int:
-        self.status.evictions += 1
-        return self.resident.pop(expert_id)
 
     def _fill(self, expert_id: int, slot: int, image: torch.Tensor) -> None:
         start = time.perf_counter()
         try:
             self.slots.load_aside(slot, image, self._step_done)
             with self._changed:
-                self.resident[expert_id] = slot
-                self._count(expert_id, "slot", time.perf_counter() - start)
+                self.table.resident[expert_id] = slot
+                self.status.count_swap(
+                    self._names.get(expert_id), "slot", time.perf_counter() - start
+                )
         finally:
             with self._changed:
-                del self._filling[expert_id]
+                del self.table.filling[expert_id]
                 self._changed.notify_all()
 
     def _settle(self, expert_id: int) -> None:
         """Wait until an expert is not being copied."""
-        while expert_id in self._filling:
+        while expert_id in self.table.filling:
             self._changed.wait()
 
     def _wait(self, end: float) -> None:
@@ -339,23 +297,3 @@ class Residency:
                 f"no slot became free within {PATIENCE:.0f} s: all {self.slots.count} are needed by "
                 "running requests; set more `slots`"
             )
-
-    def _check_pin(self, expert_id: int) -> None:
-        with self._changed:
-            full = expert_id not in self.pinned and len(self.pinned) + 1 >= self.slots.count
-        if full:
-            raise ValueError(
-                f"pinning expert {expert_id} would pin all {self.slots.count} slots: "
-                "one must stay free for the others"
-            )
-
-    def _expert(self, expert_id: int) -> ExpertStatus:
-        return self.status.experts.setdefault(expert_id, ExpertStatus())
-
-    def _count(self, expert_id: int, tier: str, seconds: float) -> None:
-        name = self._names.get(expert_id)
-        if name is None:  # a dummy of vLLM's warm-up
-            return
-        swaps = self.status.swaps.setdefault(name, {})
-        swaps[tier] = swaps.get(tier, 0) + 1
-        self.status.swap_seconds.setdefault(tier, Histogram()).observe(seconds)

@@ -89,7 +89,7 @@ def test_the_least_recently_used_expert_leaves_its_slot(
 ) -> None:
     for expert_id in (1, 2, 1, 3):
         step(manager, request_for(expert_id))
-    assert set(manager.residency.resident) == {1, 3}
+    assert set(manager.residency.table.resident) == {1, 3}
     assert manager.residency.status.evictions == 1
     assert manager.residency.status.experts[2].tier == "host"
 
@@ -100,8 +100,8 @@ def test_experts_of_the_batch_never_evict_each_other(
     step(manager, request_for(1))
     step(manager, request_for(2))
     step(manager, request_for(1), request_for(3))
-    assert set(manager.residency.resident) == {1, 3}
-    slots = [manager.residency.resident[1], manager.residency.resident[3]]
+    assert set(manager.residency.table.resident) == {1, 3}
+    slots = [manager.residency.table.resident[1], manager.residency.table.resident[3]]
     assert manager.rows.tokens.slot_of_row[:3].tolist() == [-1, *slots]
 
 
@@ -112,9 +112,9 @@ def test_a_pinned_expert_leaves_last_and_only_for_a_batch_that_needs_every_slot(
     assert manager.pin_adapter(1)
     for expert_id in (2, 3):
         step(manager, request_for(expert_id))
-    assert 1 in manager.residency.resident
+    assert 1 in manager.residency.table.resident
     step(manager, request_for(2), request_for(3))
-    assert set(manager.residency.resident) == {2, 3}
+    assert set(manager.residency.table.resident) == {2, 3}
     step(manager, request_for(1))
     assert manager.residency.status.experts[1].pinned
     assert manager.residency.status.experts[1].tier == "slot"
@@ -148,7 +148,7 @@ def test_a_bad_expert_in_a_step_does_not_end_the_engine_and_recovers(
     assert manager.add_adapter(request)
     assert manager.residency.status.experts[1].error is None
     step(manager, request)
-    assert slot_changes(manager, manager.residency.resident[1])
+    assert slot_changes(manager, manager.residency.table.resident[1])
 
 
 def test_weights_that_changed_since_they_were_registered_are_not_served_under_the_old_name(
@@ -208,7 +208,7 @@ def test_dummies_for_warm_up_change_nothing_and_disappear(
     assert manager.residency.status.swaps == {}
     manager.remove_all_adapters()
     assert manager.list_adapters() == set()
-    assert not manager.residency.resident
+    assert not manager.residency.table.resident
 
 
 @pytest.mark.parametrize("name", ["tensor_parallel_size", "data_parallel_size"])
