@@ -44,6 +44,14 @@ class Loader:
         with self._lock:
             self._connect()
 
+    def stop(self) -> None:
+        """End the process."""
+        with self._lock:
+            if self._channel is not None and self._process is not None:
+                self._channel.close()
+                self._channel = None
+                self._process.wait()
+
     def image(self, versioned: str) -> torch.Tensor:
         """An expert's slot image, uint8 [bytes].
 
@@ -92,7 +100,6 @@ class Loader:
         )
         theirs.close()
         self._channel = mine
-        weakref.finalize(self, mine.close)
         return mine
 
     def _ended(self, path: Path) -> str:
