@@ -184,8 +184,12 @@ class ExpertRegistry:
         was_bad = bool(self.status_of(expert).error)
         waited = await self.gate.enter(expert)
         if was_bad:
-            # What ran while it was gone left the base's keys in the cache under its name.
-            await self._engine.reset_prefix_cache()
+            try:
+                # What ran while it was gone left the base's keys in the cache under its name.
+                await self._engine.reset_prefix_cache()
+            except BaseException:
+                self.gate.leave(expert)
+                raise
         return waited
 
     def rest(self, expert: Expert) -> None:

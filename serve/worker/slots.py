@@ -86,8 +86,8 @@ class Slots:
         return self._index[name]
 
     def load(self, slot: int, image: torch.Tensor) -> None:
-        """Copy an expert's image into a slot; it fits (see `capacity.py`). The current stream waits for it."""
-        self.buffer[slot, : image.numel()].copy_(image, non_blocking=True)
+        """Copy an expert's image into a slot, in the order of the current stream; it fits (see `capacity.py`)."""
+        self.buffer[slot, : image.numel()].copy_(image)
         self._tables[slot] = self._table(image)
 
     def load_aside(self, slot: int, image: torch.Tensor, after: torch.cuda.Event | None) -> None:
