@@ -25,6 +25,7 @@ from deltamux.compression.streaming.text import encode_rows, read_rows
 pytestmark = pytest.mark.vllm
 
 NAMES = ("one", "two", "three")
+MODELS = [("llama", False), ("qwen2", False), ("qwen3", True)]
 SLOTS = 2
 PROMPT = "how many apples are left when three of eleven are eaten? " * 3
 SHORT = "add 3 and 4"
@@ -102,9 +103,7 @@ class Served:
         self.folder = folder
 
 
-@pytest.fixture(
-    scope="module", params=[("llama", False), ("qwen2", False), ("qwen3", True)], ids=lambda p: p[0]
-)
+@pytest.fixture(scope="module", params=MODELS, ids=lambda p: p[0])
 def served(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -172,6 +171,7 @@ def test_base_requests_are_bit_identical_with_and_without_the_plugin(
     assert plain["prompt_logprobs"] == with_plugin["prompt_logprobs"]
 
 
+@pytest.mark.parametrize("served", MODELS[:1], indirect=True, ids=lambda p: p[0])
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_drafted_tokens_change_no_experts_answer(
     tmp_path: Path, served: Served, method: str
