@@ -95,6 +95,7 @@ async def register_expert(body: RegisterBody, request: Request) -> JSONResponse:
         expert = await server.registry.register(body.name, path, body.pin)
     except (ExpertError, ValueError) as error:
         return failure(str(error), HTTPStatus.BAD_REQUEST)
+    server.saved.write(server.registry)
     return JSONResponse(_describe(expert, server), status_code=HTTPStatus.CREATED.value)
 
 
@@ -109,10 +110,11 @@ async def get_expert(name: str, request: Request) -> JSONResponse:
 @experts_router.delete("/experts/{name}")
 async def delete_expert(name: str, request: Request) -> JSONResponse:
     """Stop offering an expert; answers once its running requests have ended."""
-    registry = server_state(request).registry
-    if registry.get(name) is None:
+    server = server_state(request)
+    if server.registry.get(name) is None:
         return _missing(name)
-    await registry.delete(name)
+    await server.registry.delete(name)
+    server.saved.write(server.registry)
     return JSONResponse({"id": name, "object": "expert", "deleted": True})
 
 
@@ -127,4 +129,5 @@ async def pin_expert(name: str, request: Request) -> JSONResponse:
         await server.registry.pin(name)
     except ExpertError as error:
         return failure(str(error), HTTPStatus.BAD_REQUEST)
+    server.saved.write(server.registry)
     return JSONResponse(_describe(expert, server))

@@ -1,7 +1,7 @@
 """vLLM's request handlers, with the expert chosen in front of them.
 
 `Gateway.answer` is the main path of a request in the API process:
-request → decision → admission (host cache) → the expert's own template and defaults → vLLM.
+request → decision → admission (`gate.py`) → the expert's own template and defaults → vLLM.
 """
 
 import time
@@ -228,15 +228,16 @@ class Gateway:
         if expert is None:
             return await call.through(call.handler, record, self._registry, [])
         expert.last_used = record.arrival
-        with expert.held():
-            try:
-                record.swap_wait_seconds = await self._registry.admit(expert)
-            except ExpertError as error:
-                tenant = current_tenant.get()
-                if tenant is None or tenant.admin:
-                    return unavailable(str(error))
-                return unavailable(f"expert {expert.name!r} is not available")
-            if call.method not in expert.variants:
-                expert.variants[call.method] = specialise(call.handler, expert)
-            variant = expert.variants[call.method]
-            return await call.through(variant, record, self._registry, expert.stop_ids)
+        record.at_end.append(expert.hold())
+        try:
+            record.swap_wait_seconds = await self._registry.admit(expert)
+        except ExpertError as error:
+            tenant = current_tenant.get()
+            if tenant is None or tenant.admin:
+                return unavailable(str(error))
+            return unavailable(f"expert {expert.name!r} is not available")
+        record.at_end.append(partial(self._registry.gate.leave, expert))
+        if call.method not in expert.variants:
+            expert.variants[call.method] = specialise(call.handler, expert)
+        variant = expert.variants[call.method]
+        return await call.through(variant, record, self._registry, expert.stop_ids)

@@ -8,6 +8,7 @@ from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.api.guard import Doors
 from deltamux.serve.api.owners import Owners
 from deltamux.serve.api.roots import Roots
+from deltamux.serve.api.saved import SavedExperts
 from deltamux.serve.observability.journal import Journal
 from deltamux.serve.settings import PluginSettings
 
@@ -27,6 +28,7 @@ class ServerState:
         owners: Whose each response is.
         doors: Whose keys open what.
         roots: Where experts and routers that a client names may lie.
+        saved: Experts that are kept over a restart.
     """
 
     settings: PluginSettings
@@ -37,6 +39,7 @@ class ServerState:
     owners: Owners
     doors: Doors
     roots: Roots
+    saved: SavedExperts
 
     def attach(self, state: Any) -> None:
         """Put it on an application's state."""

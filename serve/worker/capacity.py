@@ -14,6 +14,7 @@ from deltamux.compression.image.build import Shapes
 from deltamux.compression.image.layout import head_bytes, section_bytes
 from deltamux.compression.image.planes import row_stride
 from deltamux.compression.image.source import Source, open_source
+from deltamux.serve.hub import local_directory
 from deltamux.serve.settings import PluginSettings
 
 logger = logging.getLogger("vllm.deltamux")
@@ -99,9 +100,12 @@ def _may_always_change(name: str) -> bool:
 
 def _readable(settings: PluginSettings) -> list[Source]:
     found = []
-    for expert in settings.experts:
+    paths = [expert.path for expert in settings.experts]
+    if settings.experts_dir is not None and settings.experts_dir.is_dir():
+        paths += sorted(each for each in settings.experts_dir.iterdir() if each.is_dir())
+    for path in paths:
         try:
-            found.append(open_source(expert.path, settings.slot.largest_rank))
+            found.append(open_source(local_directory(path), settings.slot.largest_rank))
         except (ValueError, OSError) as error:
-            logger.debug("deltamux: %s does not count for slots: %s", expert.name, error)
+            logger.debug("deltamux: %s does not count for slots: %s", path, error)
     return found
