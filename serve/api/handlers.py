@@ -211,7 +211,7 @@ class Gateway:
         tenant = current_tenant.get()
         if tenant is None:
             return
-        if hasattr(request, "cache_salt"):
+        if tenant.apart and hasattr(request, "cache_salt"):
             request.cache_salt = tenant.cache_salt(request.cache_salt)
         if field(request, "input") is None:
             return

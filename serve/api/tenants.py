@@ -87,12 +87,14 @@ class Tenant:
         experts: The experts that it may use; None: all.
         admin: Whether it may change what is served.
         limits: What it has left.
+        apart: Whether it shares no part of the prefix cache.
     """
 
     name: str
     experts: frozenset[str] | None = None
     admin: bool = False
     limits: Limits = field(default_factory=Limits)
+    apart: bool = True
 
     @property
     def counts_tokens(self) -> bool:
@@ -130,7 +132,7 @@ class Keys:
             for key in keys
         ]
         self.tenants = list(dict.fromkeys(tenant for _, tenant in self._known))
-        holder = Tenant(API_KEY_TENANT, admin=True)
+        holder = Tenant(API_KEY_TENANT, admin=True, apart=False)
         self._known += [(_digest(key), holder) for key in api_keys]
 
     @property

@@ -460,6 +460,8 @@ def test_tenants_share_no_part_of_the_prefix_cache(fortress: Fortress) -> None:
     cached("team")
     assert cached("team") > 0
     assert cached("boss") == 0
+    cached("api-key")
+    assert cached("api-key") > 0
 
 
 HITS = ("vllm:prefix_cache_hits_total", "engine=0", "model_name=tiny")
