@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.compression.paths import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.experts import ExpertRegistry

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.compression.paths import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.plugin import PLUGIN_NAME
 from deltamux.serve.settings import Settings, load_settings

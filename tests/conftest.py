@@ -179,7 +179,8 @@ def compress_pair(text_file: Path) -> Callable[..., Path]:
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.compression.compress import compress
     from deltamux.compression.recipe import Recipe
-    from deltamux.compression.streaming.text import encode_rows, read_rows
+    from deltamux.compression.streaming.rows import read_rows
+    from deltamux.compression.streaming.text import encode_rows
 
     def run(
         base: Path,
@@ -321,7 +322,8 @@ def compress_tiny(base: Path, tuned: Path, output: Path, text_file: Path) -> Non
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.compression.compress import compress
     from deltamux.compression.recipe import Recipe
-    from deltamux.compression.streaming.text import encode_rows, read_rows
+    from deltamux.compression.streaming.rows import read_rows
+    from deltamux.compression.streaming.text import encode_rows
 
     samples = encode_rows(read_rows(text_file), tuned, 128)
     pair = open_checkpoint(base), open_checkpoint(tuned)

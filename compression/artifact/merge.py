@@ -1,7 +1,6 @@
 """From a base and an artifact back to whole weights: W_base + Δ̂."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +148,4 @@ def _write_side_files(artifact: Artifact, dtype: torch.dtype, target: Path) -> N
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (target / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-    as_checkpoint = Checkpoint(artifact.root, str(artifact.root), None, {})
-    for path in as_checkpoint.side_files():
-        shutil.copy2(path, target)
+    Checkpoint(artifact.root, str(artifact.root), None, {}).copy_side_files(target)

@@ -1,7 +1,6 @@
 """Write an artifact: weights, manifest, configuration, recipe, tokenizer files and model card."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from math import prod
@@ -20,7 +19,7 @@ from deltamux.compression.artifact.manifest import (
 )
 from deltamux.compression.artifact.stored import Encoded, Entry
 from deltamux.compression.checkpoint.architecture import Role
-from deltamux.compression.checkpoint.checkpoint import save_tensors
+from deltamux.compression.checkpoint.checkpoint import Checkpoint, save_tensors
 from deltamux.compression.checkpoint.delta import Difference
 from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.image.layout import RECORD_BYTES, head_bytes
@@ -32,6 +31,7 @@ from deltamux.compression.names import (
     WEIGHTS_FILE,
 )
 from deltamux.compression.recipe import Recipe, dump_recipe
+from deltamux.compression.streaming.stops import GENERATION_FILE, read_settings, stop_ids
 
 
 def write_artifact(
@@ -60,8 +60,8 @@ def write_artifact(
     (target / RECIPE_FILE).write_text(dump_recipe(recipe))
     marked = {"quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION}}
     (target / CONFIG_FILE).write_text(json.dumps(expert.config | marked, indent=2))
-    for path in expert.side_files():
-        shutil.copy2(path, target)
+    expert.copy_side_files(target)
+    _write_stop_ids(expert, target)
     manifest = Manifest(
         deltamux_version=deltamux_version(),
         expert=expert.source,
@@ -74,6 +74,15 @@ def write_artifact(
         totals=_totals(difference, entries, (target / WEIGHTS_FILE).stat().st_size),
     )
     return write_manifest(manifest, target)
+
+
+def _write_stop_ids(expert: Checkpoint, target: Path) -> None:
+    """Put all tokens that end the expert's turn where servers look for them."""
+    ids = stop_ids(expert.root)
+    if ids:
+        path = target / GENERATION_FILE
+        content = read_settings(path) | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
+        path.write_text(json.dumps(content, indent=2))
 
 
 def finish_artifact(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.compression.image.source import open_source
-from deltamux.compression.streaming.served import own_template, read_settings
+from deltamux.compression.streaming.served import own_template
+from deltamux.compression.streaming.stops import read_settings
 
 
 class ExpertError(Exception):

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.errors import naming
-from deltamux.compression.streaming.text import read_rows
 from deltamux.serve.cli import app
 
 
@@ -106,40 +105,3 @@ def test_a_damaged_tokenizer_is_named(pair, tmp_path):
     (pair[0] / "tokenizer.json").write_text("{")
     message = refusal("compress", *pair, "-o", tmp_path / "a", "--calibration", rows)
     assert f"the tokenizer in {str(pair[0])!r}" in message
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": None, "response": "a"},
-        {"prompt": "a", "response": None},
-        {"prompt": "a", "response": False},
-        {"prompt": [{"role": "user", "content": "a"}], "response": "b"},
-        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": "assistant", "content": "a"}]},
-        {"messages": None},
-        {"prompt": [{"type": "image_url"}], "response": "a"},
-        [1],
-    ],
-    ids=str,
-)
-def test_a_row_without_text_is_refused_with_its_line(tmp_path, row):
-    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "a", "response": "b"}, row)
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: a row needs"):
-        read_rows(path)
-
-
-def test_text_parts_are_joined_and_a_byte_order_mark_is_passed_over(tmp_path):
-    parts = [{"type": "text", "text": "Add "}, {"type": "text", "text": "2"}]
-    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": 2}]}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row), encoding="utf-8-sig")
-    (found,) = read_rows(path)
-    assert [message["content"] for message in found] == ["Add 2", "2"]
-
-
-def test_text_of_another_code_page_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes('{"prompt": "é", "response": "b"}'.encode("cp1252"))
-    with pytest.raises(ValueError, match=r"rows\.jsonl' is no UTF-8 text: byte 0xe9 at 12"):
-        read_rows(path)
