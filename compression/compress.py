@@ -14,7 +14,7 @@ from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.artifact.manifest import Manifest
 from deltamux.compression.artifact.merge import reconstructed
 from deltamux.compression.artifact.write import finish_artifact, write_artifact
-from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.compression.checkpoint.checkpoint import Checkpoint, make_folder
 from deltamux.compression.checkpoint.delta import compare
 from deltamux.compression.choice.candidates import Candidates
 from deltamux.compression.choice.choose import check_measurable, choose
@@ -59,7 +59,6 @@ def compress(
         ValueError: The output exists, is no artifact to replace, the two checkpoints have no delta
             (see `compare` and `Difference.check_finite`), or the recipe's limits cannot be kept.
     """
-    output = output.expanduser()
     _check_output(output, overwrite)
     task = prepare(base, expert, recipe, texts=(calibration, held_out), progress=progress)
     work = _workspace(task, output)
@@ -131,7 +130,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _workspace(task: Task, output: Path) -> Workspace:
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     key = {} if task.recipe.lossless else measure_key(task.difference, task.recipe, task.fitted)
     return Workspace(output.parent / f".{output.name}.partial", key)
 

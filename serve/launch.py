@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deltamux.compression.paths import resolve_directory
+from deltamux.compression.names import INDEX_FILE, WEIGHTS_FILE
+from deltamux.compression.paths import resolve_directory, user_path
 from deltamux.serve import compat
 from deltamux.serve.plugin import PLUGIN_NAME
 from deltamux.serve.settings import Settings, load_settings
@@ -20,6 +21,7 @@ logger = logging.getLogger("deltamux")
 
 # The rank means nothing to experts; the smallest keeps what vLLM reserves for it small.
 LORA_RANK = 8
+YAML_ENDINGS = (".yaml", ".yml")
 
 
 def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[str]) -> NoReturn:
@@ -41,13 +43,39 @@ def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[
     if host_cache is not None:
         environment["DELTAMUX_HOST_CACHE"] = host_cache
     if not config.is_file():
-        raise ValueError(f"{str(config)!r} is not a file: name a deltamux.yaml")
+        kind = "is a folder" if config.is_dir() else "is not a file"
+        raise ValueError(f"{str(config)!r} {kind}: name a deltamux.yaml")
     module, prefix = compat.server_command()
     settings = load_settings(config, environment)
     arguments = vllm_arguments(settings, extra)
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN_NAME]))
     os.execv(sys.executable, [sys.executable, "-m", module, *prefix, *arguments])
+
+
+def found_configuration(words: list[str]) -> tuple[Path, list[str]]:
+    """The configuration among the words of a command line, and the others: flags of vLLM and their values.
+
+    It comes first, or is the only YAML file that is there; one behind `--config` is vLLM's own.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    if words[0].startswith("-"):
+        places = [
+            place
+            for place, word in enumerate(words)
+            if word.endswith(YAML_ENDINGS)
+            and words[place - 1] != "--config"
+            and user_path(word).is_file()
+        ]
+        if len(places) != 1:
+            raise ValueError(
+                f"the configuration comes first: deltamux serve deltamux.yaml {words[0]} …; "
+                f"found {len(places)} YAML files behind {words[0]!r}"
+            )
+        words = [words[places[0]], *words[: places[0]], *words[places[0] + 1 :]]
+    return user_path(words[0]), words[1:]
 
 
 def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
@@ -60,8 +88,9 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     Raises:
         ValueError: The base is not there.
     """
-    resolve_directory(settings.base.model, settings.base.revision)
     engine = dict(settings.engine)
+    cache = _value_of("--download-dir", extra) or engine.get("download_dir")
+    check_one_set_of_weights(resolve_directory(settings.base.model, settings.base.revision, cache))
     additional = dict(engine.pop("additional_config", {}))
     additional["deltamux"] = settings.plugin().model_dump(mode="json")
     options: dict[str, Any] = {
@@ -69,6 +98,9 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
         "max_loras": settings.slots,
         "max_cpu_loras": max(settings.slots, len(settings.experts), 1),
         "max_lora_rank": LORA_RANK,
+        # The files that experts' hashes were taken of, where a repository has the original format too.
+        "config_format": "hf",
+        "load_format": "hf",
         "additional_config": additional,
     }
     if settings.base.revision:
@@ -77,6 +109,33 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     for name, value in (options | engine).items():
         arguments += _flag(name, value)
     return arguments + extra
+
+
+def check_one_set_of_weights(root: Path) -> None:
+    """Refuse a base beside whose weights vLLM would load others.
+
+    Without an index vLLM loads every safetensors file of the folder.
+
+    Raises:
+        ValueError: There is another one.
+    """
+    other = sorted(path.name for path in root.glob("*.safetensors") if path.name != WEIGHTS_FILE)
+    if (root / WEIGHTS_FILE).exists() and other and not (root / INDEX_FILE).is_file():
+        raise ValueError(
+            f"{str(root)!r} holds {other[0]!r} beside {WEIGHTS_FILE!r}, and vLLM would load both: move it "
+            "to another folder"
+        )
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+    """What the last such flag says, as `--flag value` or `--flag=value`."""
+    found = None
+    for place, word in enumerate(words):
+        if word == flag and place + 1 < len(words):
+            found = words[place + 1]
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
 
 
 def _flag(name: str, value: Any) -> list[str]:

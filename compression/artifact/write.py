@@ -19,7 +19,7 @@ from deltamux.compression.artifact.manifest import (
 )
 from deltamux.compression.artifact.stored import Encoded, Entry
 from deltamux.compression.checkpoint.architecture import Role
-from deltamux.compression.checkpoint.checkpoint import Checkpoint, save_tensors
+from deltamux.compression.checkpoint.checkpoint import Checkpoint, save_tensors, save_text
 from deltamux.compression.checkpoint.delta import Difference
 from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.image.layout import RECORD_BYTES, head_bytes
@@ -57,9 +57,9 @@ def write_artifact(
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     save_tensors(tensors, target / WEIGHTS_FILE, metadata)
     order = {spec.name: index for index, spec in enumerate(difference.specs)}
-    (target / RECIPE_FILE).write_text(dump_recipe(recipe))
+    save_text(dump_recipe(recipe), target / RECIPE_FILE)
     marked = {"quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION}}
-    (target / CONFIG_FILE).write_text(json.dumps(expert.config | marked, indent=2))
+    save_text(json.dumps(expert.config | marked, indent=2), target / CONFIG_FILE)
     expert.copy_side_files(target)
     _write_stop_ids(expert, target)
     manifest = Manifest(
@@ -82,7 +82,7 @@ def _write_stop_ids(expert: Checkpoint, target: Path) -> None:
     if ids:
         path = target / GENERATION_FILE
         content = read_settings(path) | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
-        path.write_text(json.dumps(content, indent=2))
+        save_text(json.dumps(content, indent=2), path)
 
 
 def finish_artifact(

@@ -137,8 +137,9 @@ class Checkpoint:
         """Copy them into a directory."""
         for path in self.side_files():
             copy = target / path.relative_to(self.root)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copy2(path, copy)
+            make_folder(copy.parent)
+            with naming(copy, f"{path.stat().st_size:,} bytes are needed there"):
+                shutil.copy2(path, copy)
 
     def total_bytes(self) -> int:
         """Bytes of weights, configuration, tokenizer and template together."""
@@ -234,6 +235,27 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text file.
+
+    Raises:
+        ValueError: There is no room for it, or no right to.
+    """
+    content = text.encode()
+    with naming(path, f"{len(content):,} bytes are needed there"):
+        path.write_bytes(content)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it is in.
+
+    Raises:
+        ValueError: It cannot be made.
+    """
+    with naming(path, "name a folder that can be written to"):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def _tensor_files(root: Path, source: str) -> dict[str, Path]:
