@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,14 +52,20 @@ def write_artifact(
     base, expert = difference.base, difference.expert
     entries: list[Entry] = []
     tensors: dict[str, torch.Tensor] = {}
+    served = {spec.name for spec in difference.specs if spec.served}
     for weight in weights:
-        entries.append(weight.entry)
+        outside = {} if weight.entry.name in served else {"slot_bytes": None}
+        entries.append(weight.entry.model_copy(update=outside))
         tensors |= weight.named_tensors()
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     save_tensors(tensors, target / WEIGHTS_FILE, metadata)
     order = {spec.name: index for index, spec in enumerate(difference.specs)}
     save_text(dump_recipe(recipe), target / RECIPE_FILE)
-    marked = {"quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION}}
+    marked: dict[str, Any] = {
+        "quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
+    }
+    # A tied expert of an untied base has two matrices once it is merged.
+    marked["tie_word_embeddings"] = base.tied
     save_text(json.dumps(expert.config | marked, indent=2), target / CONFIG_FILE)
     expert.copy_side_files(target)
     _write_stop_ids(expert, target)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD
+from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD, is_tied
 from deltamux.compression.errors import naming
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from deltamux.compression.paths import resolve_directory
@@ -51,6 +51,7 @@ class Checkpoint:
         revision: The hub revision asked for, if any.
         files: Tensor name to the file that holds it.
         spare_head: The file with an lm_head that the configuration ties to the embedding.
+        head_shared: Whether lm_head is listed, and is the embedding's weight.
     """
 
     root: Path
@@ -58,6 +59,7 @@ class Checkpoint:
     revision: str | None
     files: dict[str, Path]
     spare_head: Path | None = None
+    head_shared: bool = False
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -79,6 +81,11 @@ class Checkpoint:
         files = {name: path for name, path in self.files.items() if name != LM_HEAD}
         return replace(self, files=files)
 
+    def with_head(self) -> "Checkpoint":
+        """A tied checkpoint with an lm_head of its own, which is the embedding's weight."""
+        files = self.files | {LM_HEAD: self.files[EMBEDDING]}
+        return replace(self, files=files, head_shared=True)
+
     def head_is_embedding(self) -> bool:
         """Whether the lm_head in the files, if there is one, is the embedding once more."""
         path = self.spare_head or self.files.get(LM_HEAD)
@@ -93,11 +100,13 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header."""
+        name = self._stored_name(name)
         with self._open(name) as file:
             return tuple(file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, without reading its values."""
+        name = self._stored_name(name)
         with self._open(name) as file:
             values = file.get_slice(name)
             # A single number has nothing to cut.
@@ -111,6 +120,7 @@ class Checkpoint:
         Raises:
             ValueError: The checkpoint has no such tensor.
         """
+        name = self._stored_name(name)
         with self._open(name) as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
@@ -145,6 +155,9 @@ class Checkpoint:
         """Bytes of weights, configuration, tokenizer and template together."""
         side = sum(path.stat().st_size for path in self.side_files())
         return self.tensor_bytes() + side + (self.root / CONFIG_FILE).stat().st_size
+
+    def _stored_name(self, name: str) -> str:
+        return EMBEDDING if self.head_shared and name == LM_HEAD else name
 
     def _open(self, name: str) -> Any:
         if name not in self.files:
@@ -205,7 +218,7 @@ def open_checkpoint(
     _check_file(config)
     files = _tensor_files(root, str(source))
     checkpoint = Checkpoint(root=root, source=str(source), revision=revision, files=files)
-    if checkpoint.config.get("tie_word_embeddings"):
+    if LM_HEAD in files and is_tied(checkpoint.config):
         # Some savers write the shared weight twice.
         return replace(checkpoint, spare_head=files.pop(LM_HEAD, None))
     return checkpoint

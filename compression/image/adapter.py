@@ -21,7 +21,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from deltamux.compression.checkpoint.architecture import LINEARS
 from deltamux.compression.image.layout import Record, section_bytes
 from deltamux.compression.image.weights import adapter_record
 from deltamux.compression.validation import problems
@@ -132,7 +131,7 @@ class Adapter:
         rank, found = self.ranks[module], shapes.get(f"{module}.weight")
         if found is None:
             raise ValueError(
-                f"{str(self.root)!r} changes {module!r}, which this base does not have"
+                f"{str(self.root)!r} changes {module!r}, which is no linear of this base that slots hold factors of"
             )
         shape = self._shape(f"{module}{LEFT}")[0], self._shape(f"{module}{RIGHT}")[1]
         if shape != found:
@@ -202,10 +201,10 @@ class Adapter:
                 )
             if not key.endswith(RIGHT):
                 continue
-            if not module.endswith(tuple(LINEARS)):
+            if ".layers." not in module:
                 raise ValueError(
-                    f"{str(self.root)!r} changes {module!r}; slots hold factors of "
-                    f"{', '.join(name.rpartition('.')[2] for name in LINEARS)}"
+                    f"{str(self.root)!r} changes {module!r}; slots hold factors of the linears of layers: merge the "
+                    "adapter into the base and compress the result"
                 )
             if f"{PREFIX}{module}{LEFT}" not in keys:
                 raise ValueError(f"{str(self.root)!r} lacks lora_B of {module!r}: save it again")

@@ -52,13 +52,13 @@ class ExpertManager:
         define_ops()
         model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         base = open_checkpoint(model_config.model, model_config.revision)
-        specs = tensor_specs(base.config, set(base.files))
+        specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
         # In the order of the base's list: a weight's place is its record's in every image.
         self.shapes = {spec.name: base.shape(spec.name) for spec in specs}
         self.hashes = BaseHashes(base)
         self._largest_rank = settings.slot.largest_rank
         self.host = HostCache(settings.host_cache)
-        self.capacity = capacity(settings, self.shapes, torch.device(device).type == "cpu")
+        self.capacity = capacity(settings, self.shapes, specs, torch.device(device).type == "cpu")
         count = vllm_config.lora_config.max_loras
         self.slots = Slots(
             count,

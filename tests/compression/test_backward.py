@@ -34,7 +34,7 @@ def load_model(root):
 
 def streamed(root):
     checkpoint = open_checkpoint(root)
-    return StreamedModel(root, checkpoint.load, torch.float32, checkpoint.tied)
+    return StreamedModel(checkpoint.config, checkpoint.load, torch.float32, checkpoint.tied)
 
 
 def directions(model_type):
