@@ -128,7 +128,7 @@ def _gradient(
         wanted_PV = teacher.log_probabilities(places)
         logs_PV = functional.log_softmax(model.logits(final_PH, head_VH), dim=-1)
         found = functional.kl_div(logs_PV, wanted_PV, log_target=True, reduction="sum")
-        total += float(found)
+        total += float(found.detach())
         return found / positions
 
     gradients = final_gradients(run, divergence)

@@ -8,6 +8,7 @@ be served, and where the expert itself would read differently, that is said.
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltamux.compression.checkpoint.architecture import LM_HEAD, is_tied
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.errors import naming
 from deltamux.compression.streaming.reading import TextReport
@@ -117,4 +118,6 @@ def assumptions(base: Checkpoint, expert: Checkpoint) -> list[str]:
         found.append("neither has a chat template: messages are read as lines of text")
     elif templates[0] is None:
         found.append(f"{expert.source!r} has no chat template: it is served with the base's")
+    if expert.tied and not is_tied(expert.config):
+        found.append(f"{expert.source!r} has no {LM_HEAD!r}: its embedding stands for it")
     return found
