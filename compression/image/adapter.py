@@ -131,7 +131,7 @@ class Adapter:
         rank, found = self.ranks[module], shapes.get(f"{module}.weight")
         if found is None:
             raise ValueError(
-                f"{str(self.root)!r} changes {module!r}, which is no linear of this base that slots hold factors of"
+                f"{str(self.root)!r} changes {module!r}, which this base does not have outside of a mixture's experts"
             )
         shape = self._shape(f"{module}{LEFT}")[0], self._shape(f"{module}{RIGHT}")[1]
         if shape != found:
