@@ -74,19 +74,13 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     texts = chosen_texts(pair, chosen.calibration, calibration, held_out)
-    manifest = compress(
-        *pair,
-        output,
-        chosen,
-        calibration=texts.calibration,
-        held_out=texts.held_out,
-        overwrite=overwrite,
-    )
+    given = {"calibration": texts.calibration, "held_out": texts.held_out}
+    manifest = compress(*pair, output, chosen, **given, overwrite=overwrite)
     if as_json:
-        measured = manifest.totals.model_dump() | (manifest.verification or {})
-        typer.echo(json.dumps(measured | {"text": texts.as_dictionary()}))
-        return
-    typer.echo("\n".join([f"{output}: {summary(manifest)}", *texts.lines()]))
+        found = manifest.totals.model_dump() | (manifest.verification or {})
+        typer.echo(json.dumps(found | {"text": texts.as_dictionary()}))
+    else:
+        typer.echo("\n".join([f"{output}: {summary(manifest)}", *texts.lines()]))
 
 
 def inspect_command(

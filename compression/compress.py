@@ -14,7 +14,7 @@ from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.artifact.manifest import Manifest
 from deltamux.compression.artifact.merge import reconstructed
 from deltamux.compression.artifact.write import finish_artifact, write_artifact
-from deltamux.compression.checkpoint.checkpoint import Checkpoint, make_folder
+from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.checkpoint.delta import compare
 from deltamux.compression.choice.candidates import Candidates
 from deltamux.compression.choice.choose import check_measurable, choose
@@ -26,6 +26,7 @@ from deltamux.compression.choice.workspace import Workspace
 from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.names import MANIFEST_FILE
 from deltamux.compression.recipe import Recipe
+from deltamux.compression.saving import make_folder
 from deltamux.compression.streaming.text import Sample
 
 

@@ -10,7 +10,7 @@ from deltamux.compression.checkpoint.architecture import EMBEDDING
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.recipe import PRESETS, CalibrationRecipe, Recipe, load_recipe
 from deltamux.compression.streaming.reading import TextReport
-from deltamux.compression.streaming.rows import builtin_rows, drawn, read_rows
+from deltamux.compression.streaming.rows import Conversation, builtin_rows, drawn, read_rows
 from deltamux.compression.streaming.served import (
     Reading,
     assumptions,
@@ -118,8 +118,6 @@ def chosen_texts(
 ) -> Texts:
     """Calibration and held-out samples, from files or from what deltamux brings along.
 
-    Rows are drawn over the whole of a file. Where no held-out file is given, some are set aside first.
-
     Args:
         pair: Base and expert.
         limits: How many samples, how long, and the seed.
@@ -134,9 +132,7 @@ def chosen_texts(
     source = str(calibration) if calibration else "the built-in conversations"
     rest = drawn(rows, len(rows), limits.seed)
     if held_out:
-        apart = read_rows(held_out)
-        checked = drawn(apart, limits.samples, limits.seed)
-        of_checked = TextReport(str(held_out), len(apart), len(checked))
+        checked, of_checked = _drawn_from(held_out, limits)
     else:
         split = min(HELD_OUT_ROWS, len(rows) // HELD_OUT_SHARE)
         rest, checked = rest[split:], rest[:split]
@@ -171,11 +167,15 @@ def held_out_samples(
         raise ValueError(
             f"neither {pair[1].source!r} nor {pair[0].source!r} has a tokenizer: save one beside it"
         )
-    rows = read_rows(data)
-    chosen = drawn(rows, limits.samples, limits.seed)
-    report = TextReport(str(data), len(rows), len(chosen))
+    chosen, report = _drawn_from(data, limits)
     held = reading.samples(chosen, limits.max_tokens, report)
     return Texts([], held, {"held out": report}, reading.described(), assumed)
+
+
+def _drawn_from(path: Path, limits: CalibrationRecipe) -> tuple[list[Conversation], TextReport]:
+    rows = read_rows(path)
+    found = drawn(rows, limits.samples, limits.seed)
+    return found, TextReport(str(path), len(rows), len(found))
 
 
 def _random_texts(expert: Checkpoint, limits: CalibrationRecipe, count: int, checked: int) -> Texts:

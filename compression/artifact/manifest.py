@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from deltamux.compression.artifact.matrices import FactoredEntry
 from deltamux.compression.artifact.stored import Entry, ReplacementEntry
 from deltamux.compression.checkpoint.architecture import Role
-from deltamux.compression.checkpoint.checkpoint import save_text
 from deltamux.compression.names import FORMAT_VERSION, MANIFEST_FILE
+from deltamux.compression.saving import save_text
 from deltamux.compression.validation import problems
 
 # Of the largest manifest that is read: ours take some hundred bytes a weight.

@@ -11,13 +11,9 @@ from tqdm import tqdm
 from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.artifact.stored import Stored
 from deltamux.compression.checkpoint.architecture import EMBEDDING, tensor_specs
-from deltamux.compression.checkpoint.checkpoint import (
-    Checkpoint,
-    make_folder,
-    save_tensors,
-    save_text,
-)
+from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from deltamux.compression.saving import make_folder, save_tensors, save_text
 
 SHARD_BYTES = 2 * 1024**3
 

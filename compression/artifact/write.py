@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,6 @@ from deltamux.compression.artifact.manifest import (
 )
 from deltamux.compression.artifact.stored import Encoded, Entry
 from deltamux.compression.checkpoint.architecture import Role
-from deltamux.compression.checkpoint.checkpoint import Checkpoint, save_tensors, save_text
 from deltamux.compression.checkpoint.delta import Difference
 from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.image.layout import RECORD_BYTES, head_bytes
@@ -32,6 +30,7 @@ from deltamux.compression.names import (
     WEIGHTS_FILE,
 )
 from deltamux.compression.recipe import Recipe, dump_recipe
+from deltamux.compression.saving import save_tensors, save_text
 from deltamux.compression.streaming.stops import GENERATION_FILE, read_settings, stop_ids
 
 
@@ -61,14 +60,7 @@ def write_artifact(
     save_tensors(tensors, target / WEIGHTS_FILE, metadata)
     order = {spec.name: index for index, spec in enumerate(difference.specs)}
     save_text(dump_recipe(recipe), target / RECIPE_FILE)
-    marked: dict[str, Any] = {
-        "quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
-    }
-    # A tied expert of an untied base has two matrices once it is merged.
-    marked["tie_word_embeddings"] = base.tied
-    save_text(json.dumps(expert.config | marked, indent=2), target / CONFIG_FILE)
-    expert.copy_side_files(target)
-    _write_stop_ids(expert, target)
+    _write_side_files(difference, target)
     manifest = Manifest(
         deltamux_version=deltamux_version(),
         expert=expert.source,
@@ -83,8 +75,16 @@ def write_artifact(
     return write_manifest(manifest, target)
 
 
-def _write_stop_ids(expert: Checkpoint, target: Path) -> None:
-    """Put all tokens that end the expert's turn where servers look for them."""
+def _write_side_files(difference: Difference, target: Path) -> None:
+    """The expert's configuration, tokenizer and templates, with all tokens that end its turn where servers look."""
+    expert = difference.expert
+    marked = {
+        "quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION},
+        # A tied expert of an untied base has two matrices once it is merged.
+        "tie_word_embeddings": difference.base.tied,
+    }
+    save_text(json.dumps(expert.config | marked, indent=2), target / CONFIG_FILE)
+    expert.copy_side_files(target)
     ids = stop_ids(expert.root)
     if ids:
         path = target / GENERATION_FILE

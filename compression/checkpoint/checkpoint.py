@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD, is_tied
 from deltamux.compression.errors import naming
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from deltamux.compression.paths import resolve_directory
+from deltamux.compression.saving import make_folder
 
 # What a tokenizer, a chat template and generation defaults are kept in.
 SIDE_FILES = (
@@ -235,40 +235,6 @@ def _what_else(root: Path) -> str:
     if inside:
         return f"has no {CONFIG_FILE}, but its folder {inside[-1]!r} has one: name that one"
     return f"has no {CONFIG_FILE}: name a Hugging Face checkpoint"
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file that other users may read, such as a container's.
-
-    safetensors itself gives it to its owner alone, whatever the umask.
-    """
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    with naming(path, f"{needed:,} bytes are needed there"):
-        save_file(tensors, path, metadata=metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
-def save_text(text: str, path: Path) -> None:
-    """Write a text file.
-
-    Raises:
-        ValueError: There is no room for it, or no right to.
-    """
-    content = text.encode()
-    with naming(path, f"{len(content):,} bytes are needed there"):
-        path.write_bytes(content)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, and those that it is in.
-
-    Raises:
-        ValueError: It cannot be made.
-    """
-    with naming(path, "name a folder that can be written to"):
-        path.mkdir(parents=True, exist_ok=True)
 
 
 def _tensor_files(root: Path, source: str) -> dict[str, Path]:

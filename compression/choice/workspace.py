@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from safetensors import safe_open
 
 from deltamux.compression.artifact.stored import Encoded, LinearEntry
-from deltamux.compression.checkpoint.checkpoint import make_folder, save_tensors, save_text
+from deltamux.compression.saving import make_folder, save_tensors, save_text
 
 KEY_FILE = "key.json"
 

@@ -103,21 +103,8 @@ def encode_rows(
     """
     report = report or TextReport()
     reader = _Reader(load_tokenizer(tokenizer_directory), template, frozenset(stop_ids), report)
-    samples = []
-    for messages in rows:
-        place = getattr(messages, "place", Conversation.place)
-        try:
-            with naming(place, "change the row, or the chat template"):
-                ids, start = reader.encoded(messages, place)
-        except _Unusable as error:
-            report.dropped.append((place, str(error)))
-            continue
-        if len(ids) > max_tokens:
-            ids, start = _shortened(ids, start, max_tokens, reader.first_id)
-            report.cut.append(place)
-        sample = Sample(torch.tensor(ids), start)
-        report.add(len(ids), len(sample.predicted))
-        samples.append(sample)
+    found = (reader.sample(messages, max_tokens) for messages in rows)
+    samples = [sample for sample in found if sample is not None]
     if not samples:
         reason = f" ({report.dropped[0][0]}: {report.dropped[0][1]})" if report.dropped else ""
         raise ValueError(f"no row leaves a response to calibrate or measure on{reason}")
@@ -157,11 +144,7 @@ def _check_shown(answer: Message, shown: str) -> None:
 
 
 class _Reader:
-    """A tokenizer with a chat template; notes in a report what it has to assume.
-
-    Attributes:
-        first_id: The token that texts begin with, if there is one.
-    """
+    """A tokenizer with a chat template; notes in a report what becomes of rows."""
 
     def __init__(
         self, tokenizer: Any, template: str | None, stop_ids: frozenset[int], report: TextReport
@@ -172,9 +155,24 @@ class _Reader:
             self._template = self._template.get("default")
         self._ends = {tokenizer.eos_token_id, *stop_ids}
         self._takes_parts = self._template is not None and self._reads_parts()
-        self.first_id = tokenizer.bos_token_id
 
-    def encoded(self, messages: list[Message], place: str) -> tuple[list[int], int]:
+    def sample(self, messages: list[Message], max_tokens: int) -> Sample | None:
+        """A conversation within a limit; None where it has no response that could be read."""
+        place = getattr(messages, "place", Conversation.place)
+        try:
+            with naming(place, "change the row, or the chat template"):
+                ids, start = self._encoded(messages, place)
+        except _Unusable as error:
+            self._report.dropped.append((place, str(error)))
+            return None
+        if len(ids) > max_tokens:
+            ids, start = _shortened(ids, start, max_tokens, self._tokenizer.bos_token_id)
+            self._report.cut.append(place)
+        sample = Sample(torch.tensor(ids), start)
+        self._report.add(len(ids), len(sample.predicted))
+        return sample
+
+    def _encoded(self, messages: list[Message], place: str) -> tuple[list[int], int]:
         """Token ids of a conversation up to the end of its last turn, and where its response starts."""
         if self._template is None:
             context = "\n".join(str(message["content"]) for message in messages[:-1]) + "\n"

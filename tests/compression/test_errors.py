@@ -8,8 +8,9 @@ import torch
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from deltamux.compression.checkpoint.checkpoint import open_checkpoint, save_tensors, save_text
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.errors import naming
+from deltamux.compression.saving import save_tensors, save_text
 from deltamux.serve.cli import app
 
 
