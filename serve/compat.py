@@ -34,6 +34,7 @@ LAYERS = (
     ("vllm.model_executor.layers.linear", "LinearBase"),
     ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
     ("vllm.model_executor.layers.layernorm", "RMSNorm"),
+    ("vllm.model_executor.layers.layernorm", "GemmaRMSNorm"),
 )
 CPU_PLATFORM = ("vllm.platforms.cpu", "CpuPlatform")
 UNQUANTIZED = ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
@@ -257,10 +258,10 @@ def tells_loaded_adapters(metric: str) -> bool:
     return metric in inspect.getsource(import_module(METRICS_MODULE))
 
 
-def hooked_layers() -> tuple[type, type, type]:
-    """The classes of linears, of embeddings and of norms in vLLM."""
-    found = [symbol(module, name) for module, name in LAYERS]
-    return found[0], found[1], found[2]
+def hooked_layers() -> tuple[type, type, tuple[type, ...]]:
+    """The class of linears, that of embeddings, and those of norms in vLLM."""
+    linear, embedding, *norms = (symbol(module, name) for module, name in LAYERS)
+    return linear, embedding, tuple(norms)
 
 
 def is_unquantized(method: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.compression.paths import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.api import surface
 from deltamux.serve.api.autoroute import AutoRoute

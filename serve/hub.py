@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.compression.paths import resolve_directory
 from deltamux.serve.settings import HUB_ID
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from deltamux.compression.paths import user_path
 from deltamux.compression.validation import problems
 from deltamux.serve.durations import Duration
 from deltamux.serve.names import BASE, NAME_PATTERN, check_expert_name
@@ -213,14 +214,15 @@ def _override(content: dict[str, Any], environment: dict[str, str]) -> None:
         value = environment.get(ENVIRONMENT_PREFIX + key.upper())
         if value:
             # Unlike the file's, these paths are relative to where the command runs.
-            path = str(Path(value).absolute()) if key == "router" or Path(value).is_dir() else value
+            local = user_path(value)
+            path = str(local.absolute()) if key == "router" or local.is_dir() else value
             before = content.get(key)
             content[key] = {**(before if isinstance(before, dict) else {}), field: path}
 
 
 def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
     experts = tuple(
-        expert.model_copy(update={"path": _directory(root, expert.path)})
+        expert.model_copy(update={"path": _directory(root, expert.path.expanduser())})
         for expert in settings.experts
     )
     places = {
@@ -230,24 +232,24 @@ def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
     }
     router = settings.router
     if router:
-        shadow = router.shadow and root / router.shadow
-        log = router.log and root / router.log
-        router = router.model_copy(
-            update={"path": root / router.path, "shadow": shadow, "log": log}
-        )
+        shadow = router.shadow and root / router.shadow.expanduser()
+        log = router.log and root / router.log.expanduser()
+        path = root / router.path.expanduser()
+        router = router.model_copy(update={"path": path, "shadow": shadow, "log": log})
     base = settings.base
-    if (root / base.model).is_dir():
-        base = base.model_copy(update={"model": str(root / base.model)})
+    local = root / user_path(base.model)
+    if local.is_dir():
+        base = base.model_copy(update={"model": str(local)})
     changed = settings.model_copy(
         update={
             "experts": experts,
             "router": router,
             "base": base,
-            "tenants": settings.tenants and root / settings.tenants,
+            "tenants": settings.tenants and root / settings.tenants.expanduser(),
         }
         | places
     )
-    roots = tuple(root / each for each in settings.roots) or (root, *changed.folders)
+    roots = tuple(root / each.expanduser() for each in settings.roots) or (root, *changed.folders)
     return changed.model_copy(update={"roots": roots})
 
 

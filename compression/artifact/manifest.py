@@ -14,6 +14,7 @@ from deltamux.compression.artifact.stored import Entry, ReplacementEntry
 from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.files import MOST_SETTINGS_BYTES, open_regular, read_json
 from deltamux.compression.names import FORMAT_VERSION, MANIFEST_FILE
+from deltamux.compression.saving import save_text
 from deltamux.compression.validation import problems
 
 
@@ -127,7 +128,7 @@ def write_manifest(manifest: Manifest, root: Path) -> Manifest:
     """Write a manifest with the hash of its content; returns it."""
     content = json.loads(manifest.model_dump_json(exclude_none=True))
     sealed = manifest.model_copy(update={"sha256": manifest_sha256(content)})
-    (root / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=1, exclude_none=True))
+    save_text(sealed.model_dump_json(indent=1, exclude_none=True), root / MANIFEST_FILE)
     return sealed
 
 

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deltamux.compression.checkpoint.architecture import LINEARS
 from deltamux.compression.files import open_tensors, read_json, sha256
 from deltamux.compression.image.layout import Record, section_bytes
 from deltamux.compression.image.weights import adapter_record
@@ -151,7 +150,7 @@ class Adapter:
         rank, found = self.ranks[module], shapes.get(f"{module}.weight")
         if found is None:
             raise ValueError(
-                f"{str(self.root)!r} changes {module!r}, which this base does not have"
+                f"{str(self.root)!r} changes {module!r}, which this base does not have outside of a mixture's experts"
             )
         shape = self._shape(f"{module}{LEFT}")[0], self._shape(f"{module}{RIGHT}")[1]
         if shape != found:
@@ -215,10 +214,10 @@ class Adapter:
                 )
             if not key.endswith(RIGHT):
                 continue
-            if not module.endswith(tuple(LINEARS)):
+            if ".layers." not in module:
                 raise ValueError(
-                    f"{str(self.root)!r} changes {module!r}; slots hold factors of "
-                    f"{', '.join(name.rpartition('.')[2] for name in LINEARS)}"
+                    f"{str(self.root)!r} changes {module!r}; slots hold factors of the linears of layers: merge the "
+                    "adapter into the base and compress the result"
                 )
             if f"{PREFIX}{module}{LEFT}" not in keys:
                 raise ValueError(f"{str(self.root)!r} lacks lora_B of {module!r}: save it again")

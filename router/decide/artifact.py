@@ -114,11 +114,20 @@ def save_artifact(
         fresh = Path(scratch, "new")
         fresh.mkdir()
         for name, data in files.items():
-            (fresh / name).write_bytes(data)
+            _write(fresh / name, data)
         if directory.exists():
             shutil.move(directory, Path(scratch, "old"))
         os.replace(fresh, directory)  # noqa: PTH105 - the rename is the commit; say so
     return sum(map(len, files.values()))
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); {len(data):,} bytes are needed there"
+        ) from error
 
 
 def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:

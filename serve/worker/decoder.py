@@ -70,7 +70,7 @@ class Decoder:
     def __init__(self, task: Task) -> None:
         self._task = task
         base = open_checkpoint(task.base, task.revision)
-        specs = tensor_specs(base.config, set(base.files))
+        specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
         self._shapes: Shapes = {spec.name: base.shape(spec.name) for spec in specs}
         self._hashes = BaseHashes(base)
 

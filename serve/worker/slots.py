@@ -81,6 +81,10 @@ class Slots:
         """Bytes of one slot."""
         return self.buffer.shape[1]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the base has such a weight."""
+        return name in self._index
+
     def index(self, name: str) -> int:
         """The record of a weight of the base."""
         return self._index[name]
