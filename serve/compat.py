@@ -79,6 +79,7 @@ ENGINE_ATTRIBUTES = (
     "reset_prefix_cache",
     "check_health",
     "errored",
+    "shutdown",
 )
 MODELS_ATTRIBUTES = (
     "base_model_paths",

@@ -5,6 +5,7 @@ for an end that was asked for.
 """
 
 import atexit
+import functools
 import logging
 import os
 import sys
@@ -15,20 +16,42 @@ logger = logging.getLogger("vllm.deltamux")
 EXIT_STATUS = 1
 
 
-def engine_died(engine: Any) -> bool:
-    """Whether the engine's process ended without being asked to.
+class Ending:
+    """What is known of the end of a server.
 
-    A server that is asked to end stops the client first, so that `errored` is true there too.
+    Args:
+        engine: vLLM's engine client; its `shutdown` is watched.
     """
-    resources = getattr(getattr(engine, "engine_core", None), "resources", None)
-    return bool(getattr(resources, "engine_dead", False))
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        # Whether the engine was alive when it was asked to end: then it did not die.
+        self.asked = False
+        stop = engine.shutdown
+
+        @functools.wraps(stop)
+        def shutdown(*args: Any, **kwargs: Any) -> Any:
+            self.asked = self.asked or not self._gone()
+            return stop(*args, **kwargs)
+
+        engine.shutdown = shutdown
+
+    @property
+    def engine_died(self) -> bool:
+        """Whether the engine ended without being asked to."""
+        return self._gone() and not self.asked
+
+    def _gone(self) -> bool:
+        resources = getattr(getattr(self._engine, "engine_core", None), "resources", None)
+        return bool(getattr(resources, "engine_dead", False))
 
 
 def end_with_error(engine: Any) -> None:
-    """Let this process end with an error where its engine has died."""
+    """Let this process end with an error where its engine dies."""
+    ending = Ending(engine)
 
     def check() -> None:
-        if engine_died(engine):
+        if ending.engine_died:
             logger.error("deltamux: the engine died: the server ends with status %d", EXIT_STATUS)
             sys.stdout.flush()
             sys.stderr.flush()

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from deltamux.serve import compat
+from deltamux.serve.api.liveness import Ending
 from deltamux.serve.threads import watch_threads
 
 pytestmark = pytest.mark.vllm
@@ -39,3 +41,18 @@ def test_vllm_s_threads_are_watched_once() -> None:
     assert all(method.deltamux for method in methods)
     watch_threads()
     assert [getattr(process, name) for name in compat.ENGINE_THREADS] == methods
+
+
+@pytest.mark.parametrize("dies_first", [True, False])
+def test_an_engine_that_was_asked_to_end_did_not_die(dies_first: bool) -> None:
+    resources = SimpleNamespace(engine_dead=False)
+
+    def stop(timeout: float) -> None:
+        resources.engine_dead = True
+
+    engine = SimpleNamespace(engine_core=SimpleNamespace(resources=resources), shutdown=stop)
+    ending = Ending(engine)
+    assert not ending.engine_died
+    resources.engine_dead = dies_first
+    engine.shutdown(timeout=0.0)
+    assert ending.engine_died == dies_first
