@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from deltamux.router.console import table, user_errors
+from deltamux.router.console import table, user_errors, user_path
 from deltamux.router.decide.artifact import load_seen
 from deltamux.router.decide.decision import BASE_NAME, Decision
 from deltamux.router.decide.messages import user_turns
@@ -39,10 +39,18 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line inst
 
 @router_app.command("fit")
 def fit(  # noqa: PLR0917 - a command line, called by name
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=user_path, metavar="PATH", help="Directory to write."
+        ),
+    ],
     tokenizer: Annotated[str, typer.Option(help="Served base: directory or hub id.")],
     data: Annotated[
-        Path | None, typer.Argument(help="JSONL file, or folder with one per domain.")
+        Path | None,
+        typer.Argument(
+            parser=user_path, metavar="PATH", help="JSONL file, or folder with one per domain."
+        ),
     ] = None,
     from_expert: Annotated[
         list[str] | None,
@@ -122,11 +130,22 @@ def fit(  # noqa: PLR0917 - a command line, called by name
 
 @router_app.command("evaluate")
 def evaluate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The router.")],
-    data: Annotated[Path, typer.Argument(help="As for fit; sub-folders: test.jsonl first.")],
+    directory: Annotated[Path, typer.Argument(parser=user_path, metavar="DIR", help="The router.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            parser=user_path, metavar="PATH", help="As for fit; sub-folders: test.jsonl first."
+        ),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Directory for figures and evaluation.json."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=user_path,
+            metavar="PATH",
+            help="Directory for figures and evaluation.json.",
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -168,9 +187,9 @@ def evaluate(
 
 def route(
     text: Annotated[str | None, typer.Argument(help="The prompt to route.")] = None,
-    directory: Annotated[Path, typer.Option("--router", metavar="DIR", help="The router.")] = Path(
-        "router"
-    ),
+    directory: Annotated[
+        Path, typer.Option("--router", parser=user_path, metavar="DIR", help="The router.")
+    ] = Path("router"),
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Read JSON lines from stdin.")] = False,
 ) -> None:
     """Print which expert answers a prompt, as JSON.
@@ -219,7 +238,7 @@ def _dataset(data: Path | None, experts: dict[str, str]) -> Dataset:
     if data is None and not experts:
         raise ValueError("give labelled prompts, or --from-expert EXPERT=FILE for each expert")
     found = [] if data is None else [read_dataset(data)]
-    return join([*found, *(read_of(Path(file), name) for name, file in experts.items())])
+    return join([*found, *(read_of(user_path(file), name) for name, file in experts.items())])
 
 
 def _parse_pairs(flag: str, value: str, pairs: Sequence[str]) -> dict[str, str]:

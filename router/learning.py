@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltamux.router.console import table, user_errors
+from deltamux.router.console import table, user_errors, user_path
 from deltamux.router.decide.config import RouterConfig
 from deltamux.router.decide.decision import BASE_NAME
 from deltamux.router.decide.router import Router
@@ -16,10 +16,27 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line inst
 
 
 def refit(  # noqa: PLR0917 - a command line, called by name
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The router in use.")],
-    log: Annotated[Path, typer.Argument(help="The server's decision log (router.log).")],
-    data: Annotated[Path, typer.Option(help="What the router was fitted on, as for fit.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    directory: Annotated[
+        Path, typer.Argument(parser=user_path, metavar="DIR", help="The router in use.")
+    ],
+    log: Annotated[
+        Path,
+        typer.Argument(
+            parser=user_path, metavar="PATH", help="The server's decision log (router.log)."
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            parser=user_path, metavar="PATH", help="What the router was fitted on, as for fit."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=user_path, metavar="PATH", help="Directory to write."
+        ),
+    ],
     tokenizer: Annotated[str, typer.Option(help="Served base: directory or hub id.")],
     as_json: JsonFlag = False,
 ) -> None:
@@ -82,10 +99,21 @@ def options_of(config: RouterConfig) -> dict[str, Any]:
 
 
 def suggest(
-    log: Annotated[Path, typer.Argument(help="Decision log, or JSONL of prompts or messages.")],
+    log: Annotated[
+        Path,
+        typer.Argument(
+            parser=user_path, metavar="PATH", help="Decision log, or JSONL of prompts or messages."
+        ),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder to write one file a cluster, as fit reads it."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=user_path,
+            metavar="PATH",
+            help="Folder to write one file a cluster, as fit reads it.",
+        ),
     ] = None,
     count: Annotated[int | None, typer.Option(help="Number of clusters.")] = None,
     as_json: JsonFlag = False,

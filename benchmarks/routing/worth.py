@@ -43,7 +43,7 @@ BASE = "base"
 def losses(base: Checkpoint, source: WeightSource, samples: list[Sample]) -> np.ndarray:
     """Sum of the loss over each sample's response tokens, float64 [N]."""
     plan = list(batches(samples, BATCH_TOKENS))
-    model = StreamedModel(base.root, source, torch.float32, base.tied)
+    model = StreamedModel(base.config, source, torch.float32, base.tied)
     hidden_PH, head_VH = model.hidden_states(plan), model.head()
     found: dict[int, float] = {}
     start = 0

@@ -37,12 +37,16 @@ from deltamux.router.decide.config import (
 from deltamux.router.decide.encoder import WIDTH as SENTENCE_WIDTH
 from deltamux.router.decide.tables import Floats, Tables
 
+#: Of the largest files that are read. Chosen, not measured: tables of 256 thousand tokens and 64 domains take 33 MB.
+MOST_CONFIG_BYTES: Final = 16 * 2**20
+MOST_TABLES_BYTES: Final = 2 * 2**30
+
 #: Tensor that the classifier does not read.
 SEEN: Final = "seen"
 
 Fingerprints = npt.NDArray[np.uint64]
 
-_ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
+ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
 
 
 def fingerprint(turns: Sequence[str]) -> int:
@@ -60,7 +64,7 @@ def check_target(directory: Path) -> None:
     if not directory.exists():
         return
     names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {"a file"}
-    if names and not (CONFIG_FILE in names and names <= _ARTIFACT_FILES):
+    if names and not (CONFIG_FILE in names and names <= ARTIFACT_FILES):
         raise ValueError(
             f"{directory} exists and does not hold a router alone; give another directory to write"
         )
@@ -110,11 +114,20 @@ def save_artifact(
         fresh = Path(scratch, "new")
         fresh.mkdir()
         for name, data in files.items():
-            (fresh / name).write_bytes(data)
+            _write(fresh / name, data)
         if directory.exists():
             shutil.move(directory, Path(scratch, "old"))
         os.replace(fresh, directory)  # noqa: PTH105 - the rename is the commit; say so
     return sum(map(len, files.values()))
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); {len(data):,} bytes are needed there"
+        ) from error
 
 
 def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
@@ -125,9 +138,12 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
         ValueError: A file is truncated, of another kind or version, or they do not fit together.
     """
     config_path, tables_path = directory / CONFIG_FILE, directory / TABLES_FILE
-    for path in (config_path, tables_path):
+    for path, most in ((config_path, MOST_CONFIG_BYTES), (tables_path, MOST_TABLES_BYTES)):
+        # is_file: a pipe would block whoever opens it, a device never end.
         if not path.is_file():
             raise FileNotFoundError(f"no {path.name} in {directory}; fit a router there first")
+        if path.stat().st_size > most:
+            raise ValueError(f"{path} has more than {most:,} bytes; fit the router again")
     config = parse_config(config_path.read_text(encoding="utf-8"), config_path)
     arrays = _read_tables(tables_path)
     num_domains = len(config.labels)

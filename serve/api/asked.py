@@ -25,7 +25,7 @@ MAX_TURNS: Final = 8
 MAX_CHARS: Final = 2000
 
 #: Where a request holds what is asked, in the order of the APIs that are looked at.
-_FIELDS: Final = ("messages", "prompt", "input")
+_FIELDS: Final = ("messages", "prompt", "input", "token_ids", "query")
 
 Asked = list[str] | list[int]
 
@@ -40,6 +40,12 @@ class Hints:
 
     allow: frozenset[str] | None = None
 
+    def within(self, allowed: frozenset[str] | None) -> "Hints":
+        """The same, of no more than these experts; None: of all."""
+        if allowed is None:
+            return self
+        return Hints(allowed if self.allow is None else self.allow & allowed)
+
 
 def field(request: Any, name: str) -> Any:
     """Return a field of a request of vLLM or of a dict, None where it has none."""
@@ -52,7 +58,7 @@ def conversations(request: Any) -> list[Asked]:
         content = field(request, name)
         if content is None:
             continue
-        if name != "input" and _is_several(content):
+        if name in ("messages", "prompt") and _is_several(content):
             return [_one(each) for each in content]
         return [_one(content)]
     return [[]]

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -81,6 +82,18 @@ def test_an_earlier_router_is_replaced_and_nothing_is_left_beside(artifact):
     save_artifact(artifact, make_tables(), make_config(threshold=0.7), b"{}")
     assert load_artifact(artifact)[0].threshold == 0.7
     assert [p.name for p in artifact.parent.iterdir()] == ["router"]
+
+
+def test_a_full_disk_is_told_with_the_path_and_the_bytes_needed_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may become larger, as where a disk is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(ValueError, match=r"cannot be written \(.*\); [\d,]+ bytes are needed"):
+            save_artifact(tmp_path / "router", make_tables(), make_config(), b"{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_directory_is_filled(tmp_path):

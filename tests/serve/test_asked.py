@@ -18,6 +18,7 @@ from deltamux.serve.api import decision_log
 from deltamux.serve.api.asked import RequestError, conversations, hints
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.handlers import Gateway
+from deltamux.serve.api.owners import Owners
 from deltamux.serve.api.router_api import routing_router
 from deltamux.serve.settings import RouterSettings
 
@@ -105,7 +106,7 @@ def test_prompts_of_different_experts_in_one_request_are_refused(
 
 
 def test_the_client_of_such_a_request_gets_400(folder: Path) -> None:
-    gateway = Gateway(None, make(folder), None, None)  # type: ignore[arg-type]
+    gateway = Gateway(None, make(folder), None, None, owners=Owners())  # type: ignore[arg-type]
     request = SimpleNamespace(model="auto", prompt=[SQL, MATH])
     refused = asyncio.run(gateway.answer(None, "create_completion", request, None))
     assert refused.error.code == 400
