@@ -131,12 +131,15 @@ class AutoRoute:
         routing_metrics.reloads_total.labels("done").inc()
         return fresh
 
-    def decide(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
+    def decide(
+        self, request: Any, counted: bool = True, client_id: str | None = None
+    ) -> tuple[Decision, float]:
         """Route one request.
 
         Args:
             request: A chat, completions, responses or messages request of vLLM, or a dict.
             counted: Count the decision among those that drift is measured of, and log it.
+            client_id: The client's header X-Request-Id.
 
         Returns:
             The decision, and the seconds it took, tokenization included.
@@ -145,7 +148,7 @@ class AutoRoute:
             RequestError: Its hints are malformed, or it holds prompts of different experts.
         """
         start = time.perf_counter()
-        found = self.decide_each(request, counted)
+        found = self.decide_each(request, counted, client_id)
         names = sorted({decision.expert or BASE for decision in found})
         if len(names) > 1:
             raise RequestError(
@@ -154,7 +157,9 @@ class AutoRoute:
             )
         return found[0], time.perf_counter() - start
 
-    def decide_each(self, request: Any, counted: bool = False) -> list[Decision]:
+    def decide_each(
+        self, request: Any, counted: bool = False, client_id: str | None = None
+    ) -> list[Decision]:
         """Route every conversation of a request; arguments and errors are those of `decide`."""
         active, said = self._active, hints(request)
         decisions = []
@@ -168,7 +173,8 @@ class AutoRoute:
                 active.drift.observe(chosen)
                 ask_shadow(active, conversation, chosen)
                 if self.log is not None:
-                    self.log.decided(request_id(request), conversation.texts, decision)
+                    name = request_id(request, client_id)
+                    self.log.decided(name, conversation.texts, decision)
         if counted:
             self._reader.remember(request)
         return decisions
@@ -180,15 +186,17 @@ class AutoRoute:
         self._report(decision.expert)
         return replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
 
-    async def decide_aside(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
+    async def decide_aside(
+        self, request: Any, counted: bool = True, client_id: str | None = None
+    ) -> tuple[Decision, float]:
         """Route one request on the event loop; in a thread where a sentence encoder is asked.
 
         The tables take less than going to a thread and back does. Arguments and result are those of
         `decide`.
         """
         if self._active is None or not self._active.asks_encoder:
-            return self.decide(request, counted)
-        return await run_in_threadpool(self.decide, request, counted)
+            return self.decide(request, counted, client_id)
+        return await run_in_threadpool(self.decide, request, counted, client_id)
 
     def explain(self, request: Any) -> dict[str, Any] | None:
         """Why the router decides as it does; None where it cannot decide."""

@@ -96,11 +96,13 @@ class Gateway:
         self._models = models
         self._journal = journal
 
-    async def decide(self, model: str | None, request: Any) -> Decision:
+    async def decide(
+        self, model: str | None, request: Any, client_id: str | None = None
+    ) -> Decision:
         """The decision for a request; an unknown model name is left to vLLM's 404."""
         if model != AUTO:
             return explicit(model if model and self._registry.get(model) else None)
-        decision, seconds = await self._route.decide_aside(request)
+        decision, seconds = await self._route.decide_aside(request, client_id=client_id)
         metrics.router_decisions.labels(decision.domain, decision.reason).inc()
         metrics.router_seconds.observe(seconds)
         metrics.router_confidence.observe(decision.confidence)
@@ -114,7 +116,8 @@ class Gateway:
         """
         arrival = getattr(getattr(raw_request, "state", None), ARRIVAL, None) or time.time()
         try:
-            decision = await self.decide(request.model, request)
+            client_id = getattr(raw_request, "headers", {}).get("X-Request-Id")
+            decision = await self.decide(request.model, request, client_id)
         except RequestError as error:
             return error_response(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
         expert = self._registry.get(decision.expert) if decision.expert else None

@@ -90,8 +90,9 @@ def test_folded_tables_give_the_probabilities_of_the_classifier(
     exact = np.stack([softmax(tables.scores(row)) for row in ids])
     # float32 sums of about a hundred terms of order one.
     np.testing.assert_allclose(exact, expected, atol=2e-5)
-    stored = [t.astype(np.float16).astype(np.float32) for t in (tables.tokens, tables.pairs)]
-    half = Tables(*stored, tables.bias)
+    names = ("tokens", "pairs", "words", "trust")
+    stored = {n: getattr(tables, n).astype(np.float16).astype(np.float32) for n in names}
+    half = Tables(bias=tables.bias, **stored)
     # float16 moves a score of order ten by up to 2**-11 of it, and a probability by a quarter of
     # what its score moves.
     got = np.stack([softmax(half.scores(row)) for row in ids])
