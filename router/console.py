@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import typer
 
-#: Exit status for an error that the user can mend.
+# Exit status for an error that the user can mend.
 USER_ERROR_STATUS = 2
 
 

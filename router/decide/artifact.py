@@ -38,7 +38,7 @@ from deltamux.router.decide.config import (
 from deltamux.router.decide.encoder import WIDTH as SENTENCE_WIDTH
 from deltamux.router.decide.tables import Floats, Tables
 
-#: Tensor that the classifier does not read.
+# Tensor that the classifier does not read.
 SEEN: Final = "seen"
 
 Fingerprints = npt.NDArray[np.uint64]

@@ -17,7 +17,7 @@ from deltamux.router.decide.features import Ids, pair_buckets
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Decode
 
-#: Entries that are returned.
+# Entries that are returned.
 TOP: Final = 10
 
 

@@ -23,9 +23,9 @@ from deltamux.router.fit.embedding import EmbeddingRows
 from deltamux.router.fit.metrics import Labels
 from deltamux.router.fit.vectors import TokenVectors, token_vectors, token_weights
 
-#: A pair seen in a single example says nothing about other prompts.
+# A pair seen in a single example says nothing about other prompts. Chosen, not measured.
 MIN_PAIR_EXAMPLES: Final = 2
-#: A token of so many labelled prompts is known. Chosen, not measured.
+# A token of so many labelled prompts is known. Chosen, not measured.
 MIN_TOKEN_PROMPTS: Final = 2
 
 

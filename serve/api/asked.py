@@ -19,12 +19,12 @@ from deltamux.router.decide.messages import user_turns
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode
 
-#: Conversations that are remembered for `previous_response_id`, and turns and characters of each.
+# Conversations that are remembered for `previous_response_id`, and turns and characters of each.
 MAX_REMEMBERED: Final = 2048
 MAX_TURNS: Final = 8
 MAX_CHARS: Final = 2000
 
-#: Where a request holds what is asked, in the order of the APIs that are looked at.
+# Where a request holds what is asked, in the order of the APIs that are looked at.
 _FIELDS: Final = ("messages", "prompt", "input")
 _ID_PREFIXES: Final = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 

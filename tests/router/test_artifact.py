@@ -80,6 +80,8 @@ def test_wire_names_and_types_are_those_of_format_version_1(artifact):
     assert {name: array.dtype.name for name, array in arrays.items()} == {
         "tokens": "float16",
         "pairs": "float16",
+        "words": "float16",
+        "trust": "float16",
         "bias": "float32",
     }
 
