@@ -35,6 +35,7 @@ LAYERS = (
 CPU_PLATFORM = ("vllm.platforms.cpu", "CpuPlatform")
 UNQUANTIZED = ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
 STATS = ("vllm.v1.metrics.stats", "IterationStats")
+WORKER = ("vllm.v1.worker.worker_base", "WorkerBase")
 OUTPUT = ("vllm.v1.engine.output_processor", "OutputProcessor")
 LORA_REQUEST = ("vllm.lora.request", "LoRARequest")
 SAMPLING = ("vllm.sampling_params", "SamplingParams")
@@ -52,6 +53,7 @@ SYMBOLS: tuple[tuple[str, ...], ...] = (
     (*OUTPUT, "add_request"),
     (*OUTPUT, "do_tracing"),
     LORA_REQUEST,
+    WORKER,
     (*SAMPLING, "_all_stop_token_ids"),
     (*PLATFORM, "is_cuda"),
     ("vllm.logger", "init_logger"),
@@ -64,6 +66,7 @@ ENGINE_ATTRIBUTES = (
     "add_lora",
     "remove_lora",
     "pin_lora",
+    "collective_rpc",
     "reset_prefix_cache",
     "check_health",
 )

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.api.autoroute import AutoRoute
+from deltamux.serve.api.console import console_router
 from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.api.experts_api import experts_router
 from deltamux.serve.api.handlers import Gateway, RoutedHandler
@@ -37,6 +38,7 @@ class DeltamuxEndpoint:
         app.include_router(experts_router)
         app.include_router(ready_router)
         app.include_router(routing_router)
+        app.include_router(console_router)
         app.add_middleware(DecisionHeaders)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -63,7 +65,8 @@ class DeltamuxEndpoint:
         _list_everything(models, registry, has_router=settings.router is not None)
         collector.install(collector.Sources(registry, journal, Memory(config)))
         spans.install(config.observability_config)
-        ServerState(settings, registry, route, journal, engine_client).attach(state)
+        slots = config.lora_config.max_loras
+        ServerState(settings, registry, route, journal, engine_client, slots).attach(state)
 
 
 def _check_one_process(args: Namespace) -> None:

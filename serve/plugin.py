@@ -6,6 +6,9 @@ somebody who serves ordinary LoRA adapters must not notice that deltamux is inst
 """
 
 import os
+from typing import Any
+
+from deltamux.serve.names import MOVE_METHOD
 
 PLUGIN_NAME = "deltamux"
 
@@ -23,3 +26,10 @@ def register() -> None:
     from deltamux.serve.worker.manager import ExpertManager
 
     compat.replace_manager(ExpertManager)
+    setattr(compat.symbol(*compat.WORKER), MOVE_METHOD, _move)
+
+
+def _move(worker: Any, how: str, expert_id: int) -> bool:
+    """Moves that vLLM has no call for; the API process asks for them by `collective_rpc`."""
+    moved: bool = getattr(worker.model_runner.lora_manager, how)(expert_id)
+    return moved

@@ -86,13 +86,15 @@ class SlotSettings(_Model):
 class PluginSettings(_Model):
     """What deltamux's code inside vLLM needs to know; `slots` itself is vLLM's max_loras.
 
-    `log_requests` writes one line of JSON a request to standard output.
+    `log_requests` writes one line of JSON a request to standard output. `image_cache` is how much of the user's cache
+    directory slot images may take, 0: none are kept.
     """
 
     version: Literal[1] = 1
     experts: tuple[ExpertSettings, ...] = ()
     router: RouterSettings | None = None
     host_cache: Size = ByteSize(8 * 2**30)
+    image_cache: Size = ByteSize(0)
     log_requests: bool = False
     slot: SlotSettings = SlotSettings()
 

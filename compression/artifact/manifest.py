@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltamux.compression.artifact.matrices import FactoredEntry
 from deltamux.compression.artifact.stored import Entry, ReplacementEntry
-from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.names import FORMAT_VERSION, MANIFEST_FILE
 from deltamux.compression.validation import problems
 
@@ -171,11 +169,6 @@ def refuse_newer(path: Path, found: object) -> None:
             f"{str(path)!r} has format_version {found}, this deltamux reads up to {FORMAT_VERSION}: "
             "pip install --upgrade deltamux"
         )
-
-
-def linear_entries(manifest: Manifest) -> Iterator[Entry]:
-    """The decoder's linears among the changed weights."""
-    return (entry for entry in manifest.tensors if entry.role is Role.LINEAR)
 
 
 def _content(path: Path) -> Any:

@@ -89,8 +89,21 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header."""
-        with self._open(name) as file:
-            return tuple(file.get_slice(name).get_shape())
+        if name not in self._shapes:
+            with self._open(name):
+                pass  # which says what is wrong
+        return self._shapes[name]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors: opening a file reads all of its header."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in set(self.files.values()):
+            with _open_safetensors(path) as file:
+                for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
+                    if self.files.get(name) == path:
+                        found[name] = tuple(file.get_slice(name).get_shape())
+        return found
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, without reading its values."""

@@ -101,12 +101,20 @@ class Adapter:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the linears that it changes."""
-        weights = sum(
+        """Of the linears that it changes, on disk."""
+        return 8 * self.num_bytes / self._num_weights
+
+    @property
+    def slot_bits_per_weight(self) -> float:
+        """Of the linears that it changes, in a slot."""
+        return 8 * self.slot_bytes / self._num_weights
+
+    @property
+    def _num_weights(self) -> int:
+        return sum(
             self._shape(f"{module}{LEFT}")[0] * self._shape(f"{module}{RIGHT}")[1]
             for module in self.ranks
         )
-        return 8 * self.num_bytes / weights
 
     @property
     def slot_bytes(self) -> int:

@@ -26,7 +26,8 @@ class Expert:
         request: Its LoRA request, None if it was refused.
         error: Why it was refused, else None.
         num_bytes: Size of the artifact's weights file.
-        bits_per_weight: Of the decoder's linears.
+        bits_per_weight: Of the decoder's linears, on disk.
+        slot_bits_per_weight: The same in a slot; None where nothing says it.
         generation_config: Its own, sampling defaults among it.
         stop_ids: End-of-sequence ids of its own.
         chat_template: Its own template, None where it has none.
@@ -44,6 +45,7 @@ class Expert:
     error: str | None = None
     num_bytes: int = 0
     bits_per_weight: float = 0.0
+    slot_bits_per_weight: float | None = None
     generation_config: dict[str, Any] = field(default_factory=dict)
     stop_ids: list[int] = field(default_factory=list)
     chat_template: str | None = None
@@ -113,6 +115,7 @@ def read_expert(name: str, path: Path, max_rank: int) -> Expert:
         content=source.content,
         num_bytes=source.num_bytes,
         bits_per_weight=source.bits_per_weight,
+        slot_bits_per_weight=source.slot_bits_per_weight,
         generation_config=config,
         stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
         chat_template=own_template(path),

@@ -16,6 +16,9 @@ from typing import Any
 from deltamux.serve import compat
 from deltamux.serve.api.expert import Expert, ExpertError, read_expert
 from deltamux.serve.names import (
+    ACTIVATE,
+    MOVE_METHOD,
+    UNPIN,
     artifact_path,
     check_expert_name,
     versioned_name,
@@ -160,15 +163,34 @@ class ExpertRegistry:
         Raises:
             ExpertError: There is no such expert, or no slot to spare.
         """
-        expert = self._experts.get(name)
-        if expert is None:
-            raise ExpertError(f"there is no expert {name!r}")
+        expert = self._existing(name)
         await self.admit(expert)
         try:
             await self._engine.pin_lora(expert.request.lora_int_id)
         except Exception as error:
             raise ExpertError(_reason(error)) from error
         expert.pinned = True
+
+    async def unpin(self, name: str) -> None:
+        """Let an expert leave its slot when another needs it.
+
+        Raises:
+            ExpertError: There is no such expert.
+        """
+        expert = self._existing(name)
+        if expert.request:
+            await self._move(UNPIN, expert)
+        expert.pinned = False
+
+    async def activate(self, name: str) -> None:
+        """Bring an expert into a slot now, ahead of its next request.
+
+        Raises:
+            ExpertError: There is no such expert, or it is refused.
+        """
+        expert = self._existing(name)
+        await self.admit(expert)
+        await self._move(ACTIVATE, expert)
 
     async def delete(self, name: str) -> None:
         """Stop offering an expert; its running requests end first.
@@ -182,6 +204,20 @@ class ExpertRegistry:
         self._models.lora_requests.pop(name, None)
         if expert.request:
             await self._drop(expert)
+
+    def _existing(self, name: str) -> Expert:
+        expert = self._experts.get(name)
+        if expert is None:
+            raise ExpertError(f"there is no expert {name!r}")
+        return expert
+
+    async def _move(self, how: str, expert: Expert) -> None:
+        """Let the worker move an expert in a way that vLLM has no call for."""
+        ask = (how, expert.request.lora_int_id)
+        try:
+            await self._engine.collective_rpc(MOVE_METHOD, args=ask)
+        except Exception as error:
+            raise ExpertError(_reason(error)) from error
 
     def _request(self, expert: Expert) -> Any:
         lora_id = self._models.lora_id_counter.inc(1)

@@ -21,6 +21,7 @@ class ServerState:
         route: Who answers `auto`.
         journal: Requests in flight.
         engine: vLLM's engine client.
+        slots: How many experts are on the device at one time.
     """
 
     settings: PluginSettings
@@ -28,6 +29,7 @@ class ServerState:
     route: AutoRoute
     journal: Journal
     engine: Any
+    slots: int
 
     def attach(self, state: Any) -> None:
         """Put it on an application's state."""

@@ -46,13 +46,13 @@ class Capacity:
         if num_bytes > self.num_bytes:
             raise ValueError(
                 f"{str(source.root)!r} takes {num_bytes:,} bytes in a slot, slots have "
-                f"{self.num_bytes:,}: compress it with fewer --slot-bits, or set slot.bytes to "
-                f"{num_bytes} or more and restart"
+                f"{self.num_bytes:,}: compress it with fewer --slot-bits, or name it under `experts` or "
+                f"set slot.bytes to {num_bytes} or more, and restart"
             )
         if source.rank > self.rank:
             raise ValueError(
                 f"{str(source.root)!r} has factors of rank {source.rank}, slots take up to "
-                f"{self.rank}: raise slot.rank and restart"
+                f"{self.rank}: name it under `experts` or raise slot.rank, and restart"
             )
         other = sorted(source.norms - self.norms)
         if other:

@@ -123,6 +123,10 @@ class HostCache:
         """Keep an expert whatever the budget."""
         self._pinned.add(expert_id)
 
+    def unpin(self, expert_id: int) -> None:
+        """Let an expert go when others need the room."""
+        self._pinned.discard(expert_id)
+
     def remove(self, expert_id: int) -> None:
         """Forget an expert."""
         self._images.pop(expert_id, None)

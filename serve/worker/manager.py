@@ -27,6 +27,7 @@ from deltamux.serve.status import ExpertStatus, Histogram, WorkerStatus, publish
 from deltamux.serve.worker.capacity import capacity
 from deltamux.serve.worker.deltas import Hooks, Rows, base_bytes, hook_model
 from deltamux.serve.worker.host_cache import BaseHashes, HostCache, open_expert
+from deltamux.serve.worker.image_cache import ImageCache
 from deltamux.serve.worker.ops import define_ops
 from deltamux.serve.worker.rows import BASE_ROW, RowMap
 from deltamux.serve.worker.slots import Slots
@@ -58,6 +59,7 @@ class ExpertManager:
         self.hashes = BaseHashes(base)
         self._largest_rank = settings.slot.largest_rank
         self.host = HostCache(settings.host_cache)
+        self._images = ImageCache(settings.image_cache, self.shapes)
         self.capacity = capacity(settings, self.shapes, torch.device(device).type == "cpu")
         count = vllm_config.lora_config.max_loras
         self.slots = Slots(
@@ -133,17 +135,36 @@ class ExpertManager:
         Raises:
             ValueError: The expert is not loaded, or no slot would be left for the others.
         """
-        if expert_id not in self.host and expert_id not in self.resident:
-            raise ValueError(f"expert {expert_id} is not loaded: load it before pinning it")
         if expert_id not in self.pinned and len(self.pinned) + 1 >= self.slots.count:
             raise ValueError(
                 f"pinning expert {expert_id} would pin all {self.slots.count} slots: "
                 "one must stay free for the others"
             )
-        if expert_id not in self.resident:
-            self._activate(expert_id, keep=set())
+        self.activate_adapter(expert_id)
         self.pinned.add(expert_id)
         self.host.pin(expert_id)
+        self._publish()
+        return True
+
+    def unpin_adapter(self, expert_id: int) -> bool:
+        """Let an expert leave its slot like any other; it stays until another needs the slot."""
+        was_pinned = expert_id in self.pinned
+        self.pinned.discard(expert_id)
+        self.host.unpin(expert_id)
+        self._publish()
+        return was_pinned
+
+    def activate_adapter(self, expert_id: int) -> bool:
+        """Bring an expert into a slot; the least recently used one makes room, a pinned one last.
+
+        Raises:
+            ValueError: The expert is not loaded.
+        """
+        if expert_id not in self.resident:
+            if expert_id not in self.host:
+                raise ValueError(f"expert {expert_id} is not loaded: load it first")
+            self._activate(expert_id, keep=set())
+        self.resident.move_to_end(expert_id)
         self._publish()
         return True
 
@@ -222,7 +243,7 @@ class ExpertManager:
         start = time.perf_counter()
         source = open_expert(request.lora_path, self.hashes, self._largest_rank)
         self.capacity.check(source, source.image_bytes(self.shapes))
-        image = source.image(self.shapes)
+        image = self._images.image(source.content, lambda: source.image(self.shapes))
         self.capacity.check(source, image.numel())
         if not self.slots.on_cpu:
             # Or its copies to the device would not run beside other work.

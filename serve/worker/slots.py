@@ -79,11 +79,6 @@ class Slots:
         self.buffer[slot, : image.numel()].copy_(image, non_blocking=True)
         self._tables[slot] = self._table(image)
 
-    def clear(self, slot: int) -> None:
-        """Make a slot change nothing."""
-        self.buffer[slot, : self._head].zero_()
-        self._tables[slot] = 0
-
     def vector(self, slot: int, entry: int, size: int) -> torch.Tensor | None:
         """A record's float32 vector [size] in a slot; None where it has none."""
         start = int(self._tables[slot, entry, Field.VECTOR]) * UNIT
