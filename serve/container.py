@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.compression.image.source import open_source
+from deltamux.compression.paths import resolve_directory
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import tokenizer_sha256
 from deltamux.serve.errors import one_line

@@ -10,10 +10,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.compression.paths import resolve_directory
 from deltamux.serve import compat
 from deltamux.serve.api import surface
 from deltamux.serve.api.autoroute import AutoRoute
+from deltamux.serve.api.console import console_router
 from deltamux.serve.api.expert import Expert, Served
 from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.api.experts_api import experts_router, sees_paths
@@ -22,10 +23,12 @@ from deltamux.serve.api.handlers import Gateway, RoutedHandler
 from deltamux.serve.api.headers import DecisionHeaders
 from deltamux.serve.api.invocations import Invocations
 from deltamux.serve.api.liveness import end_with_error
+from deltamux.serve.api.offers import offer_all
 from deltamux.serve.api.owners import Owners
 from deltamux.serve.api.ready import ready_router
 from deltamux.serve.api.roots import Roots
 from deltamux.serve.api.router_api import routing_router
+from deltamux.serve.api.saved import SavedExperts
 from deltamux.serve.api.state import ServerState
 from deltamux.serve.api.tenants import current_tenant
 from deltamux.serve.api.tenants_api import tenants_router
@@ -47,7 +50,8 @@ class DeltamuxEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add routes, headers and the check of keys; the last middleware is the first to see a request."""
-        for router in (experts_router, ready_router, routing_router, tenants_router):
+        routers = (experts_router, ready_router, routing_router, tenants_router, console_router)
+        for router in routers:
             app.include_router(router)
         setattr(app.state, DOORS, _doors(app.state.args))
         app.add_middleware(Invocations)
@@ -64,10 +68,10 @@ class DeltamuxEndpoint:
         compat.check_one_device(config.parallel_config)
         _check_one_process(args)
         settings = plugin_settings(config.additional_config)
-        registry = ExpertRegistry(engine_client, models, _served(settings, engine_client))
-        await registry.adopt()
-        for expert in settings.experts:
-            await registry.offer(expert.name, expert.path, expert.pin)
+        served = _served(settings, engine_client)
+        registry = ExpertRegistry(engine_client, models, served, settings.slot_wait, settings.ttl)
+        saved = SavedExperts(settings.state)
+        await offer_all(settings, registry, saved)
         route = _auto_route(settings, engine_client, registry)
         journal = Journal(settings.log_requests)
         owners, doors = Owners(), getattr(state, DOORS)
@@ -79,13 +83,15 @@ class DeltamuxEndpoint:
             if handler is not None:
                 setattr(state, attribute, RoutedHandler(handler, attribute, gateway))
         _list_everything(models, registry, has_router=settings.router is not None)
-        collector.install(collector.Sources(registry, journal, Memory(config)))
+        drafts = config.speculative_config is not None
+        collector.install(collector.Sources(registry, journal, Memory(config), drafts))
         spans.install(config.observability_config)
         end_with_error(engine_client)
-        roots = Roots(settings.folders)
-        ServerState(settings, registry, route, journal, engine_client, owners, doors, roots).attach(
-            state
-        )
+        roots, slots = Roots(settings.folders), config.lora_config.max_loras
+        ServerState(
+            *(settings, registry, route, journal, engine_client),
+            *(slots, owners, doors, roots, saved),
+        ).attach(state)
 
 
 def _doors(args: Namespace) -> Doors:

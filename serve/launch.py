@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.compression.names import INDEX_FILE, WEIGHTS_FILE
+from deltamux.compression.paths import resolve_directory, user_path
 from deltamux.serve import compat
 from deltamux.serve.plugin import PLUGIN_NAME
 from deltamux.serve.settings import MULTIPROCESS_VARIABLE, Settings, load_settings
@@ -25,6 +26,7 @@ LORA_RANK = 8
 DRAIN_SECONDS = 30
 # vLLM's.
 DEFAULT_PORT = 8000
+YAML_ENDINGS = (".yaml", ".yml")
 
 
 def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[str]) -> NoReturn:
@@ -46,7 +48,8 @@ def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[
     if host_cache is not None:
         environment["DELTAMUX_HOST_CACHE"] = host_cache
     if not config.is_file():
-        raise ValueError(f"{str(config)!r} is not a file: name a deltamux.yaml")
+        kind = "is a folder" if config.is_dir() else "is not a file"
+        raise ValueError(f"{str(config)!r} {kind}: name a deltamux.yaml")
     module, prefix = compat.server_command()
     settings = load_settings(config, environment)
     arguments = vllm_arguments(settings, extra)
@@ -56,6 +59,31 @@ def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN_NAME]))
     os.execv(sys.executable, [sys.executable, "-m", module, *prefix, *arguments])
+
+
+def found_configuration(words: list[str]) -> tuple[Path, list[str]]:
+    """The configuration among the words of a command line, and the others: flags of vLLM and their values.
+
+    It comes first, or is the only YAML file that is there; one behind `--config` is vLLM's own.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    if words[0].startswith("-"):
+        places = [
+            place
+            for place, word in enumerate(words)
+            if word.endswith(YAML_ENDINGS)
+            and words[place - 1] != "--config"
+            and user_path(word).is_file()
+        ]
+        if len(places) != 1:
+            raise ValueError(
+                f"the configuration comes first: deltamux serve deltamux.yaml {words[0]} …; "
+                f"found {len(places)} YAML files behind {words[0]!r}"
+            )
+        words = [words[places[0]], *words[: places[0]], *words[places[0] + 1 :]]
+    return user_path(words[0]), words[1:]
 
 
 def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
@@ -70,7 +98,7 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     """
     engine = dict(settings.engine)
     cache = _given(extra, "--download-dir") or engine.get("download_dir")
-    resolve_directory(settings.base.model, settings.base.revision, cache)
+    check_one_set_of_weights(resolve_directory(settings.base.model, settings.base.revision, cache))
     additional = dict(engine.pop("additional_config", {}))
     additional["deltamux"] = settings.plugin().model_dump(mode="json")
     options: dict[str, Any] = {
@@ -79,6 +107,9 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
         "max_cpu_loras": max(settings.slots, len(settings.experts), 1),
         "max_lora_rank": LORA_RANK,
         "shutdown_timeout": DRAIN_SECONDS,
+        # The files that experts' hashes were taken of, where a repository has the original format too.
+        "config_format": "hf",
+        "load_format": "hf",
         "additional_config": additional,
     }
     if settings.base.revision:
@@ -87,6 +118,22 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     for name, value in (options | engine).items():
         arguments += _flag(name, value)
     return arguments + extra
+
+
+def check_one_set_of_weights(root: Path) -> None:
+    """Refuse a base beside whose weights vLLM would load others.
+
+    Without an index vLLM loads every safetensors file of the folder.
+
+    Raises:
+        ValueError: There is another one.
+    """
+    other = sorted(path.name for path in root.glob("*.safetensors") if path.name != WEIGHTS_FILE)
+    if (root / WEIGHTS_FILE).exists() and other and not (root / INDEX_FILE).is_file():
+        raise ValueError(
+            f"{str(root)!r} holds {other[0]!r} beside {WEIGHTS_FILE!r}, and vLLM would load both: move it "
+            "to another folder"
+        )
 
 
 def _given(extra: list[str], flag: str) -> str | None:

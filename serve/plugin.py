@@ -25,3 +25,4 @@ def register() -> None:
     from deltamux.serve.worker.manager import ExpertManager
 
     compat.replace_manager(ExpertManager)
+    compat.tell_ends_of_steps()

@@ -45,16 +45,23 @@ def commands(
 ) -> dict[str, list[Any]]:
     """What writes, each into the folder `out`."""
     base, expert = make_pair()
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    for domain in ("math", "sql"):
+        rows = [{"prompt": f"{domain} number {i} of {domain}"} for i in range(40)]
+        (prompts / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     calibration = ["--calibration", text_file]
     return {
+        "compress": ["compress", base, expert, "-o", out, *calibration],
+        "router": ["router", "fit", prompts, "-o", out, "--tokenizer", base],
         "lossless": ["compress", base, expert, "-o", out, "--lossless", *calibration],
         "merge": ["merge", base, make_artifact(), "-o", out],
     }
 
 
 @pytest.mark.parametrize("room", ROOM)
-@pytest.mark.parametrize("name", ["lossless", "merge"])
+@pytest.mark.parametrize("name", ["compress", "lossless", "merge", "router"])
 def test_a_command_says_where_there_is_no_room_and_then_goes_on(
     commands: dict[str, list[Any]], tmp_path: Path, name: str, room: int
 ) -> None:
@@ -106,9 +113,9 @@ def test_a_status_that_cannot_be_published_ends_no_step(
     from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE, WorkerStatus, publish, read_status
 
     monkeypatch.setenv(STATUS_DIRECTORY_VARIABLE, str(tmp_path))
-    publish(WorkerStatus(evictions=1))
+    publish(WorkerStatus(evictions=1).model_dump_json())
     with full_disk(8):
-        publish(WorkerStatus(evictions=2))
+        publish(WorkerStatus(evictions=2).model_dump_json())
     assert read_status().evictions == 1
-    publish(WorkerStatus(evictions=3))
+    publish(WorkerStatus(evictions=3).model_dump_json())
     assert read_status().evictions == 3

@@ -60,9 +60,15 @@ class Artifact:
         """Refuse what slots cannot hold.
 
         Raises:
-            ValueError: The artifact was compressed losslessly.
+            ValueError: The artifact was compressed losslessly, or changes a mixture of experts.
         """
-        if not self.manifest.servable:
+        outside = next((e for e in self.manifest.tensors if e.slot_bytes is None), None)
+        if outside is not None and outside.kind != "exact":
+            raise ValueError(
+                f"{str(self.root)!r} changes {outside.name!r} of a mixture of experts, which vLLM multiplies in one "
+                "kernel that takes no delta a token: `deltamux merge` it and serve that checkpoint"
+            )
+        if outside is not None:
             raise ValueError(
                 f"{str(self.root)!r} was compressed with --lossless, which no slot holds: compress "
                 "the expert again without it, or `deltamux merge` it and serve that checkpoint"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltamux.compression.artifact.matrices import FactoredEntry
 from deltamux.compression.artifact.stored import Entry, ReplacementEntry
-from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.files import MOST_SETTINGS_BYTES, open_regular, read_json
 from deltamux.compression.names import FORMAT_VERSION, MANIFEST_FILE
+from deltamux.compression.saving import save_text
 from deltamux.compression.validation import problems
 
 
@@ -127,7 +126,7 @@ def write_manifest(manifest: Manifest, root: Path) -> Manifest:
     """Write a manifest with the hash of its content; returns it."""
     content = json.loads(manifest.model_dump_json(exclude_none=True))
     sealed = manifest.model_copy(update={"sha256": manifest_sha256(content)})
-    (root / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=1, exclude_none=True))
+    save_text(sealed.model_dump_json(indent=1, exclude_none=True), root / MANIFEST_FILE)
     return sealed
 
 
@@ -175,8 +174,3 @@ def refuse_newer(path: Path, found: object) -> None:
             f"{str(path)!r} has format_version {found}, this deltamux reads up to {FORMAT_VERSION}: "
             "pip install --upgrade deltamux"
         )
-
-
-def linear_entries(manifest: Manifest) -> Iterator[Entry]:
-    """The decoder's linears among the changed weights."""
-    return (entry for entry in manifest.tensors if entry.role is Role.LINEAR)

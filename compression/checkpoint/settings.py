@@ -70,10 +70,23 @@ class _Read(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class ModelSettings(_Read):
-    """What is read of `config.json`."""
+class TextSettings(_Read):
+    """What is read of `text_config` in `config.json`."""
 
     eos_token_id: TokenIds | None = None
+
+
+class ModelSettings(_Read):
+    """What is read of `config.json`; a model of text and images has its own configuration of text."""
+
+    eos_token_id: TokenIds | None = None
+    text_config: TextSettings | None = None
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        inner = self.text_config.eos_token_id if self.text_config else None
+        return [*(self.eos_token_id or []), *(inner or [])]
 
 
 class GenerationSettings(_Read):
@@ -163,7 +176,7 @@ def read_side_settings(
     tokenizer = _read(root / TOKENIZER_FILE, TokenizerSettings)
     ends = {
         GENERATION_FILE: generation.eos_token_id,
-        CONFIG_FILE: _read(root / CONFIG_FILE, ModelSettings).eos_token_id,
+        CONFIG_FILE: _read(root / CONFIG_FILE, ModelSettings).stop_ids,
         TOKENIZER_FILE: [tokenizer.stop_id(token_id)],
     }
     stop_ids: set[int] = set()

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deltamux.compression.checkpoint.architecture import LINEARS
 from deltamux.compression.files import open_tensors, read_json, sha256
 from deltamux.compression.image.layout import Record, section_bytes
 from deltamux.compression.image.weights import adapter_record
@@ -120,12 +119,20 @@ class Adapter:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the linears that it changes."""
-        weights = sum(
+        """Of the linears that it changes, on disk."""
+        return 8 * self.num_bytes / self._num_weights
+
+    @property
+    def slot_bits_per_weight(self) -> float:
+        """Of the linears that it changes, in a slot."""
+        return 8 * self.slot_bytes / self._num_weights
+
+    @property
+    def _num_weights(self) -> int:
+        return sum(
             self._shape(f"{module}{LEFT}")[0] * self._shape(f"{module}{RIGHT}")[1]
             for module in self.ranks
         )
-        return 8 * self.num_bytes / weights
 
     @property
     def slot_bytes(self) -> int:
@@ -151,7 +158,7 @@ class Adapter:
         rank, found = self.ranks[module], shapes.get(f"{module}.weight")
         if found is None:
             raise ValueError(
-                f"{str(self.root)!r} changes {module!r}, which this base does not have"
+                f"{str(self.root)!r} changes {module!r}, which this base does not have outside of a mixture's experts"
             )
         shape = self._shape(f"{module}{LEFT}")[0], self._shape(f"{module}{RIGHT}")[1]
         if shape != found:
@@ -215,10 +222,10 @@ class Adapter:
                 )
             if not key.endswith(RIGHT):
                 continue
-            if not module.endswith(tuple(LINEARS)):
+            if ".layers." not in module:
                 raise ValueError(
-                    f"{str(self.root)!r} changes {module!r}; slots hold factors of "
-                    f"{', '.join(name.rpartition('.')[2] for name in LINEARS)}"
+                    f"{str(self.root)!r} changes {module!r}; slots hold factors of the linears of layers: merge the "
+                    "adapter into the base and compress the result"
                 )
             if f"{PREFIX}{module}{LEFT}" not in keys:
                 raise ValueError(f"{str(self.root)!r} lacks lora_B of {module!r}: save it again")

@@ -132,7 +132,11 @@ class AutoRoute:
         return fresh
 
     def decide(
-        self, request: Any, counted: bool = True, allowed: frozenset[str] | None = None
+        self,
+        request: Any,
+        counted: bool = True,
+        allowed: frozenset[str] | None = None,
+        client_id: str | None = None,
     ) -> tuple[Decision, float]:
         """Route one request.
 
@@ -140,6 +144,7 @@ class AutoRoute:
             request: A chat, completions, responses or messages request of vLLM, or a dict.
             counted: Count the decision among those that drift is measured of, and log it.
             allowed: The experts that the client may use, the base aside; None: all.
+            client_id: The client's header X-Request-Id.
 
         Returns:
             The decision, and the seconds it took, tokenization included.
@@ -148,7 +153,7 @@ class AutoRoute:
             RequestError: Its hints are malformed, or it holds prompts of different experts.
         """
         start = time.perf_counter()
-        found = self.decide_each(request, counted, allowed)
+        found = self.decide_each(request, counted, allowed, client_id)
         names = sorted({decision.expert or BASE for decision in found})
         if len(names) > 1:
             raise RequestError(
@@ -158,7 +163,11 @@ class AutoRoute:
         return found[0], time.perf_counter() - start
 
     def decide_each(
-        self, request: Any, counted: bool = False, allowed: frozenset[str] | None = None
+        self,
+        request: Any,
+        counted: bool = False,
+        allowed: frozenset[str] | None = None,
+        client_id: str | None = None,
     ) -> list[Decision]:
         """Route every conversation of a request; arguments and errors are those of `decide`."""
         active, said = self._active, hints(request).within(allowed)
@@ -176,7 +185,8 @@ class AutoRoute:
                 active.drift.observe(chosen)
                 ask_shadow(active, conversation, chosen)
                 if self.log is not None:
-                    self.log.decided(request_id(request), conversation.texts, decision)
+                    name = request_id(request, client_id)
+                    self.log.decided(name, conversation.texts, decision)
         if counted:
             self._reader.remember(request)
         return decisions
@@ -195,7 +205,11 @@ class AutoRoute:
         return replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
 
     async def decide_aside(
-        self, request: Any, counted: bool = True, allowed: frozenset[str] | None = None
+        self,
+        request: Any,
+        counted: bool = True,
+        allowed: frozenset[str] | None = None,
+        client_id: str | None = None,
     ) -> tuple[Decision, float]:
         """Route one request on the event loop; in a thread where a sentence encoder is asked.
 
@@ -203,8 +217,8 @@ class AutoRoute:
         `decide`.
         """
         if self._active is None or not self._active.asks_encoder:
-            return self.decide(request, counted, allowed)
-        return await run_in_threadpool(self.decide, request, counted, allowed)
+            return self.decide(request, counted, allowed, client_id)
+        return await run_in_threadpool(self.decide, request, counted, allowed, client_id)
 
     def explain(self, request: Any) -> dict[str, Any] | None:
         """Why the router decides as it does; None where it cannot decide."""

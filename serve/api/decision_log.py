@@ -25,9 +25,9 @@ from deltamux.router.decide.decision import BASE_NAME, Decision
 logger = logging.getLogger("vllm.deltamux")
 
 MAX_BYTES: Final = 64 << 20
-#: Decisions whose ids are known for feedback.
+# Decisions whose ids are known for feedback.
 MAX_IDS: Final = 100_000
-#: Characters kept of each end of a turn.
+# Characters kept of each end of a turn.
 EDGE_CHARS: Final = 2000
 
 

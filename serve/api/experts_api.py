@@ -1,5 +1,6 @@
-"""HTTP routes of the experts: list, register, update, delete, pin."""
+"""HTTP routes of the experts: list, register, update, delete, pin, bring into a slot."""
 
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from deltamux.serve.api.expert import Expert, ExpertError
+from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.api.refusals import error_response
 from deltamux.serve.api.state import ServerState, server_state
 from deltamux.serve.api.tenants import current_tenant
@@ -41,6 +43,7 @@ def _describe(expert: Expert, server: ServerState) -> dict[str, Any]:
         "pinned": seen.pinned,
         "bytes": expert.num_bytes,
         "bits_per_weight": expert.bits_per_weight,
+        "slot_bits_per_weight": expert.slot_bits_per_weight,
         "last_used": expert.last_used,
         "running": running,
         "waiting": waiting,
@@ -81,7 +84,7 @@ async def list_experts(request: Request) -> JSONResponse:
     """All experts with their residency."""
     server = server_state(request)
     data = [_describe(each, server) for each in server.registry if _visible(each.name, server)]
-    return JSONResponse({"object": "list", "data": data})
+    return JSONResponse({"object": "list", "data": data, "slots": server.slots})
 
 
 @experts_router.post("/experts")
@@ -95,6 +98,7 @@ async def register_expert(body: RegisterBody, request: Request) -> JSONResponse:
         expert = await server.registry.register(body.name, path, body.pin)
     except (ExpertError, ValueError) as error:
         return failure(str(error), HTTPStatus.BAD_REQUEST)
+    server.saved.write(server.registry)
     return JSONResponse(_describe(expert, server), status_code=HTTPStatus.CREATED.value)
 
 
@@ -109,22 +113,42 @@ async def get_expert(name: str, request: Request) -> JSONResponse:
 @experts_router.delete("/experts/{name}")
 async def delete_expert(name: str, request: Request) -> JSONResponse:
     """Stop offering an expert; answers once its running requests have ended."""
-    registry = server_state(request).registry
-    if registry.get(name) is None:
+    server = server_state(request)
+    if server.registry.get(name) is None:
         return _missing(name)
-    await registry.delete(name)
+    await server.registry.delete(name)
+    server.saved.write(server.registry)
     return JSONResponse({"id": name, "object": "expert", "deleted": True})
 
 
 @experts_router.post("/experts/{name}/pin")
 async def pin_expert(name: str, request: Request) -> JSONResponse:
     """Keep an expert in a slot."""
-    server = server_state(request)
+    return await _moved(name, server_state(request), ExpertRegistry.pin)
+
+
+@experts_router.delete("/experts/{name}/pin")
+async def unpin_expert(name: str, request: Request) -> JSONResponse:
+    """Let an expert leave its slot when another needs it."""
+    return await _moved(name, server_state(request), ExpertRegistry.unpin)
+
+
+@experts_router.post("/experts/{name}/slot")
+async def activate_expert(name: str, request: Request) -> JSONResponse:
+    """Bring an expert into a slot now; without a pin it leaves again when others need the slot."""
+    return await _moved(name, server_state(request), ExpertRegistry.activate)
+
+
+async def _moved(
+    name: str, server: ServerState, move: Callable[[ExpertRegistry, str], Awaitable[None]]
+) -> JSONResponse:
+    """Move an expert, and describe it then."""
     expert = server.registry.get(name)
     if expert is None:
         return _missing(name)
     try:
-        await server.registry.pin(name)
+        await move(server.registry, name)
     except ExpertError as error:
         return failure(str(error), HTTPStatus.BAD_REQUEST)
+    server.saved.write(server.registry)
     return JSONResponse(_describe(expert, server))

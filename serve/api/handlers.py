@@ -1,7 +1,7 @@
 """vLLM's request handlers, with the expert chosen in front of them.
 
 `Gateway.answer` is the main path of a request in the API process:
-request → decision → admission (host cache) → the expert's own template and defaults → vLLM.
+request → decision → admission (`gate.py`) → the expert's own template and defaults → vLLM.
 """
 
 import time
@@ -109,7 +109,13 @@ class Gateway:
         self._owners = owners
         self._end_id = end_id
 
-    async def decide(self, model: str | None, request: Any, counted: bool = True) -> Decision:
+    async def decide(
+        self,
+        model: str | None,
+        request: Any,
+        counted: bool = True,
+        client_id: str | None = None,
+    ) -> Decision:
         """The decision for a request; an unknown model name is left to vLLM's 404.
 
         Raises:
@@ -124,7 +130,7 @@ class Gateway:
                 raise Refused(words, HTTPStatus.FORBIDDEN, "PermissionDeniedError")
             return explicit(model if model and self._registry.get(model) else None)
         allowed = tenant.experts if tenant else None
-        decision, seconds = await self._route.decide_aside(request, counted, allowed)
+        decision, seconds = await self._route.decide_aside(request, counted, allowed, client_id)
         if counted:
             metrics.router_decisions.labels(decision.domain, decision.reason).inc()
             metrics.router_seconds.observe(seconds)
@@ -142,7 +148,8 @@ class Gateway:
         """
         arrival = getattr(getattr(raw_request, "state", None), ARRIVAL, None) or time.time()
         try:
-            decision, expert = await self._chosen(request)
+            client_id = getattr(raw_request, "headers", {}).get("X-Request-Id")
+            decision, expert = await self._chosen(request, client_id)
             self._check(request, expert)
         except (Refused, RequestError) as error:
             return refusal(error)
@@ -185,10 +192,12 @@ class Gateway:
             return refusal(Refused(words, HTTPStatus.NOT_FOUND, "NotFoundError"))
         return await getattr(handler, method)(response_id, **arguments)
 
-    async def _chosen(self, request: Any, counted: bool = True) -> tuple[Decision, Expert | None]:
+    async def _chosen(
+        self, request: Any, client_id: str | None = None, counted: bool = True
+    ) -> tuple[Decision, Expert | None]:
         """The decision for a request and its expert; the request names who answers from here on."""
         model = getattr(request, "model", None)
-        decision = await self.decide(model, request, counted)
+        decision = await self.decide(model, request, counted, client_id)
         expert = self._registry.get(decision.expert) if decision.expert else None
         if expert is not None:
             request.model = expert.name
@@ -228,15 +237,16 @@ class Gateway:
         if expert is None:
             return await call.through(call.handler, record, self._registry, [])
         expert.last_used = record.arrival
-        with expert.held():
-            try:
-                record.swap_wait_seconds = await self._registry.admit(expert)
-            except ExpertError as error:
-                tenant = current_tenant.get()
-                if tenant is None or tenant.admin:
-                    return unavailable(str(error))
-                return unavailable(f"expert {expert.name!r} is not available")
-            if call.method not in expert.variants:
-                expert.variants[call.method] = specialise(call.handler, expert)
-            variant = expert.variants[call.method]
-            return await call.through(variant, record, self._registry, expert.stop_ids)
+        record.at_end.append(expert.hold())
+        try:
+            record.swap_wait_seconds = await self._registry.admit(expert)
+        except ExpertError as error:
+            tenant = current_tenant.get()
+            if tenant is None or tenant.admin:
+                return unavailable(str(error))
+            return unavailable(f"expert {expert.name!r} is not available")
+        record.at_end.append(partial(self._registry.gate.leave, expert))
+        if call.method not in expert.variants:
+            expert.variants[call.method] = specialise(call.handler, expert)
+        variant = expert.variants[call.method]
+        return await call.through(variant, record, self._registry, expert.stop_ids)

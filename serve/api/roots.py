@@ -4,13 +4,17 @@ A client that may load experts makes the server open what it names. It shall not
 configured for it: neither by a path, nor by a link, be it the directory or a file in it.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from deltamux.compression.checkpoint.checkpoint import SIDE_FILES
 from deltamux.compression.image import adapter
 from deltamux.compression.names import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from deltamux.router.decide.artifact import ARTIFACT_FILES
+from deltamux.serve.settings import HUB_ID
 
 # All that is opened in such a directory.
 FILES = (
@@ -32,11 +36,14 @@ class Roots:
         self._folders = sorted({folder.resolve() for folder in folders})
 
     def inside(self, path: Path) -> Path:
-        """A directory that a client named, its links resolved.
+        """A directory that a client named, its links resolved; a hub id, where the hub's cache lies under a root.
 
         Raises:
             ValueError: It is relative, or it or a file in it lies elsewhere. Nothing is said of what is there.
         """
+        if not path.is_absolute() and re.fullmatch(HUB_ID, str(path)):
+            self._resolved(Path(HF_HUB_CACHE))
+            return path
         if not path.is_absolute() or "\0" in str(path):
             raise ValueError(f"{str(path)!r} is relative: give an absolute path")
         found = self._resolved(path)

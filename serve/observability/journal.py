@@ -12,8 +12,8 @@ import logging
 import sys
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -47,6 +47,7 @@ class RequestRecord:
         generated_tokens: Tokens made for it so far, over all its sequences.
         failure: How the engine ended it, if not well.
         outcome: One of `OUTCOMES`, None while it is open.
+        at_end: What to call when it is closed.
         beam_prompts: Prompts of a beam search that are not counted yet; None: it is none.
         tenant: Whose request it is, None where nobody is asked.
     """
@@ -63,6 +64,7 @@ class RequestRecord:
     generated_tokens: int = 0
     failure: str | None = None
     outcome: str | None = None
+    at_end: list[Callable[[], None]] = field(default_factory=list)
     beam_prompts: int | None = None
     tenant: Tenant | None = None
 
@@ -195,6 +197,8 @@ class Journal:
             return
         record.outcome = outcome
         self._open.discard(record)
+        for done in record.at_end:
+            done()
         reason = record.decision.reason
         metrics.request_outcomes.labels(record.expert, reason, outcome).inc()
         if outcome == OK:

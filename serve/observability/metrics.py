@@ -49,6 +49,12 @@ swap_wait_seconds = Histogram(
     ["expert"],
     buckets=SWAP_WAIT_BUCKETS,
 )
+speculative_steps = Counter(
+    "deltamux_speculative_steps", "Steps that checked drafted tokens of a sequence.", ["expert"]
+)
+speculative_accepted = Counter(
+    "deltamux_speculative_accepted_tokens", "Drafted tokens that an expert accepted.", ["expert"]
+)
 router_decisions = Counter("deltamux_router_decisions", "Routed requests.", ["domain", "reason"])
 router_seconds = Histogram(
     "deltamux_router_seconds", "Time to decide, with tokenization.", buckets=ROUTER_BUCKETS

@@ -149,7 +149,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_shapes(
     with pytest.raises(ValueError, match=r"24 by 40 there, 24 by 48 here"):
         adapter_image(adapter, other)
     fewer = {name: shape for name, shape in SHAPES.items() if "down" not in name}
-    with pytest.raises(ValueError, match="which this base does not have"):
+    with pytest.raises(ValueError, match="which this base does not have outside"):
         adapter_image(adapter, fewer)
 
 

@@ -178,6 +178,28 @@ def test_decisions_and_feedback_are_logged(folder: Path, tmp_path: Path, prompts
     assert (feedback["id"], feedback["feedback"]) == ("1", "math")
 
 
+@pytest.mark.parametrize(
+    ("request_", "header", "response"),
+    [
+        ({"prompt": SQL, "request_id": "1"}, "mine", "cmpl-mine"),
+        ({"messages": [{"role": "user", "content": SQL}]}, "chatcmpl-1", "chatcmpl-chatcmpl-1"),
+        ({"input": SQL, "request_id": "resp_7"}, "mine", "resp_7"),
+    ],
+)
+def test_feedback_finds_a_response_that_the_client_named(
+    folder: Path, tmp_path: Path, request_: dict[str, Any], header: str, response: str
+) -> None:
+    log = tmp_path / "log"
+    route = make(folder, log=log)
+    route.decide(request_, client_id=header)
+    with client_of(route) as client:
+        answer = client.post("/v1/route/feedback", json={"id": response, "expert": "math"})
+        stranger = client.post("/v1/route/feedback", json={"id": "other", "expert": "math"})
+    assert [answer.status_code, stranger.status_code] == [200, 404]
+    decision, feedback = rows_of(log)
+    assert decision["id"] == feedback["id"]
+
+
 def test_nothing_is_logged_unless_it_is_asked_for(folder: Path) -> None:
     with client_of(make(folder)) as client:
         answer = client.post("/v1/route/feedback", json={"id": "1", "expert": "math"})

@@ -3,13 +3,14 @@
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from deltamux.serve.api.expert import Expert, ExpertError
+from deltamux.serve.api.expert import ExpertError
 from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.api.guard import MOST_BODY_BYTES, Doors, Guard
 from deltamux.serve.api.limits import Bucket, Limits
@@ -276,15 +277,21 @@ class Engine:
     """An engine that gives no answer any more."""
 
     errored = False
+    vllm_config = SimpleNamespace(
+        lora_config=SimpleNamespace(max_loras=2), scheduler_config=SimpleNamespace(policy="fcfs")
+    )
 
-    async def add_lora(self, _: Any) -> None:
+    async def reset_prefix_cache(self) -> None:
         self.errored = True
         await asyncio.Event().wait()
 
 
 def test_a_call_to_an_engine_that_has_ended_is_given_up() -> None:
     engine = Engine()
-    registry = ExpertRegistry(engine, None, None)  # type: ignore[arg-type]
-    expert = Expert("math", Path("math"), request=object())
+
+    async def ask() -> None:
+        registry = ExpertRegistry(engine, None, None, 1.0)  # type: ignore[arg-type]
+        await registry._asked(engine.reset_prefix_cache())
+
     with pytest.raises(ExpertError, match="the engine has ended"):
-        asyncio.run(registry._load(expert))
+        asyncio.run(ask())
