@@ -135,28 +135,36 @@ TARGET static inline int escapes_before(const uint16_t *escapes, int size, int c
     return found;
 }
 
-// One token: inputs are gathered.
+// One token: products of 16 escapes of a row at a time, whose inputs are gathered, and their columns.
+TARGET static inline __m512i gather_products(const uint16_t *escapes, int count, const int32_t *x, __m512i *column) {
+    __mmask16 mask = first(count);
+    __m512i each = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, escapes));
+    *column = _mm512_and_si512(each, _mm512_set1_epi32(BLOCK_COLUMNS - 1));
+    __m512i extra = _mm512_sub_epi32(_mm512_srli_epi32(each, BLOCK_BITS), _mm512_set1_epi32(MIDDLE));
+    __m512i place = _mm512_slli_epi32(*column, 2);
+    __m512i inputs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, place, x, sizeof(int32_t));
+    // Factors have 16 bits: the upper half of one is a factor of nothing.
+    return _mm512_madd_epi16(_mm512_and_si512(extra, _mm512_set1_epi32(0xFFFF)), inputs);
+}
+
 TARGET static void sum_escapes_of_one(const EscapeRows &rows, const int32_t *x, int groups, int32_t *sums) {
     for (int group = 0; group < groups; group++) _mm512_store_si512(sums + group * LANES, _mm512_setzero_si512());
     for (int lane = 0; lane < rows.count; lane++) {
         const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
         const uint16_t *escapes = rows.escapes + starts[0];
         int size = int(starts[1] - starts[0]);
+        __m512i column, sum = _mm512_setzero_si512();
         for (int at = 0; at < size; at += LANES) {
-            __mmask16 mask = first(size - at);
-            __m512i each = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, escapes + at));
-            __m512i column = _mm512_and_si512(each, _mm512_set1_epi32(BLOCK_COLUMNS - 1));
-            __m512i extra = _mm512_sub_epi32(_mm512_srli_epi32(each, BLOCK_BITS), _mm512_set1_epi32(MIDDLE));
-            __m512i inputs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, _mm512_slli_epi32(column, 2), x, 4);
-            // Neither factor has more than 16 bits: what the upper ones add is nought times the sign.
-            extra = _mm512_and_si512(extra, _mm512_set1_epi32(0xFFFF));
-            __m512i product = _mm512_madd_epi16(extra, inputs);
+            __m512i product = gather_products(escapes + at, size - at, x, &column);
+            sum = _mm512_add_epi32(sum, product);
+            if (groups == 1) continue;
             __m512i own = _mm512_min_epi32(_mm512_srli_epi32(column, GROUP_BITS), _mm512_set1_epi32(groups - 1));
             for (int group = 0; group < groups; group++) {
                 __mmask16 here = _mm512_cmpeq_epi32_mask(own, _mm512_set1_epi32(group));
                 sums[group * LANES + lane] += _mm512_mask_reduce_add_epi32(here, product);
             }
         }
+        if (groups == 1) sums[lane] = _mm512_reduce_add_epi32(sum);
     }
 }
 
