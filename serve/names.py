@@ -16,9 +16,6 @@ UNKNOWN = "unknown"
 RESERVED_NAMES = (AUTO, BASE, UNKNOWN)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 VERSION_MARK = "@"
-# The method of vLLM's worker that moves an expert, and what it can be asked for: methods of the manager.
-MOVE_METHOD = "deltamux_move"
-ACTIVATE, UNPIN = "activate_adapter", "unpin_adapter"
 
 
 def check_expert_name(name: str) -> None:

@@ -6,9 +6,6 @@ somebody who serves ordinary LoRA adapters must not notice that deltamux is inst
 """
 
 import os
-from typing import Any
-
-from deltamux.serve.names import MOVE_METHOD
 
 PLUGIN_NAME = "deltamux"
 
@@ -19,17 +16,13 @@ def register() -> None:
         return
     from deltamux.serve import compat
     from deltamux.serve.status import status_directory
+    from deltamux.serve.threads import watch_threads
 
     compat.check_vllm()
     compat.keep_compilation()
+    watch_threads()
     status_directory()
     from deltamux.serve.worker.manager import ExpertManager
 
     compat.replace_manager(ExpertManager)
-    setattr(compat.symbol(*compat.WORKER), MOVE_METHOD, _move)
-
-
-def _move(worker: Any, how: str, expert_id: int) -> bool:
-    """Moves that vLLM has no call for; the API process asks for them by `collective_rpc`."""
-    moved: bool = getattr(worker.model_runner.lora_manager, how)(expert_id)
-    return moved
+    compat.tell_ends_of_steps()

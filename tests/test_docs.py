@@ -26,6 +26,7 @@ HTTP = ROOT / "docs" / "http.md"
 PAGES = [
     README,
     ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
     ROOT / "docker" / "README.md",
     ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -170,11 +171,15 @@ def test_every_route_is_documented() -> None:
     from deltamux.serve.api.experts_api import experts_router
     from deltamux.serve.api.ready import ready_router
     from deltamux.serve.api.router_api import routing_router
+    from deltamux.serve.api.tenants_api import tenants_router
 
     text = HTTP.read_text()
     routes = {
         f"{method} {route.path}"
-        for router in (console_router, experts_router, ready_router, routing_router)
+        for router in (
+            *(console_router, experts_router, ready_router),
+            *(routing_router, tenants_router),
+        )
         for route in router.routes
         for method in route.methods  # type: ignore[attr-defined]
     }

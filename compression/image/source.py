@@ -144,6 +144,6 @@ def open_source(root: Path, max_rank: int) -> Source:
     Raises:
         ValueError: It is neither, damaged, newer than this version, or no slot holds it.
     """
-    if (root / lora.CONFIG_FILE).is_file():
+    if (root / lora.CONFIG_FILE).exists():
         return LoraExpert(root, max_rank)
     return CompressedExpert(root)

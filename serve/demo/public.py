@@ -14,8 +14,9 @@ import typer
 import yaml
 
 from deltamux.compression.artifact.artifact import Artifact
-from deltamux.compression.checkpoint.checkpoint import open_checkpoint, resolve_directory
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.commands import compress_command
+from deltamux.compression.paths import resolve_directory
 from deltamux.serve.demo import data
 from deltamux.serve.demo.folder import SEED
 from deltamux.serve.demo.report import how_to_try, measure, show
