@@ -74,8 +74,8 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     texts = chosen_texts(pair, chosen.calibration, calibration, held_out)
-    given = {"calibration": texts.calibration, "held_out": texts.held_out}
-    manifest = compress(*pair, output, chosen, **given, overwrite=overwrite)
+    text, held = texts.calibration, texts.held_out
+    manifest = compress(*pair, output, chosen, calibration=text, held_out=held, overwrite=overwrite)
     if as_json:
         found = manifest.totals.model_dump() | (manifest.verification or {})
         typer.echo(json.dumps(found | {"text": texts.as_dictionary()}))
@@ -149,6 +149,7 @@ def evaluate_command(  # noqa: PLR0917 - a command line, called by name
     from deltamux.compression.recipe import CalibrationRecipe
 
     opened = Artifact(resolve_directory(artifact))
+    opened.check_content()
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     check_base(opened, pair[0])

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -28,6 +28,10 @@ from deltamux.router.fit.data import (
 from deltamux.router.fit.options import Features
 from deltamux.router.learning import refit, suggest
 from deltamux.router.report.plots import draw, require_matplotlib
+
+if TYPE_CHECKING:
+    from deltamux.router.fit.fit import FitReport
+    from deltamux.router.report.evaluate import Evaluation
 
 router_app = typer.Typer(no_args_is_help=True, help="Fit and evaluate the router.")
 
@@ -96,36 +100,7 @@ def fit(  # noqa: PLR0917 - a command line, called by name
             progress=True,
         )
     _warn(dataset)
-    config = report.config
-    result = {
-        "output": str(output),
-        "bytes": report.num_bytes,
-        "seconds": round(time.perf_counter() - start, 1),
-        "features": config.features,
-        "log_loss": report.log_loss,
-        "threshold": config.threshold,
-        "temperature": config.temperature,
-        "duplicates_dropped": dataset.num_duplicates,
-        "conflicts": len(dataset.conflicts),
-        "training": config.training.model_dump(),
-        "heldout": config.heldout.model_dump(),
-    }
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    rows = [
-        (domain, config.experts[domain] or BASE_NAME, count)
-        for domain, count in config.training.prompts.items()
-    ]
-    typer.echo(table(("domain", "expert", "prompts"), rows))
-    held_out = config.heldout
-    typer.echo(
-        f"\nheld-out: accuracy {held_out.accuracy:.4f}, macro-F1 {held_out.macro_f1:.4f}, "
-        f"ECE {held_out.ece:.4f}, own prompts kept {held_out.kept:.4f} (n={held_out.n}), "
-        f"wrong expert with added prompts {held_out.wrong:.4f}\n"
-        f"features {config.features}, threshold {config.threshold:.4f}, temperature {config.temperature:.3f}; "
-        f"wrote {output} ({report.num_bytes / 1e6:.1f} MB) in {result['seconds']} s"
-    )
+    _show_fit(report, dataset, output, round(time.perf_counter() - start, 1), as_json)
 
 
 @router_app.command("evaluate")
@@ -167,6 +142,11 @@ def evaluate(
     _warn(dataset)
     if result.seen:
         typer.echo(f"{result.seen} of these prompts were trained on", err=True)
+    _show_evaluation(result, as_json)
+
+
+def _show_evaluation(result: "Evaluation", as_json: bool) -> None:
+    """Print outcomes by domain, quality and time."""
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result)))
         return
@@ -182,6 +162,42 @@ def evaluate(
         )
     typer.echo(
         f"decision time: p50 {result.decision_p50_us:.0f} us, p99 {result.decision_p99_us:.0f} us"
+    )
+
+
+def _show_fit(
+    report: "FitReport", dataset: Dataset, output: Path, seconds: float, as_json: bool
+) -> None:
+    """Print what a fit wrote and how it does on prompts that it held out."""
+    config, held_out = report.config, report.config.heldout
+    if as_json:
+        result = {
+            "output": str(output),
+            "bytes": report.num_bytes,
+            "seconds": seconds,
+            "features": config.features,
+            "log_loss": report.log_loss,
+            "threshold": config.threshold,
+            "temperature": config.temperature,
+            "duplicates_dropped": dataset.num_duplicates,
+            "conflicts": len(dataset.conflicts),
+            "training": config.training.model_dump(),
+            "heldout": held_out.model_dump(),
+        }
+        typer.echo(json.dumps(result))
+        return
+    rows = [
+        (domain, config.experts[domain] or BASE_NAME, count)
+        for domain, count in config.training.prompts.items()
+    ]
+    typer.echo(table(("domain", "expert", "prompts"), rows))
+    typer.echo(
+        f"\nheld-out: accuracy {held_out.accuracy:.4f}, macro-F1 {held_out.macro_f1:.4f}, "
+        f"ECE {held_out.ece:.4f}, own prompts kept {held_out.kept:.4f} (n={held_out.n}), "
+        f"wrong expert with added prompts {held_out.wrong:.4f}\n"
+        f"features {config.features}, threshold {config.threshold:.4f}, "
+        f"temperature {config.temperature:.3f}; "
+        f"wrote {output} ({report.num_bytes / 1e6:.1f} MB) in {seconds} s"
     )
 
 

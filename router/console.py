@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-#: Exit status for an error that the user can mend.
+# Exit status for an error that the user can mend.
 USER_ERROR_STATUS = 2
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,10 @@ from deltamux.router.decide.config import RouterConfig
 from deltamux.router.decide.decision import BASE_NAME
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from deltamux.router.fit.fit import FitReport
+    from deltamux.router.fit.usage import Changes
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
 
@@ -64,6 +68,13 @@ def refit(  # noqa: PLR0917 - a command line, called by name
         )
         new, encode = Router.load(output), load_tokenizer(output)
         changes = compare(old, new, encode, usage, feedback)
+    _show_changes(changes, report, old.config, output, as_json)
+
+
+def _show_changes(
+    changes: "Changes", report: "FitReport", old: RouterConfig, output: Path, as_json: bool
+) -> None:
+    """Print what a new router decides otherwise."""
     total, before, after = changes.corrected
     if as_json:
         moved = [{"from": b, "to": a, "prompts": n} for (b, a), n in changes.moved.items()]
@@ -76,12 +87,12 @@ def refit(  # noqa: PLR0917 - a command line, called by name
     typer.echo(f"feedback on {total} prompts: {before} were right, {after} are with the new router")
     count = sum(changes.moved.values())
     typer.echo(f"of {changes.asked} logged prompts {count} go elsewhere")
-    rows = [(before_, after_, number) for (before_, after_), number in changes.moved.items()]
+    rows = [(old_name, new_name, n) for (old_name, new_name), n in changes.moved.items()]
     if rows:
         typer.echo(table(("before", "after", "prompts"), rows))
         for old_name, new_name, text in changes.shown:
             typer.echo(f"  {old_name} -> {new_name}: {' '.join(text.split())[:90]}")
-    typer.echo(f"held-out accuracy {old.config.heldout.accuracy:.4f} before, "
+    typer.echo(f"held-out accuracy {old.heldout.accuracy:.4f} before, "
                f"{report.config.heldout.accuracy:.4f} after; wrote {output}")  # fmt: skip
 
 

@@ -50,6 +50,20 @@ def serve_command(
     launch(path, slots, host_cache, flags)
 
 
+@app.command("key")
+def key_command(
+    stdin: Annotated[bool, typer.Option(help="Hash the key on standard input instead.")] = False,
+) -> None:
+    """Make a tenant's key, and its hash for tenants.yaml."""
+    from deltamux.serve.api.tenants import key_hash, make_key
+
+    if stdin:
+        typer.echo(key_hash(sys.stdin.readline().strip()))
+        return
+    key, hashed = make_key()
+    typer.echo(f"key   {key}\nhash  {hashed}")
+
+
 @app.command("demo")
 def demo_command(
     root: Annotated[

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -27,6 +28,8 @@ settings.register_profile(
     "deltamux", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("deltamux")
+# `make fuzz` asks for more examples than the tests have time for, and for others each time.
+FUZZ_EXAMPLES = int(os.environ.get("DELTAMUX_FUZZ", "0"))
 # How long `eventually` waits. Only an event that never comes takes that long.
 PATIENCE_SECONDS = 300.0
 
@@ -208,6 +211,7 @@ def checkpoints() -> SimpleNamespace:
         write_config=write_config,
         scraped=scraped,
         words=LIVE_WORDS,
+        vocabulary=VOCABULARY,
         environment=SERVER_ENVIRONMENT,
     )
 
@@ -330,8 +334,18 @@ def _span_attributes(span: Any) -> dict[str, Any]:
     return {"name": span.name} | plain
 
 
-def write_parts(folder: Path, text_file: Path, names: tuple[str, ...] = LIVE_NAMES) -> Path:
-    """A tiny base (returned), experts, a damaged one and a router, below a folder."""
+def write_parts(
+    folder: Path,
+    text_file: Path,
+    names: tuple[str, ...] = LIVE_NAMES,
+    words: dict[str, str] = LIVE_WORDS,
+    routed: dict[str, str] | None = None,
+) -> Path:
+    """A tiny base (returned), experts, a damaged one and a router, below a folder.
+
+    The router's prompts are made of `words`, by domain; `routed` names the experts of domains that are not
+    called like theirs.
+    """
     from deltamux.router.fit.data import read_dataset
     from deltamux.router.fit.fit import fit_router
 
@@ -345,14 +359,14 @@ def write_parts(folder: Path, text_file: Path, names: tuple[str, ...] = LIVE_NAM
     weights.write_bytes(weights.read_bytes()[:-100])
     prompts = folder / "prompts"
     prompts.mkdir()
-    for domain, words in LIVE_WORDS.items():
-        each = words.split()
+    for domain, of_domain in words.items():
+        each = of_domain.split()
         rows = [
             {"prompt": f"{each[i % 8]} the {each[(i * 3 + 1) % 8]} of {each[(i // 8) % 8]} {i}"}
             for i in range(48)
         ]
         (prompts / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fit_router(read_dataset(prompts), folder / "router", base=str(base))
+    fit_router(read_dataset(prompts), folder / "router", base=str(base), experts=routed)
     return base
 
 

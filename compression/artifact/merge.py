@@ -12,6 +12,7 @@ from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.artifact.stored import Stored
 from deltamux.compression.checkpoint.architecture import EMBEDDING, tensor_specs
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.compression.files import read_json
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from deltamux.compression.saving import make_folder, save_tensors, save_text
 
@@ -144,7 +145,7 @@ def _write_shards(
 
 
 def _write_side_files(artifact: Artifact, dtype: torch.dtype, target: Path) -> None:
-    config = json.loads((artifact.root / CONFIG_FILE).read_text())
+    config = read_json(artifact.root / CONFIG_FILE)
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from deltamux.compression.artifact.artifact import file_sha256
 from deltamux.compression.artifact.card import write_card
 from deltamux.compression.artifact.manifest import (
     BaseIdentity,
@@ -21,6 +20,7 @@ from deltamux.compression.artifact.stored import Encoded, Entry
 from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.checkpoint.delta import Difference
 from deltamux.compression.evaluate import Evaluation
+from deltamux.compression.files import sha256
 from deltamux.compression.image.layout import RECORD_BYTES, head_bytes
 from deltamux.compression.names import (
     CONFIG_FILE,
@@ -68,7 +68,7 @@ def write_artifact(
             source=base.source, revision=base.revision, sha256=difference.base_hashes
         ),
         tied_embeddings=base.tied,
-        weights_sha256=file_sha256(target / WEIGHTS_FILE),
+        weights_sha256=sha256(target / WEIGHTS_FILE),
         tensors=sorted(entries, key=lambda entry: order[entry.name]),
         totals=_totals(difference, entries, (target / WEIGHTS_FILE).stat().st_size),
     )

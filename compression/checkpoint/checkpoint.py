@@ -6,7 +6,6 @@ stays near the largest tensor in use.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD, is_tied
 from deltamux.compression.errors import naming
+from deltamux.compression.files import open_tensors, read_json
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from deltamux.compression.paths import resolve_directory
 from deltamux.compression.saving import make_folder
@@ -65,8 +64,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """The model's `config.json`."""
         path = self.root / CONFIG_FILE
-        with naming(path):
-            config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         if not isinstance(config, dict):
             raise ValueError(f"{str(path)!r} is no configuration: fetch or save it again")
         return config
@@ -100,9 +98,22 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header."""
-        name = self._stored_name(name)
-        with self._open(name) as file:
-            return tuple(file.get_slice(name).get_shape())
+        stored = self._stored_name(name)
+        if stored not in self._shapes:
+            with self._open(stored):
+                pass  # which says what is wrong
+        return self._shapes[stored]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all stored tensors: opening a file reads all of its header."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in set(self.files.values()):
+            with _open_safetensors(path) as file:
+                for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
+                    if self.files.get(name) == path:
+                        found[name] = tuple(file.get_slice(name).get_shape())
+        return found
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, without reading its values."""
@@ -173,12 +184,7 @@ class Checkpoint:
 
 def _open_safetensors(path: Path) -> Any:
     _check_file(path)
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} is not a complete safetensors file ({error}); fetch or save it again"
-        ) from error
+    return open_tensors(path, "fetch or save the checkpoint again")
 
 
 def _check_file(path: Path) -> None:
@@ -259,8 +265,9 @@ def _tensor_files(root: Path, source: str) -> dict[str, Path]:
 
 
 def _shards(index: Path) -> dict[str, Path]:
+    content = read_json(index)
     with naming(index, "save the checkpoint again"):
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = dict(content["weight_map"])
         names = {Path(file).name for file in weight_map.values()}
         if names != set(weight_map.values()):
             raise TypeError("its weight_map names files outside of its folder")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from deltamux.compression.checkpoint.architecture import LM_HEAD, is_tied
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
-from deltamux.compression.errors import naming
+from deltamux.compression.checkpoint.settings import own_template
 from deltamux.compression.streaming.reading import TextReport
 from deltamux.compression.streaming.rows import Conversation
 from deltamux.compression.streaming.same_tokenizer import (
     smaller_differences,
     tokenizer_difference,
 )
-from deltamux.compression.streaming.stops import TOKENIZER_SETTINGS_FILE, read_settings, stop_ids
+from deltamux.compression.streaming.stops import stop_ids
 from deltamux.compression.streaming.text import (
     Sample,
     encode_rows,
@@ -60,26 +60,6 @@ def served_reading(base: Checkpoint, expert: Checkpoint) -> Reading | None:
     if found is None:
         return None
     return Reading(found, own_template(expert.root), frozenset(stop_ids(expert.root)))
-
-
-def own_template(root: Path) -> str | None:
-    """A checkpoint's or artifact's own chat template: a file, or in its tokenizer's configuration.
-
-    Raises:
-        ValueError: The file that it would be in is damaged.
-    """
-    file = root / "chat_template.jinja"
-    if file.is_file():
-        with naming(file):
-            return file.read_text(encoding="utf-8")
-    path = root / TOKENIZER_SETTINGS_FILE
-    embedded = read_settings(path).get("chat_template")
-    if isinstance(embedded, list):
-        with naming(path):
-            embedded = {each["name"]: each["template"] for each in embedded}.get("default")
-    if embedded is not None and not isinstance(embedded, str):
-        raise ValueError(f"{str(path)!r} has a chat_template that is no text: save it again")
-    return embedded
 
 
 def check_tokenizer(base: Checkpoint, expert: Checkpoint) -> list[str]:

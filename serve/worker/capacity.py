@@ -15,6 +15,7 @@ from deltamux.compression.image.build import Shapes
 from deltamux.compression.image.layout import head_bytes, section_bytes
 from deltamux.compression.image.planes import row_stride
 from deltamux.compression.image.source import Source, open_source
+from deltamux.serve.hub import local_directory
 from deltamux.serve.settings import PluginSettings
 
 logger = logging.getLogger("vllm.deltamux")
@@ -47,13 +48,13 @@ class Capacity:
         if num_bytes > self.num_bytes:
             raise ValueError(
                 f"{str(source.root)!r} takes {num_bytes:,} bytes in a slot, slots have "
-                f"{self.num_bytes:,}: compress it with fewer --slot-bits, or set slot.bytes to "
-                f"{num_bytes} or more and restart"
+                f"{self.num_bytes:,}: compress it with fewer --slot-bits, or name it under `experts` or "
+                f"set slot.bytes to {num_bytes} or more, and restart"
             )
         if source.rank > self.rank:
             raise ValueError(
                 f"{str(source.root)!r} has factors of rank {source.rank}, slots take up to "
-                f"{self.rank}: raise slot.rank and restart"
+                f"{self.rank}: name it under `experts` or raise slot.rank, and restart"
             )
         other = sorted(source.norms - self.norms)
         if other:
@@ -100,9 +101,12 @@ def largest_image(shapes: Shapes) -> int:
 
 def _readable(settings: PluginSettings) -> list[Source]:
     found = []
-    for expert in settings.experts:
+    paths = [expert.path for expert in settings.experts]
+    if settings.experts_dir is not None and settings.experts_dir.is_dir():
+        paths += sorted(each for each in settings.experts_dir.iterdir() if each.is_dir())
+    for path in paths:
         try:
-            found.append(open_source(expert.path, settings.slot.largest_rank))
+            found.append(open_source(local_directory(path), settings.slot.largest_rank))
         except (ValueError, OSError) as error:
-            logger.debug("deltamux: %s does not count for slots: %s", expert.name, error)
+            logger.debug("deltamux: %s does not count for slots: %s", path, error)
     return found

@@ -55,7 +55,7 @@ def test_a_missing_shard_is_named(sharded, tmp_path):
 def test_a_truncated_file_is_named(copied):
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors' is not a complete safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors' is truncated or damaged"):
         open_checkpoint(copied)
 
 

@@ -66,7 +66,6 @@ def pair(make_pair, tmp_path, checkpoints):
     ("template", "words"),
     [
         ("{{ raise_exception('no system turns') }}", "no system turns"),
-        ("{% for m in %}", "cannot be used"),
         ("{{ messages[0].content + 1 }}", "cannot be used"),
         ("{{ nothing.at_all }}", "cannot be used"),
     ],
@@ -77,6 +76,14 @@ def test_a_template_s_words_are_told_with_the_row(pair, tmp_path, template, word
     message = refusal("compress", *pair, "-o", tmp_path / "a", "--calibration", rows)
     assert message.startswith(f"{rows}:")
     assert words in message
+
+
+def test_a_template_that_cannot_be_parsed_is_told_with_its_file_and_line(pair, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", *[{"prompt": "a", "response": "b"}] * 8)
+    path = pair[1] / "chat_template.jinja"
+    path.write_text("\n{% for m in %}")
+    message = refusal("compress", *pair, "-o", tmp_path / "a", "--calibration", rows)
+    assert message.startswith(f"{str(path)!r}: chat template: line 2: ")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`deltamux serve`: what it hands to vLLM, and what it refuses at once."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 import yaml
 
 from deltamux.serve.cli import app
-from deltamux.serve.launch import found_configuration, vllm_arguments
+from deltamux.serve.launch import check_port, found_configuration, vllm_arguments
 from deltamux.serve.settings import load_settings
 
 
@@ -211,6 +212,7 @@ def test_the_command_line_is_frozen() -> None:
             "expert",
         ],
         "inspect": ["--json", "artifact"],
+        "key": ["--stdin"],
         "merge": ["--dtype", "--output", "-o", "artifact", "base"],
         "evaluate": [
             "--data",
@@ -225,3 +227,34 @@ def test_the_command_line_is_frozen() -> None:
         "serve": ["--host-cache", "--slots", "config"],
         "demo": ["--base", "--experts", "--root", "--serve", "more"],
     }
+
+
+@pytest.mark.parametrize(
+    "given", [["--download-dir", "DIR"], ["--download-dir=DIR"], ["--download_dir", "DIR"], []]
+)
+def test_a_base_is_looked_for_where_vllm_will_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(source: str, **arguments: Any) -> str:
+        asked.update(arguments, source=source)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    engine = {} if given else {"download_dir": "DIR"}
+    vllm_arguments(settings(tmp_path, base={"model": "org/base"}, engine=engine), given)
+    assert (asked["source"], asked["cache_dir"]) == ("org/base", "DIR")
+
+
+@pytest.mark.parametrize("spelled", ["--port {}", "--port={}", "engine"])
+def test_a_port_that_is_taken_is_named(spelled: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        engine = {"port": port} if spelled == "engine" else {}
+        extra = [] if spelled == "engine" else spelled.format(port).split()
+        with pytest.raises(ValueError, match=rf"the port {port} of '127\.0\.0\.1' cannot be had"):
+            check_port(engine, ["--host", "127.0.0.1", *extra])
+    check_port({}, ["--host", "127.0.0.1", "--port", str(port)])
