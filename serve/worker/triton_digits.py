@@ -53,9 +53,12 @@ def digits_kernel(
         most: Slots with more rows are left out.
         skipped: Groups in front of the first.
         SINGLE: Whether the batch has one row, which then is taken for a slot's.
-        EARLY: Whether the next launch may begin before this one has ended.
+        EARLY: Whether this launch may begin before the one ahead of it has ended, and the next one
+            before this one has.
     """
     if EARLY:
+        # What is ahead has ended before the next launch begins: that one may read its output at once.
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     m, group = tl.program_id(1), tl.program_id(2)
     if SINGLE:
@@ -132,20 +135,21 @@ def launch_digits(
         starts: Where each slot's begin.
         slots: S.
         groups: Groups of the launch, groups in front of them, most rows of a slot.
-        early: Whether the next launch may begin before this one has ended.
+        early: Whether launches may begin before those ahead of them have ended.
     """
     rows, columns = x_TK.shape
     count, skipped, most = groups
     made = Digits(count, columns, rows > 1, x_TK.device)
+    options: dict[str, object] = {"launch_pdl": True} if early else {}
     digits_kernel[(made.chunks, min(rows, GROUP), count)](
         made.digits, made.levels, made.columns, made.meta, x_TK, x_TK.stride(0), order, starts,
         most, skipped, SLOTS=slots, SLOTS_WIDTH=triton.next_power_of_2(slots), K=columns,
         BYTES=made.bytes, BLOCK=triton.next_power_of_2(columns), CHUNK=CHUNK, SINGLE=rows == 1,
-        EARLY=early, num_warps=warps_for(columns),
+        EARLY=early, num_warps=warps_for(columns), **options,
     )  # fmt: skip
     return made
 
 
 def warps_for(columns: int) -> int:
     """Warps of a program that reads a row of this length."""
-    return 1 if columns < 1024 else 4 if columns < 4096 else 8
+    return 1 if columns < 1024 else 4 if columns < 4096 else 8 if columns < 8192 else 16

@@ -133,7 +133,7 @@ def linear(
         spans: list[int] = starts_host.tolist()
         heavy = [s for s, end in enumerate(spans[1:]) if end - spans[s] >= MERGE_ROWS]
         if heavy:
-            y_TN, rest = by_merged_weights(x_TK, weight, bias, order, spans, heavy, *layer)
+            y_TN, rest = by_merged_weights(x_TK, weight, bias, order, spans, heavy, *layer, rank)
             if rest:
                 where = slot_of_row, order, starts
                 _add(y_TN, x_TK, *where, *layer, rank, False, MERGE_ROWS - 1)
