@@ -33,6 +33,16 @@ def _power(exponent):
     return (field << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _shift_of(x, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The power of two that takes a row's largest value below `_LARGEST`, and that value."""
+    k_K = tl.arange(0, BLOCK)
+    largest = tl.max(tl.abs(tl.load(x + k_K, mask=k_K < K, other=0.0).to(tl.float32)), 0)
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    shift = 14 - exponent
+    return shift - tl.where(largest * _power(shift) > _LARGEST, 1, 0), largest
+
+
 @triton.jit(do_not_specialize=["most", "skipped"])
 def digits_kernel(
     digits, levels, columns, meta, x, x_stride, order, starts, most, skipped,
@@ -69,11 +79,7 @@ def digits_kernel(
             return
         row = tl.load(order + first + m).to(tl.int64)
     x += row * x_stride
-    k_K = tl.arange(0, BLOCK)
-    largest = tl.max(tl.abs(tl.load(x + k_K, mask=k_K < K, other=0.0).to(tl.float32)), 0)
-    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    shift = 14 - exponent
-    shift -= tl.where(largest * _power(shift) > _LARGEST, 1, 0)
+    shift, largest = _shift_of(x, K, BLOCK)
     b_B, q_4 = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), tl.arange(0, 4)
     k_B4 = b_B[:, None] * 4 + q_4[None, :]
     scaled_B4 = tl.load(x + k_B4, mask=k_B4 < K, other=0.0).to(tl.float32) * _power(shift)
