@@ -42,7 +42,7 @@ def fill_host_cache(worker: Any, count: int) -> int:
     if torch.cuda.is_available():
         image = image.pin_memory()
     for expert_id in range(1, count + 1):
-        manager.host.put(expert_id, image)
+        manager.residency.host.put(expert_id, image)
     assert image.numel() <= manager.slots.slot_bytes
     return int(manager.slots.slot_bytes)
 
@@ -52,7 +52,7 @@ def merge_first_expert(worker: Any) -> None:
     from deltamux.serve.worker.triton_dense import launch_dense
 
     manager = manager_of(worker)
-    manager.slots.load(0, manager.host.get(1))
+    manager.slots.load(0, manager.residency.host.get(1))
     model = _runner(worker).get_model()
     linear, _, _ = compat.hooked_layers()
     linears = [(name, each) for name, each in model.named_modules() if isinstance(each, linear)]
@@ -73,7 +73,7 @@ def merge_first_expert(worker: Any) -> None:
 def time_copies(worker: Any) -> dict[str, float]:
     """Seconds of a plain copy of an image to the device, and of one into a slot."""
     manager = manager_of(worker)
-    image = manager.host.get(1)
+    image = manager.residency.host.get(1)
     device = manager.slots.buffer.device
     target = torch.empty(image.numel(), dtype=torch.uint8, device=device)
 
@@ -100,7 +100,7 @@ def _wait(device: torch.device) -> None:
 
 def device_memory(worker: Any) -> dict[str, int]:
     """Bytes: what NVML says is used, what torch allocated, and the parts that the metrics name."""
-    parts = dict(manager_of(worker).status.memory_bytes)
+    parts = dict(manager_of(worker).residency.status.memory_bytes)
     if not torch.cuda.is_available():
         return parts
     used, total = compat.device_memory()

@@ -64,7 +64,8 @@ class WorkerStatus(BaseModel):
     """Everything the worker publishes.
 
     `swaps` counts, by expert name, moves into a tier: "slot" (from host) or "host" (from disk); the
-    counts of a name go on when it gets a new version.
+    counts of a name go on when it gets a new version. `stalls` counts the experts that a step had to bring into a
+    slot itself, while its whole batch waited.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -73,7 +74,19 @@ class WorkerStatus(BaseModel):
     swaps: dict[str, dict[str, int]] = Field(default_factory=dict)
     swap_seconds: dict[str, Histogram] = Field(default_factory=dict)
     evictions: int = 0
+    stalls: int = 0
     memory_bytes: dict[str, int] = Field(default_factory=dict)
+
+    def expert(self, expert_id: int) -> ExpertStatus:
+        """What is said of an expert, from now on if nothing was."""
+        return self.experts.setdefault(expert_id, ExpertStatus())
+
+    def count_swap(self, name: str | None, tier: str, seconds: float) -> None:
+        """Count a move into a tier; without a name it is that of a dummy of vLLM's warm-up."""
+        if name is not None:
+            swaps = self.swaps.setdefault(name, {})
+            swaps[tier] = swaps.get(tier, 0) + 1
+            self.swap_seconds.setdefault(tier, Histogram()).observe(seconds)
 
 
 def status_directory() -> Path:
@@ -93,14 +106,14 @@ def _remove(path: str, owner: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(status: WorkerStatus) -> None:
-    """Replace the status file; readers see the old one or the new one, whole."""
+def publish(content: str) -> None:
+    """Replace the status file by a `WorkerStatus` as JSON; readers see the old one or the new one, whole."""
     directory = status_directory()
     if not directory.is_dir():
         return
     scratch = directory / f".{STATUS_FILE}.{os.getpid()}"
     try:
-        scratch.write_text(status.model_dump_json())
+        scratch.write_text(content)
         scratch.replace(directory / STATUS_FILE)
     except OSError:
         # A full disk makes metrics stale; it must not end the engine step this runs in.

@@ -1,18 +1,37 @@
 """One version of one expert, as the API process reads it from its artifact."""
 
 import asyncio
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from deltamux.compression.checkpoint.settings import read_side_settings
 from deltamux.compression.image.source import open_source
-from deltamux.compression.streaming.served import own_template, read_settings
+from deltamux.serve.hub import local_directory
+
+Origin = Literal["configured", "added", "watched"]
 
 
 class ExpertError(Exception):
     """An expert cannot answer; the message says why, for the client."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How an expert is served.
+
+    Attributes:
+        priority: Whose requests go first; smaller numbers do.
+        concurrency: Requests that may be in the engine at once; None: any number.
+        ttl: Seconds after its last request until it leaves memory; None: never.
+    """
+
+    priority: int = 0
+    concurrency: int | None = None
+    ttl: float | None = None
 
 
 @dataclass
@@ -26,15 +45,21 @@ class Expert:
         request: Its LoRA request, None if it was refused.
         error: Why it was refused, else None.
         num_bytes: Size of the artifact's weights file.
-        bits_per_weight: Of the decoder's linears.
-        generation_config: Its own, sampling defaults among it.
+        bits_per_weight: Of the decoder's linears, on disk.
+        slot_bits_per_weight: The same in a slot; None where nothing says it.
+        sampling: Its own sampling defaults, by their names in `generation_config.json`.
         stop_ids: End-of-sequence ids of its own.
         chat_template: Its own template, None where it has none.
         variants: vLLM's handlers speaking for this expert, by method name.
         pinned: Whether it is to keep a slot.
         last_used: Unix time of its last request, None before the first.
-        holds: Requests between admission and the engine.
+        holds: Requests from their arrival to the end of their response.
+        entered: Those of them that the gate let into the engine.
         running: Generations in the engine.
+        limits: What is configured for it.
+        source: The path as it was given: a directory, or a hub id.
+        origin: Who named it: the configuration, a client, or the watched folder.
+        rests_since: When its last request ended, on the monotonic clock.
     """
 
     name: str
@@ -44,25 +69,37 @@ class Expert:
     error: str | None = None
     num_bytes: int = 0
     bits_per_weight: float = 0.0
-    generation_config: dict[str, Any] = field(default_factory=dict)
+    slot_bits_per_weight: float | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
     stop_ids: list[int] = field(default_factory=list)
     chat_template: str | None = None
     variants: dict[str, Any] = field(default_factory=dict)
     pinned: bool = False
     last_used: float | None = None
     holds: int = 0
+    entered: int = 0
     running: int = 0
+    limits: Limits = Limits()
+    source: Path = Path()
+    origin: Origin = "configured"
+    rests_since: float = field(default_factory=time.monotonic)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    on_end: Callable[[], None] = lambda: None
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """A request is on its way to the engine."""
+    @property
+    def busy(self) -> bool:
+        """Whether the engine may be working on one of its requests."""
+        return bool(self.entered or self.running)
+
+    def hold(self) -> Callable[[], None]:
+        """A request has come; returns what to call when its response has ended."""
         self.holds += 1
-        try:
-            yield
-        finally:
+
+        def release() -> None:
             self.holds -= 1
             self.changed.set()
+
+        return release
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -73,6 +110,7 @@ class Expert:
         finally:
             self.running -= 1
             self.changed.set()
+            self.on_end()
 
     async def drained(self) -> None:
         """Wait until no request needs this version any more."""
@@ -87,33 +125,51 @@ class Expert:
 
     def take_over(self, read: "Expert") -> None:
         """Take template and generation settings that changed beside the same weights."""
-        self.generation_config, self.stop_ids = read.generation_config, read.stop_ids
+        self.sampling, self.stop_ids = read.sampling, read.stop_ids
         self.chat_template = read.chat_template
         self.variants.clear()
 
 
-def read_expert(name: str, path: Path, max_rank: int) -> Expert:
-    """Read an expert's sizes, template and generation settings; checks its content.
+@dataclass(frozen=True)
+class Served:
+    """What of the served model decides on the experts that it takes.
+
+    Attributes:
+        max_rank: The largest rank of an adapter.
+        vocabulary: Its number of tokens.
+        token_id: Its tokenizer's id of a token, None where it has no such token.
+    """
+
+    max_rank: int
+    vocabulary: int
+    token_id: Callable[[str], int | None]
+
+
+def read_expert(name: str, path: Path, served: Served) -> Expert:
+    """Read an expert's sizes, template and generation settings; all of them are checked.
 
     Args:
         name: What clients call it.
-        path: An artifact, or a LoRA adapter.
-        max_rank: The largest rank of an adapter.
+        path: An artifact, or a LoRA adapter; a directory or a hub id.
+        served: What it is to be served beside.
 
     Raises:
-        ValueError: It is neither, damaged, or newer than this version.
+        ValueError: It is neither, damaged, newer than this version, or says of itself what no request could be
+            answered with.
     """
-    source = open_source(path, max_rank)
+    given, path = path, local_directory(path)
+    source = open_source(path, served.max_rank)
+    settings = read_side_settings(path, served.vocabulary, served.token_id)
     source.check_content()
-    config = read_settings(path / "generation_config.json")
-    stop = config.get("eos_token_id")
     return Expert(
         name=name,
         path=path,
+        source=given,
         content=source.content,
         num_bytes=source.num_bytes,
         bits_per_weight=source.bits_per_weight,
-        generation_config=config,
-        stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
-        chat_template=own_template(path),
+        slot_bits_per_weight=source.slot_bits_per_weight,
+        sampling=settings.sampling,
+        stop_ids=settings.stop_ids,
+        chat_template=settings.template,
     )

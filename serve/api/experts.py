@@ -7,24 +7,36 @@ beside the old one, swaps the name, and drops the old one when its last request 
 """
 
 import asyncio
+import copy
 import logging
-import re
-import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 from deltamux.serve import compat
-from deltamux.serve.api.expert import Expert, ExpertError, read_expert
+from deltamux.serve.api.expert import (
+    Expert,
+    ExpertError,
+    Limits,
+    Origin,
+    Served,
+    read_expert,
+)
+from deltamux.serve.api.gate import Gate
+from deltamux.serve.api.worker import Worker
 from deltamux.serve.names import (
     artifact_path,
     check_expert_name,
     versioned_name,
     versioned_path,
 )
+from deltamux.serve.settings import ExpertSettings
 from deltamux.serve.status import ExpertStatus, read_status
 
-_WORKER_ERROR = re.compile(r"failed with error '(.*)', please check", re.DOTALL)
 logger = logging.getLogger("vllm.deltamux")
+
+# Between looks at whether the engine is still there, while it is waited for. Chosen, not measured.
+ENGINE_POLL_SECONDS = 0.5
 
 
 class ExpertRegistry:
@@ -33,13 +45,25 @@ class ExpertRegistry:
     Args:
         engine: vLLM's engine client.
         models: `app.state.openai_serving_models`.
-        max_rank: The largest rank of a LoRA adapter that slots take.
+        served: What decides on the experts that are taken.
+        patience: Seconds that a request waits for a slot before a busy one is drained.
+        ttl: Seconds without a request after which experts leave memory; None: never.
     """
 
-    def __init__(self, engine: Any, models: Any, max_rank: int) -> None:
+    def __init__(
+        self, engine: Any, models: Any, served: Served, patience: float, ttl: float | None = None
+    ) -> None:
         self._engine = engine
         self._models = models
-        self._max_rank = max_rank
+        # vLLM's own table stays empty: what is not handed a handler from here reaches no expert.
+        self._requests: dict[str, Any] = {}
+        self._served = served
+        self._ttl = ttl
+        self._worker = Worker()
+        slots = engine.vllm_config.lora_config.max_loras
+        self.gate = Gate(self._worker, slots, patience, self._in_slot)
+        # Whether vLLM's scheduler takes requests by priority; otherwise it refuses any.
+        self.vllm_orders = engine.vllm_config.scheduler_config.policy == "priority"
         self._experts: dict[str, Expert] = {}
         # Every version that the engine may still be running, by LoRA id.
         self._versions: dict[int, Expert] = {}
@@ -57,6 +81,14 @@ class ExpertRegistry:
         """The version of an expert behind a LoRA id."""
         return self._versions.get(lora_id)
 
+    def seen_by(self, handler: Any, **changes: Any) -> Any:
+        """A copy of one of vLLM's handlers to which the experts exist; attributes change as given."""
+        seeing, models = copy.copy(handler), copy.copy(self._models)
+        models.lora_requests = self._requests
+        for name, value in {"models": models, **changes}.items():
+            setattr(seeing, name, value)
+        return seeing
+
     def serves(self, name: str) -> bool:
         """Whether an expert can answer."""
         expert = self._experts.get(name)
@@ -72,35 +104,59 @@ class ExpertRegistry:
         seen = known.get(expert.request.lora_int_id) if expert.request else None
         return seen or ExpertStatus()
 
+    def _in_slot(self, expert: Expert) -> bool:
+        seen = self.status_of(expert)
+        return seen.tier == "slot" and not seen.error
+
     async def adopt(self) -> None:
         """Take over what `--lora-modules` loaded, under versioned names."""
-        for name, request in list(self._models.lora_requests.items()):
+        given = dict(self._models.lora_requests)
+        self._models.lora_requests.clear()
+        for name, request in given.items():
             await self.register(name, artifact_path(request.lora_path))
-            await self._engine.remove_lora(request.lora_int_id)
+            await self._worker.remove(Expert(name, Path(), request=request))
 
-    async def offer(self, name: str, path: Path, pin: bool) -> Expert:
+    async def offer(
+        self, given: ExpertSettings, preload: bool, origin: Origin = "configured"
+    ) -> Expert:
         """Register an expert from the configuration; a refused one is kept with its reason.
+
+        Args:
+            given: What is configured.
+            preload: Whether it is loaded, and not only checked.
+            origin: Where it is configured.
 
         Raises:
             ValueError: The name is the base model's.
         """
+        name = given.name
         if self._models.is_base_model(name):
             raise ValueError(f"the expert {name!r} is called like the base model: rename one")
         try:
-            expert = await self.register(name, path)
+            expert = await self.register(name, given.path, origin=origin, load=preload)
         except ExpertError as error:
             logger.error("deltamux: expert %r is refused: %s", name, error)
-            self._experts[name] = Expert(name, path, error=str(error))
+            self._experts[name] = Expert(name, given.path, error=str(error), source=given.path)
+            self._experts[name].origin = origin
             return self._experts[name]
+        ttl = self._ttl if given.ttl is None else given.ttl
+        expert.limits = Limits(given.priority, given.concurrency, ttl)
         try:
-            if pin:
+            if given.pin:
                 await self.pin(name)
         except ExpertError as error:
             logger.error("deltamux: expert %r is not pinned: %s", name, error)
         return expert
 
-    async def register(self, name: str, path: Path, pin: bool = False) -> Expert:
-        """Load an expert, or a new version of one; a pin passes on to the new version.
+    async def register(
+        self,
+        name: str,
+        path: Path,
+        pin: bool = False,
+        origin: Origin = "added",
+        load: bool = True,
+    ) -> Expert:
+        """Load an expert, or a new version of one; pin, limits and origin pass on to the new version.
 
         Raises:
             ExpertError: The artifact is refused, or the name is taken by a base model.
@@ -113,19 +169,29 @@ class ExpertRegistry:
             raise ExpertError(str(error)) from error
         async with self._lock:
             try:
-                expert = await asyncio.to_thread(read_expert, name, path, self._max_rank)
+                expert = await asyncio.to_thread(read_expert, name, path, self._served)
             except (ValueError, OSError) as error:
                 raise ExpertError(str(error)) from error
+            except Exception as error:
+                # Not foreseen: a fault of ours, which must keep neither the server nor the others from serving.
+                logger.exception("deltamux: expert %r cannot be read", name)
+                reason = f"{str(path)!r} cannot be read: {type(error).__name__}: {error}"
+                raise ExpertError(reason) from error
             previous = self._experts.get(name)
             if previous and previous.request and previous.same_weights(expert):
                 previous.take_over(expert)
                 expert, previous = previous, None
             else:
                 expert.request = self._request(expert)
-                await self._load(expert)
+                expert.on_end = self.gate.moved
+                expert.origin = previous.origin if previous else origin
+                expert.limits = previous.limits if previous else Limits(ttl=self._ttl)
+                await (self._worker.load if load else self._worker.check)(expert)
+                if load:
+                    self.gate.loaded(expert)
                 self._experts[name] = expert
                 self._versions[expert.request.lora_int_id] = expert
-                self._models.lora_requests[name] = expert.request
+                self._requests[name] = expert.request
         if previous and previous.request:
             expert.pinned = pin or previous.pinned
             self._in_background(self._succeed(previous, expert))
@@ -134,25 +200,31 @@ class ExpertRegistry:
         return expert
 
     async def admit(self, expert: Expert) -> float:
-        """Make sure that an expert is in the host cache before its request reaches the engine.
+        """Let a request of an expert into the engine once the expert is in a slot; it leaves by the gate.
 
         Returns:
-            Seconds that it took to load it, 0.0 if it was there.
+            Seconds that it waited, 0.0 if its expert was there.
 
         Raises:
             ExpertError: It was refused, or has gone bad on disk.
         """
         if expert.error:
             raise ExpertError(f"expert {expert.name!r} is not available: {expert.error}")
-        seen = self.status_of(expert)
-        start = time.monotonic()
-        absent = seen.tier == "disk" or bool(seen.error)
-        if absent:
-            await self._load(expert)
-        if seen.error:
-            # What ran while it was gone left the base's keys in the cache under its name.
-            await self._engine.reset_prefix_cache()
-        return time.monotonic() - start if absent else 0.0
+        was_bad = bool(self.status_of(expert).error)
+        waited = await self.gate.enter(expert)
+        if was_bad:
+            try:
+                # What ran while it was gone left the base's keys in the cache under its name.
+                await self._asked(self._engine.reset_prefix_cache())
+            except BaseException:
+                self.gate.leave(expert)
+                raise
+        return waited
+
+    def rest(self, expert: Expert) -> None:
+        """Let an expert leave memory, if nothing needs it now."""
+        if self.status_of(expert).tier != "disk":
+            self.gate.rest(expert)
 
     async def pin(self, name: str) -> None:
         """Keep an expert in a slot.
@@ -160,15 +232,31 @@ class ExpertRegistry:
         Raises:
             ExpertError: There is no such expert, or no slot to spare.
         """
-        expert = self._experts.get(name)
-        if expert is None:
-            raise ExpertError(f"there is no expert {name!r}")
+        expert = self._existing(name)
+        if expert.error:
+            raise ExpertError(f"expert {name!r} is not available: {expert.error}")
+        await self.gate.pin(expert)
+
+    async def unpin(self, name: str) -> None:
+        """Let an expert leave its slot when another needs it.
+
+        Raises:
+            ExpertError: There is no such expert, or the worker has gone.
+        """
+        expert = self._existing(name)
+        if expert.request:
+            await self.gate.unpin(expert)
+        expert.pinned = False
+
+    async def activate(self, name: str) -> None:
+        """Bring an expert into a slot now, ahead of its next request.
+
+        Raises:
+            ExpertError: There is no such expert, or it is refused.
+        """
+        expert = self._existing(name)
         await self.admit(expert)
-        try:
-            await self._engine.pin_lora(expert.request.lora_int_id)
-        except Exception as error:
-            raise ExpertError(_reason(error)) from error
-        expert.pinned = True
+        self.gate.leave(expert)
 
     async def delete(self, name: str) -> None:
         """Stop offering an expert; its running requests end first.
@@ -179,9 +267,15 @@ class ExpertRegistry:
         expert = self._experts.pop(name, None)
         if expert is None:
             raise ExpertError(f"there is no expert {name!r}")
-        self._models.lora_requests.pop(name, None)
+        self._requests.pop(name, None)
         if expert.request:
             await self._drop(expert)
+
+    def _existing(self, name: str) -> Expert:
+        expert = self._experts.get(name)
+        if expert is None:
+            raise ExpertError(f"there is no expert {name!r}")
+        return expert
 
     def _request(self, expert: Expert) -> Any:
         lora_id = self._models.lora_id_counter.inc(1)
@@ -192,11 +286,20 @@ class ExpertRegistry:
             base_model_name=self._models.base_model_paths[0].name,
         )
 
-    async def _load(self, expert: Expert) -> None:
+    async def _asked(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """The engine's answer to a call; an engine that has ended gives none, and vLLM would wait for it.
+
+        Raises:
+            ExpertError: The engine has ended meanwhile.
+        """
+        task = asyncio.ensure_future(call)
         try:
-            await self._engine.add_lora(expert.request)
-        except Exception as error:
-            raise ExpertError(_reason(error)) from error
+            while not (await asyncio.wait({task}, timeout=ENGINE_POLL_SECONDS))[0]:
+                if self._engine.errored:
+                    raise ExpertError("the engine has ended: ask again when the server is back")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _succeed(self, previous: Expert, expert: Expert) -> None:
         """Retire a version; then its successor can have its pin."""
@@ -206,16 +309,11 @@ class ExpertRegistry:
 
     async def _drop(self, expert: Expert) -> None:
         await expert.drained()
-        await self._engine.remove_lora(expert.request.lora_int_id)
+        self.gate.drop(expert)
+        await self._worker.remove(expert)
         self._versions.pop(expert.request.lora_int_id, None)
 
     def _in_background(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _reason(error: Exception) -> str:
-    """The worker's own message: vLLM wraps it on its way through executor and engine core."""
-    found = _WORKER_ERROR.search(str(error))
-    return found[1] if found else str(error) or type(error).__name__

@@ -20,7 +20,7 @@ from deltamux.compression.artifact.manifest import deltamux_version
 from deltamux.serve import compat
 from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.names import BASE
-from deltamux.serve.observability import engine_stats, metrics
+from deltamux.serve.observability import adapters, engine_stats, metrics
 from deltamux.serve.observability.journal import Journal
 from deltamux.serve.observability.memory import Memory
 from deltamux.serve.status import SWAP_BUCKETS, WorkerStatus, read_status
@@ -37,12 +37,14 @@ class Sources:
     registry: ExpertRegistry
     journal: Journal
     memory: Memory
+    speculative: bool = False
 
 
 def install(sources: Sources) -> None:
     """Start measuring."""
     metrics.build_info.labels(deltamux_version(), str(compat.vllm_version())).set(1)
-    engine_stats.install()
+    engine_stats.install(sources.speculative)
+    adapters.name_publicly(sources.registry)
     REGISTRY.register(ServerCollector(sources))
 
 
@@ -59,7 +61,7 @@ class ServerCollector(Collector):
 
     def collect(self) -> Iterable[Any]:
         """All families that can be read."""
-        for family in (_experts, _swaps, _memory, _in_flight):
+        for family in (_experts, _adapters, _swaps, _memory, _in_flight):
             yield from self._readable(family)
 
     def _readable(self, family: Callable[[Sources, WorkerStatus], Iterable[Any]]) -> list[Any]:
@@ -91,6 +93,10 @@ def _experts(sources: Sources, status: WorkerStatus) -> Iterator[Any]:
     yield from (swaps, resident, size)
 
 
+def _adapters(sources: Sources, _: WorkerStatus) -> Iterator[Any]:
+    return adapters.loaded_adapters(sources.registry)
+
+
 def _swaps(_: Sources, status: WorkerStatus) -> Iterator[Any]:
     family = HistogramMetricFamily(
         "deltamux_swap_seconds", "Time of a move into a tier.", labels=["tier"]
@@ -104,7 +110,12 @@ def _swaps(_: Sources, status: WorkerStatus) -> Iterator[Any]:
     yield family
     evictions = CounterMetricFamily("deltamux_evictions", "Experts that lost their slot.")
     evictions.add_metric([], status.evictions)
-    yield evictions
+    stalls = CounterMetricFamily(
+        "deltamux_step_stalls",
+        "Experts that a step waited for: they were not in a slot when it began.",
+    )
+    stalls.add_metric([], status.stalls)
+    yield from (evictions, stalls)
 
 
 def _memory(sources: Sources, status: WorkerStatus) -> Iterator[Any]:

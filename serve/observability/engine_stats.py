@@ -68,6 +68,10 @@ class RequestEngine:
         version = self._registry.version(request.lora_int_id) if request else None
         record.request_id = record.request_id or request_id
         record.lora_id = request.lora_int_id if request else None
+        if version is not None:
+            prompt = salted(prompt, version.content)
+            if self._registry.vllm_orders:
+                kwargs["priority"] = kwargs.get("priority", 0) + version.limits.priority
         outputs = self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs)
         with version.generating() if version else nullcontext():
             try:
@@ -93,20 +97,35 @@ class RequestEngine:
                 await outputs.aclose()
 
 
+def salted(prompt: Any, content: str) -> Any:
+    """A prompt whose keys and values no cache mixes with those of other weights.
+
+    vLLM's own prefix cache tells experts apart by name and path; a cache outside of it may know tokens and salt
+    alone. What the client salts with stays part of it.
+    """
+    if not isinstance(prompt, dict):
+        return prompt
+    return {**prompt, "cache_salt": content + (prompt.get("cache_salt") or "")}
+
+
 def _note_failure(record: RequestRecord, output: Any) -> None:
     """Keep that a request's own step failed: vLLM says so by the reason of its last output."""
     if output.finished and any(each.finish_reason == ERROR for each in output.outputs):
         record.failure = ERROR
 
 
-def install() -> None:
-    """Wrap vLLM's methods; harmless when called again."""
+def install(speculative: bool = False) -> None:
+    """Wrap vLLM's methods; harmless when called again.
+
+    Args:
+        speculative: Whether tokens are drafted, so that acceptance is counted.
+    """
     processor: Any = compat.symbol(*compat.OUTPUT)
     stats: Any = compat.symbol(*compat.STATS)
     if hasattr(stats.update_from_output, "deltamux"):
         return
     processor.add_request = _marking(processor.add_request)
-    stats.update_from_output = _observing(stats.update_from_output)
+    stats.update_from_output = _observing(stats.update_from_output, speculative)
 
 
 def _marking(add_request: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,13 +141,23 @@ def _marking(add_request: Callable[..., Any]) -> Callable[..., Any]:
             stats.deltamux_record = current_record.get()
             # The sequences of one request share its prompt.
             first = given.get("request_index", 0) == 0
-            stats.deltamux_prompt_tokens = state.prompt_len if first else 0
+            stats.deltamux_prompt_tokens = _prompt_tokens(stats.deltamux_record, state, first)
         return added
 
     return marked
 
 
-def _observing(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
+def _prompt_tokens(record: RequestRecord | None, state: Any, first: bool) -> int:
+    """Tokens of a prompt that is new: a beam's steps come as prompts of their own, each a token longer."""
+    if not first:
+        return 0
+    if record is None or record.beam_prompts is None:
+        return int(state.prompt_len)
+    record.beam_prompts -= 1
+    return int(state.prompt_len) if record.beam_prompts >= 0 else 0
+
+
+def _observing(update_from_output: Callable[..., Any], speculative: bool) -> Callable[..., Any]:
     """`IterationStats.update_from_output`, observing per expert what vLLM observes in sum."""
     # Releases differ in the order of these arguments, not in their names.
     names = list(inspect.signature(update_from_output).parameters)
@@ -145,9 +174,13 @@ def _observing(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
         else:
             metrics.itl_seconds.labels(label).observe(given["engine_core_timestamp"] - previous)
         generated = len(given["output"].new_token_ids)
+        if speculative and generated and not given["is_prefilling"]:
+            # A step gives one token of its own, and the drafted ones that it accepted before it.
+            metrics.speculative_steps.labels(label).inc()
+            metrics.speculative_accepted.labels(label).inc(generated - 1)
         metrics.tokens_total.labels(label, "generated").inc(generated)
         if record is not None:
-            record.generated_tokens += generated
+            record.spend("generated", generated)
 
     observed.deltamux = True  # type: ignore[attr-defined]
     return observed
@@ -159,10 +192,11 @@ def _first_token(label: str, record: RequestRecord | None, stats: Any, now: floa
     if record is None:
         metrics.ttft_seconds.labels(label).observe(stats.first_token_latency)
         return
-    record.prompt_tokens += prompt_tokens
+    record.spend("prompt", prompt_tokens)
     if record.ttft_seconds is not None:
         return
-    record.ttft_seconds = now - record.arrival
+    # Wall clocks both: somebody may have set them back meanwhile.
+    record.ttft_seconds = max(0.0, now - record.arrival)
     record.queue_seconds = stats.scheduled_ts - stats.queued_ts
     metrics.ttft_seconds.labels(label).observe(record.ttft_seconds)
     if record.lora_id is not None:

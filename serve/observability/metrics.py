@@ -49,11 +49,28 @@ swap_wait_seconds = Histogram(
     ["expert"],
     buckets=SWAP_WAIT_BUCKETS,
 )
+speculative_steps = Counter(
+    "deltamux_speculative_steps", "Steps that checked drafted tokens of a sequence.", ["expert"]
+)
+speculative_accepted = Counter(
+    "deltamux_speculative_accepted_tokens", "Drafted tokens that an expert accepted.", ["expert"]
+)
 router_decisions = Counter("deltamux_router_decisions", "Routed requests.", ["domain", "reason"])
 router_seconds = Histogram(
     "deltamux_router_seconds", "Time to decide, with tokenization.", buckets=ROUTER_BUCKETS
 )
 router_confidence = Histogram(
     "deltamux_router_confidence", "Confidence of decisions.", buckets=CONFIDENCE_BUCKETS
+)
+tenant_requests = Counter(
+    "deltamux_tenant_requests", "Ended requests of a tenant.", ["tenant", "outcome"]
+)
+tenant_tokens = Counter(
+    "deltamux_tenant_tokens", "Tokens of a tenant's prompts and answers.", ["tenant", "kind"]
+)
+tenant_refusals = Counter(
+    "deltamux_tenant_refusals",
+    "What a tenant was refused: for want of requests, tokens or concurrency, of an expert, of an admin's rights.",
+    ["tenant", "reason"],
 )
 build_info = Gauge("deltamux_build_info", "Versions.", ["version", "vllm_version"])

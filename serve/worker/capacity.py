@@ -6,14 +6,16 @@ Where no expert is configured, a slot holds two planes for every weight: whateve
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from deltamux.compression.checkpoint.architecture import FINAL_NORM, OTHER_NORMS
+from deltamux.compression.checkpoint.architecture import Role, TensorSpec
 from deltamux.compression.image.build import Shapes
 from deltamux.compression.image.layout import head_bytes, section_bytes
 from deltamux.compression.image.planes import row_stride
 from deltamux.compression.image.source import Source, open_source
+from deltamux.serve.hub import local_directory
 from deltamux.serve.settings import PluginSettings
 
 logger = logging.getLogger("vllm.deltamux")
@@ -46,13 +48,13 @@ class Capacity:
         if num_bytes > self.num_bytes:
             raise ValueError(
                 f"{str(source.root)!r} takes {num_bytes:,} bytes in a slot, slots have "
-                f"{self.num_bytes:,}: compress it with fewer --slot-bits, or set slot.bytes to "
-                f"{num_bytes} or more and restart"
+                f"{self.num_bytes:,}: compress it with fewer --slot-bits, or name it under `experts` or "
+                f"set slot.bytes to {num_bytes} or more, and restart"
             )
         if source.rank > self.rank:
             raise ValueError(
                 f"{str(source.root)!r} has factors of rank {source.rank}, slots take up to "
-                f"{self.rank}: raise slot.rank and restart"
+                f"{self.rank}: name it under `experts` or raise slot.rank, and restart"
             )
         other = sorted(source.norms - self.norms)
         if other:
@@ -62,16 +64,21 @@ class Capacity:
             )
 
 
-def capacity(settings: PluginSettings, shapes: Shapes, on_cpu: bool) -> Capacity:
+def capacity(
+    settings: PluginSettings, shapes: Shapes, specs: Sequence[TensorSpec], on_cpu: bool
+) -> Capacity:
     """The capacity that the settings ask for.
 
     Args:
         settings: Slot settings and configured experts; one that cannot be read is refused when it is loaded.
         shapes: Of the base's tensors.
+        specs: What they are.
         on_cpu: Whether the slots are in host memory.
     """
     sources = list(_readable(settings))
-    norms = {name for name in shapes if _may_always_change(name)}
+    # A change of the others is folded into linears, but for those of them that cannot be divided by.
+    read = {spec.norm for spec in specs}
+    norms = {spec.name for spec in specs if spec.role is Role.NORM and spec.name not in read}
     norms |= {name for source in sources for name in source.norms}
     largest = max((each.image_bytes(shapes) for each in sources), default=largest_image(shapes))
     size = largest if settings.slot.bytes == "auto" else int(settings.slot.bytes)
@@ -92,16 +99,14 @@ def largest_image(shapes: Shapes) -> int:
     return head_bytes(len(shapes)) + sum(sizes) + sum(vectors)
 
 
-def _may_always_change(name: str) -> bool:
-    """Whether a norm's change cannot be folded into linears behind it."""
-    return name == FINAL_NORM or name.removesuffix(".weight").endswith(OTHER_NORMS)
-
-
 def _readable(settings: PluginSettings) -> list[Source]:
     found = []
-    for expert in settings.experts:
+    paths = [expert.path for expert in settings.experts]
+    if settings.experts_dir is not None and settings.experts_dir.is_dir():
+        paths += sorted(each for each in settings.experts_dir.iterdir() if each.is_dir())
+    for path in paths:
         try:
-            found.append(open_source(expert.path, settings.slot.largest_rank))
+            found.append(open_source(local_directory(path), settings.slot.largest_rank))
         except (ValueError, OSError) as error:
-            logger.debug("deltamux: %s does not count for slots: %s", expert.name, error)
+            logger.debug("deltamux: %s does not count for slots: %s", path, error)
     return found

@@ -9,10 +9,14 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.image.source import Source, open_source
 from deltamux.serve.names import artifact_path, versioned_path
+
+# What the cache file holds: hashes by tensor, by the identity of weights files.
+HASHES = TypeAdapter(dict[str, dict[str, str]])
 
 
 class BaseHashes:
@@ -44,10 +48,9 @@ class BaseHashes:
 
     def _read(self) -> dict[str, dict[str, str]]:
         try:
-            content: dict[str, dict[str, str]] = json.loads(self._cache.read_text())
-        except (OSError, json.JSONDecodeError):
-            return {}
-        return content
+            return HASHES.validate_json(self._cache.read_bytes())
+        except (OSError, ValidationError):
+            return {}  # whatever is there is written anew
 
     def _write(self) -> None:
         try:
@@ -107,26 +110,33 @@ class HostCache:
         self._images.move_to_end(expert_id)
         return self._images[expert_id]
 
-    def put(self, expert_id: int, image: torch.Tensor) -> list[int]:
-        """Add an expert; returns the ids that had to leave."""
+    def put(self, expert_id: int, image: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Add an expert.
+
+        Returns:
+            The images that had to leave, by id: to free a large one takes time, which is the caller's to choose.
+        """
         self._images[expert_id] = image
-        evicted = []
+        evicted = {}
         for candidate in list(self._images):
             if self.num_bytes <= self.capacity:
                 break
             if candidate != expert_id and candidate not in self._pinned:
-                del self._images[candidate]
-                evicted.append(candidate)
+                evicted[candidate] = self._images.pop(candidate)
         return evicted
 
     def pin(self, expert_id: int) -> None:
         """Keep an expert whatever the budget."""
         self._pinned.add(expert_id)
 
-    def remove(self, expert_id: int) -> None:
-        """Forget an expert."""
-        self._images.pop(expert_id, None)
+    def unpin(self, expert_id: int) -> None:
+        """Let an expert go when others need the room."""
         self._pinned.discard(expert_id)
+
+    def remove(self, expert_id: int) -> torch.Tensor | None:
+        """Forget an expert; returns its image, if it was here."""
+        self._pinned.discard(expert_id)
+        return self._images.pop(expert_id, None)
 
     def bytes_of(self, expert_id: int) -> int:
         """Bytes of one expert, 0 if it is not here."""

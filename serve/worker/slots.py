@@ -5,6 +5,7 @@ between experts (where planes lie, how many there are, escapes, factors) is read
 an expert in is one copy.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,15 @@ from deltamux.compression.image.layout import (
     slot_size,
 )
 from deltamux.serve.worker.native import host_slots
+
+_memmove = ctypes.CDLL(None).memmove
+_memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_memmove.restype = ctypes.c_void_p
+
+
+def _copy(target: int, source: int, num_bytes: int) -> None:
+    """One copy on this thread: torch would share it among threads that the engine's step uses."""
+    _memmove(target, source, num_bytes)
 
 
 class Slots:
@@ -54,6 +64,7 @@ class Slots:
             self.buffer = torch.zeros(count, size, dtype=torch.uint8, device=device)
         # What the slots' tables say, for those who ask on the host.
         self._tables = np.zeros((count, len(names), RECORD_FIELDS), np.int32)
+        self._side = None if device.type == "cpu" else torch.cuda.Stream(device)
 
     @property
     def on_cpu(self) -> bool:
@@ -70,19 +81,39 @@ class Slots:
         """Bytes of one slot."""
         return self.buffer.shape[1]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the base has such a weight."""
+        return name in self._index
+
     def index(self, name: str) -> int:
         """The record of a weight of the base."""
         return self._index[name]
 
     def load(self, slot: int, image: torch.Tensor) -> None:
-        """Copy an expert's image into a slot; it fits (see `capacity.py`)."""
-        self.buffer[slot, : image.numel()].copy_(image, non_blocking=True)
+        """Copy an expert's image into a slot, in the order of the current stream; it fits (see `capacity.py`)."""
+        self.buffer[slot, : image.numel()].copy_(image)
         self._tables[slot] = self._table(image)
 
-    def clear(self, slot: int) -> None:
-        """Make a slot change nothing."""
-        self.buffer[slot, : self._head].zero_()
-        self._tables[slot] = 0
+    def load_aside(self, slot: int, image: torch.Tensor, after: torch.cuda.Event | None) -> None:
+        """Copy an expert's image into a slot that no step reads, beside the engine's steps.
+
+        It returns when the image is there. On a CPU it is a copy by this thread alone, which leaves the
+        interpreter to others; on a GPU one on a stream of its own.
+
+        Args:
+            slot: Free.
+            image: In host memory, pinned for a GPU.
+            after: What the device has to have reached first: the end of the last step that read the slot.
+        """
+        if self._side is None:
+            _copy(self.buffer[slot].data_ptr(), image.data_ptr(), image.numel())
+        else:
+            with torch.cuda.stream(self._side):
+                if after is not None:
+                    self._side.wait_event(after)
+                self.buffer[slot, : image.numel()].copy_(image, non_blocking=True)
+            self._side.synchronize()
+        self._tables[slot] = self._table(image)
 
     def vector(self, slot: int, entry: int, size: int) -> torch.Tensor | None:
         """A record's float32 vector [size] in a slot; None where it has none."""

@@ -1,7 +1,7 @@
 """Run batches through a real vLLM engine in a process of its own; a JSON job in, JSON results out.
 
 Job: {"model", "plugin", "slots", "experts": {name: path}, "batches": [[[expert or null, prompt]]],
-"output"}. Result: for each batch, for each request, token ids, their log-probabilities, the gap
+"output"}, and "speculative", vLLM's configuration of drafted tokens, or none. Result: for each batch, for each request, token ids, their log-probabilities, the gap
 between the two likeliest tokens, and the prompt's log-probabilities.
 """
 
@@ -27,6 +27,8 @@ def main() -> None:
             "max_cpu_loras": 8,
             "additional_config": {"deltamux": {"version": 1}},
         }
+    if job.get("speculative"):
+        options |= {"speculative_config": job["speculative"], "disable_log_stats": False}
     engine = LLM(
         job["model"],
         dtype="float32",
@@ -54,6 +56,13 @@ def main() -> None:
             use_tqdm=False,
         )
         results.append([describe(output) for output in outputs])
+    if job.get("speculative"):
+        counts = {
+            each.name: each.value
+            for each in engine.get_metrics()
+            if "spec" in each.name and hasattr(each, "value")
+        }
+        results.append(counts)
     Path(job["output"]).write_text(json.dumps(results))
 
 

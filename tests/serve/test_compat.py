@@ -39,13 +39,13 @@ class Engine:
     """An engine client without pins."""
 
     def __getattr__(self, name: str) -> object:
-        if name == "pin_lora":
+        if name == "reset_prefix_cache":
             raise AttributeError(name)
         return object()
 
 
 def test_an_engine_client_without_a_method_is_refused_by_its_name() -> None:
-    with pytest.raises(compat.VllmError, match=r"Engine of vLLM .* has no 'pin_lora'"):
+    with pytest.raises(compat.VllmError, match=r"Engine of vLLM .* has no 'reset_prefix_cache'"):
         compat.check_server(Engine(), object())
 
 

@@ -20,11 +20,13 @@ from deltamux.compression.artifact.merge import merge
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.compress import compress
 from deltamux.compression.recipe import Recipe
-from deltamux.compression.streaming.text import encode_rows, read_rows
+from deltamux.compression.streaming.rows import read_rows
+from deltamux.compression.streaming.text import encode_rows
 
 pytestmark = pytest.mark.vllm
 
 NAMES = ("one", "two", "three")
+MODELS = [("llama", False), ("qwen2", False), ("qwen3", True)]
 SLOTS = 2
 PROMPT = "how many apples are left when three of eleven are eaten? " * 3
 SHORT = "add 3 and 4"
@@ -35,7 +37,13 @@ Results = list[list[dict[str, Any]]]
 
 
 def run_engine(
-    folder: Path, model: Path, plugin: bool, experts: dict[str, str], batches: Any
+    folder: Path,
+    model: Path,
+    plugin: bool,
+    experts: dict[str, str],
+    batches: Any,
+    *,
+    speculative: dict[str, Any] | None = None,
 ) -> Results:
     job = folder / "job.json"
     output = folder / "results.json"
@@ -48,6 +56,7 @@ def run_engine(
                 "experts": experts,
                 "batches": batches,
                 "output": str(output),
+                "speculative": speculative,
             }
         )
     )
@@ -95,9 +104,7 @@ class Served:
         self.folder = folder
 
 
-@pytest.fixture(
-    scope="module", params=[("llama", False), ("qwen2", False), ("qwen3", True)], ids=lambda p: p[0]
-)
+@pytest.fixture(scope="module", params=MODELS, ids=lambda p: p[0])
 def served(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -163,3 +170,22 @@ def test_base_requests_are_bit_identical_with_and_without_the_plugin(
     assert plain["ids"] == with_plugin["ids"]
     assert plain["logprobs"] == with_plugin["logprobs"]
     assert plain["prompt_logprobs"] == with_plugin["prompt_logprobs"]
+
+
+@pytest.mark.parametrize("served", MODELS[:1], indirect=True, ids=lambda p: p[0])
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_drafted_tokens_change_no_experts_answer(
+    tmp_path: Path, served: Served, method: str
+) -> None:
+    drafting: dict[str, Any] = {"method": method, "num_speculative_tokens": 3}
+    if method == "ngram":
+        drafting |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    else:
+        drafting["model"] = str(served.base)
+    mixed = [[name, PROMPT] for name in served.mixed_order]
+    answers, counts = run_engine(
+        tmp_path, served.base, True, served.artifacts, [mixed], speculative=drafting
+    )
+    for name, answer in zip(served.mixed_order, answers, strict=True):
+        assert same_until_a_tie(served.alone[name], answer), name
+    assert counts["vllm:spec_decode_num_draft_tokens"] > 0

@@ -19,10 +19,10 @@ def expert(num_bytes: int) -> torch.Tensor:
 
 def test_the_least_recently_used_expert_leaves_first() -> None:
     cache = HostCache(100)
-    assert cache.put(1, expert(40)) == []
-    assert cache.put(2, expert(40)) == []
+    assert cache.put(1, expert(40)) == {}
+    assert cache.put(2, expert(40)) == {}
     cache.get(1)
-    assert cache.put(3, expert(40)) == [2]
+    assert list(cache.put(3, expert(40))) == [2]
     assert (1 in cache, 2 in cache, 3 in cache) == (True, False, True)
     assert cache.num_bytes == 80
 
@@ -31,12 +31,12 @@ def test_pinned_experts_and_the_newest_stay_whatever_the_budget() -> None:
     cache = HostCache(50)
     cache.put(1, expert(40))
     cache.pin(1)
-    assert cache.put(2, expert(500)) == []
+    assert cache.put(2, expert(500)) == {}
     assert 1 in cache
-    assert cache.put(3, expert(10)) == [2]
+    assert list(cache.put(3, expert(10))) == [2]
     cache.remove(1)
     assert cache.bytes_of(1) == 0
-    assert cache.put(4, expert(45)) == [3]
+    assert list(cache.put(4, expert(45))) == [3]
 
 
 @pytest.mark.parametrize("path", ["/experts/math", "/home/a@b/math", "relative/math"])
@@ -81,7 +81,7 @@ def test_the_status_is_read_as_it_was_published(
     sent.swap_seconds["slot"] = status.Histogram()
     for seconds in (0.0005, 0.02, 100.0):
         sent.swap_seconds["slot"].observe(seconds)
-    status.publish(sent)
+    status.publish(sent.model_dump_json())
     assert status.read_status() == sent
     counts = sent.swap_seconds["slot"].counts
     assert (counts[0], counts[3], counts[-1], sum(counts)) == (1, 1, 1, 3)
@@ -94,9 +94,9 @@ def test_a_full_disk_makes_the_status_stale_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv(status.STATUS_DIRECTORY_VARIABLE, str(tmp_path))
-    status.publish(status.WorkerStatus(evictions=1))
+    status.publish(status.WorkerStatus(evictions=1).model_dump_json())
     monkeypatch.setattr(Path, "write_text", full)
-    status.publish(status.WorkerStatus(evictions=2))
+    status.publish(status.WorkerStatus(evictions=2).model_dump_json())
     assert status.read_status().evictions == 1
 
 
@@ -104,5 +104,17 @@ def test_publishing_after_the_folder_is_gone_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(status.STATUS_DIRECTORY_VARIABLE, str(tmp_path / "gone"))
-    status.publish(status.WorkerStatus())
+    status.publish(status.WorkerStatus().model_dump_json())
     assert status.read_status() == status.WorkerStatus()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"x": []}', '{"x": {"y": 3}}', "\xff", ""])
+def test_a_cache_of_hashes_that_holds_something_else_is_written_anew(
+    tmp_path: Path, make_pair: Callable[..., tuple[Path, Path]], content: str
+) -> None:
+    base = open_checkpoint(make_pair()[0])
+    cache = tmp_path / "hashes.json"
+    cache.write_bytes(content.encode("latin-1"))
+    name = next(iter(base.files))
+    assert BaseHashes(base, cache).sha256(name) == base.sha256(name)
+    assert name in next(iter(json.loads(cache.read_text()).values()))

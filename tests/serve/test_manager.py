@@ -17,6 +17,15 @@ from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE
 pytestmark = pytest.mark.vllm
 
 
+class InThisProcess:
+    """A loader without a process of its own, but with the decoder that such a process runs."""
+
+    def __init__(self, task: Any, pin: bool) -> None:
+        from deltamux.serve.worker.decoder import Decoder
+
+        self.image = Decoder(task).image
+
+
 def config(base: Path, slots: int = 2, **parallel: int) -> SimpleNamespace:
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
     return SimpleNamespace(
@@ -35,6 +44,7 @@ def manager(
     from deltamux.serve.worker import manager as module
 
     monkeypatch.setenv(STATUS_DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(module, "Loader", InThisProcess)
     return module.ExpertManager(config(make_pair()[0]), torch.device("cpu"), {})
 
 
@@ -79,9 +89,9 @@ def test_the_least_recently_used_expert_leaves_its_slot(
 ) -> None:
     for expert_id in (1, 2, 1, 3):
         step(manager, request_for(expert_id))
-    assert set(manager.resident) == {1, 3}
-    assert manager.status.evictions == 1
-    assert manager.status.experts[2].tier == "host"
+    assert set(manager.residency.table.resident) == {1, 3}
+    assert manager.residency.status.evictions == 1
+    assert manager.residency.status.experts[2].tier == "host"
 
 
 def test_experts_of_the_batch_never_evict_each_other(
@@ -90,8 +100,8 @@ def test_experts_of_the_batch_never_evict_each_other(
     step(manager, request_for(1))
     step(manager, request_for(2))
     step(manager, request_for(1), request_for(3))
-    assert set(manager.resident) == {1, 3}
-    slots = [manager.resident[1], manager.resident[3]]
+    assert set(manager.residency.table.resident) == {1, 3}
+    slots = [manager.residency.table.resident[1], manager.residency.table.resident[3]]
     assert manager.rows.tokens.slot_of_row[:3].tolist() == [-1, *slots]
 
 
@@ -102,18 +112,46 @@ def test_a_pinned_expert_leaves_last_and_only_for_a_batch_that_needs_every_slot(
     assert manager.pin_adapter(1)
     for expert_id in (2, 3):
         step(manager, request_for(expert_id))
-    assert 1 in manager.resident
+    assert 1 in manager.residency.table.resident
     step(manager, request_for(2), request_for(3))
-    assert set(manager.resident) == {2, 3}
+    assert set(manager.residency.table.resident) == {2, 3}
     step(manager, request_for(1))
-    assert manager.status.experts[1].pinned
-    assert manager.status.experts[1].tier == "slot"
+    assert manager.residency.status.experts[1].pinned
+    assert manager.residency.status.experts[1].tier == "slot"
+
+
+def test_an_expert_without_its_pin_leaves_like_any_other(
+    manager: Any, request_for: Callable[[int], SimpleNamespace]
+) -> None:
+    manager.add_adapter(request_for(1))
+    manager.pin_adapter(1)
+    assert manager.unpin_adapter(1)
+    assert not manager.unpin_adapter(1)
+    assert (manager.status.experts[1].tier, manager.status.experts[1].pinned) == ("slot", False)
+    for expert_id in (2, 3):
+        step(manager, request_for(expert_id))
+    assert set(manager.resident) == {2, 3}
+
+
+def test_an_expert_that_is_brought_in_takes_the_place_of_the_least_recently_used(
+    manager: Any, request_for: Callable[[int], SimpleNamespace]
+) -> None:
+    with pytest.raises(ValueError, match="is not loaded"):
+        manager.activate_adapter(3)
+    for expert_id in (1, 2):
+        step(manager, request_for(expert_id))
+    manager.add_adapter(request_for(3))
+    for _ in range(2):
+        assert manager.activate_adapter(3)
+    assert set(manager.resident) == {2, 3}
+    assert (manager.status.experts[3].tier, manager.status.experts[1].tier) == ("slot", "host")
+    assert manager.status.swaps["e3"]["slot"] == 1
 
 
 def test_pins_leave_one_slot_free(
     manager: Any, request_for: Callable[[int], SimpleNamespace]
 ) -> None:
-    with pytest.raises(ValueError, match="load it before pinning"):
+    with pytest.raises(ValueError, match="is not loaded"):
         manager.pin_adapter(1)
     for expert_id in (1, 2):
         manager.add_adapter(request_for(expert_id))
@@ -130,15 +168,15 @@ def test_a_bad_expert_in_a_step_does_not_end_the_engine_and_recovers(
     content = weights.read_bytes()
     weights.write_bytes(content[:-8])
     step(manager, request)
-    assert "truncated" in manager.status.experts[1].error
+    assert "truncated" in manager.residency.status.experts[1].error
     assert not slot_changes(manager, 0)
     with pytest.raises(ValueError, match="truncated"):
         manager.add_adapter(request)
     weights.write_bytes(content)
     assert manager.add_adapter(request)
-    assert manager.status.experts[1].error is None
+    assert manager.residency.status.experts[1].error is None
     step(manager, request)
-    assert slot_changes(manager, manager.resident[1])
+    assert slot_changes(manager, manager.residency.table.resident[1])
 
 
 def test_weights_that_changed_since_they_were_registered_are_not_served_under_the_old_name(
@@ -156,14 +194,12 @@ def test_whatever_fails_in_a_step_the_engine_goes_on(
     request_for: Callable[[int], SimpleNamespace],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from deltamux.serve.worker import manager as module
-
     def broken(*_: object) -> None:
         raise RuntimeError("no memory today")
 
-    monkeypatch.setattr(module, "open_expert", broken)
+    monkeypatch.setattr(manager.residency, "_read", broken)
     step(manager, request_for(1))
-    assert manager.status.experts[1].error == "no memory today"
+    assert manager.residency.status.experts[1].error == "no memory today"
 
 
 def test_swaps_are_counted_by_name_and_go_on_over_versions(
@@ -174,7 +210,7 @@ def test_swaps_are_counted_by_name_and_go_on_over_versions(
     step(manager, old)
     manager.remove_adapter(1)
     step(manager, new)
-    assert manager.status.swaps == {"e1": {"host": 2, "slot": 2}}
+    assert manager.residency.status.swaps == {"e1": {"host": 2, "slot": 2}}
 
 
 def test_a_removed_expert_is_forgotten_in_every_tier(
@@ -185,7 +221,7 @@ def test_a_removed_expert_is_forgotten_in_every_tier(
     assert manager.remove_adapter(1)
     assert not manager.remove_adapter(1)
     assert manager.list_adapters() == set()
-    assert 1 not in manager.status.experts
+    assert 1 not in manager.residency.status.experts
 
 
 def test_dummies_for_warm_up_change_nothing_and_disappear(
@@ -197,10 +233,10 @@ def test_dummies_for_warm_up_change_nothing_and_disappear(
             assert manager.add_dummy_lora(dummy, rank=8)
         step(manager, *dummies)
     assert not any(slot_changes(manager, slot) for slot in (0, 1))
-    assert manager.status.swaps == {}
+    assert manager.residency.status.swaps == {}
     manager.remove_all_adapters()
     assert manager.list_adapters() == set()
-    assert not manager.resident
+    assert not manager.residency.table.resident
 
 
 @pytest.mark.parametrize("name", ["tensor_parallel_size", "data_parallel_size"])

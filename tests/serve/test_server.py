@@ -62,7 +62,12 @@ def build_site(folder: Path, make: SimpleNamespace, text: Path) -> Path:
     tuned = make.save_expert(foreign, folder / "tuned-foreign")
     make.compress_tiny(foreign, tuned, folder / "foreign", text)
     (folder / "shell" / "chat_template.jinja").write_text(TEMPLATE)
-    return make.write_config(folder, {"enable_prefix_caching": True})
+    (folder / "drop").mkdir()
+    experts = [{"name": name, "path": name} for name in (*NAMES, "broken")]
+    experts.append({"name": "far", "path": "nobody/here@main"})
+    # A duration that no test waits for, so that nothing leaves by itself.
+    kept = {"experts_dir": "drop", "state": "state.json", "ttl": "1d"}
+    return make.write_config(folder, {"enable_prefix_caching": True}, experts=experts, **kept)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +239,63 @@ def test_a_corrupt_expert_is_refused_with_its_reason_while_others_serve(site: Si
     assert caught.value.status_code == 503
     assert "truncated" in caught.value.body["message"]
     assert site.ask("math").model == "math"
+
+
+def test_an_expert_that_the_hub_does_not_give_is_refused_in_one_line(site: Site) -> None:
+    error = site.http("GET", "/v1/experts/far").json()["error"]
+    assert error.startswith("'nobody/here@main' is no directory here, and the hub does not give it")
+    assert "\n" not in error
+    with pytest.raises(openai.InternalServerError) as caught:
+        site.ask("far")
+    assert caught.value.status_code == 503
+
+
+def test_an_expert_in_the_watched_folder_comes_and_goes(
+    site: Site, eventually: Callable[[Callable[[], Any]], Any]
+) -> None:
+    shutil.copytree(site.folder / "other", site.folder / "drop" / "dropped")
+    path = "/v1/experts/dropped"
+    eventually(lambda: site.http("GET", path).status_code == 200)
+    answer = site.text("dropped")
+    body = {"name": "other", "path": str(site.folder / "other")}
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
+    assert answer == site.text("other")
+    assert site.http("DELETE", "/v1/experts/other").json()["deleted"]
+    shutil.rmtree(site.folder / "drop" / "dropped")
+    eventually(lambda: site.http("GET", path).status_code == 404)
+
+
+def test_no_step_waits_for_an_expert_that_is_brought_in(site: Site) -> None:
+    before = site.metrics()
+    stream = site.ask("math", max_tokens=200, stream=True, extra_body={"ignore_eos": True})
+    first = next(stream)
+    for name in ("sql", "shell", "sql", "shell"):
+        site.ask(name, max_tokens=1)
+    assert len([first, *stream]) > 1
+    after = site.metrics()
+    moved = {
+        name: after["deltamux_swaps_total", f"expert={name}", "tier=slot"]
+        - before["deltamux_swaps_total", f"expert={name}", "tier=slot"]
+        for name in ("sql", "shell")
+    }
+    assert min(moved.values()) >= 1
+    assert after["deltamux_step_stalls_total",] == before["deltamux_step_stalls_total",]
+
+
+def test_routers_read_residency_under_vllms_names(site: Site) -> None:
+    stream = site.ask("math", max_tokens=100, stream=True, extra_body={"ignore_eos": True})
+    next(stream)
+    next(stream)
+    found = site.metrics()
+    list(stream)
+    labels = {label for key in found if key[0] == "vllm:lora_requests_info" for label in key[1:]}
+    assert "running_lora_adapters=math" in labels
+    assert not any("@" in label for label in labels)
+    loaded = {key[1:] for key in found if key[0] == "vllm:lora_adapter_loaded"}
+    assert ("adapter_name=math", "engine=0", "level=gpu", "pinned=false") in loaded
+    assert found["vllm:num_gpu_loaded_lora_adapters", "engine=0"] == sum(
+        "level=gpu" in labels for labels in loaded
+    )
 
 
 def test_a_foreign_expert_is_refused_naming_its_base(site: Site) -> None:
@@ -488,6 +550,7 @@ def test_every_metric_of_the_contract_is_exported(site: Site) -> None:
         "deltamux_expert_bytes",
         "deltamux_memory_bytes",
         "deltamux_evictions_total",
+        "deltamux_step_stalls_total",
         "deltamux_build_info",
     }
     kinds = {key[1] for key in site.metrics() if key[0] == "deltamux_memory_bytes"}
@@ -507,12 +570,16 @@ def test_the_memory_of_the_base_is_that_of_its_weights(site: Site) -> None:
 
 
 def test_vllms_own_command_serves_experts_too(site: Site, checkpoints: SimpleNamespace) -> None:
+    # An expert that was added to the other server, which keeps it for the next start.
+    body = {"name": "added", "path": str(site.folder / "other")}
+    assert site.http("POST", "/v1/experts", json=body).status_code == 201
     # The worker does not see --lora-modules: their slots' size is named.
     additional = {
         "deltamux": {
             "version": 1,
             "experts": [{"name": "sql", "path": f"{site.folder}/sql"}],
             "slot": {"bytes": "1MB"},
+            "state": f"{site.folder}/state.json",
         }
     }
     command = [
@@ -526,9 +593,9 @@ def test_vllms_own_command_serves_experts_too(site: Site, checkpoints: SimpleNam
     environment = checkpoints.environment | {"VLLM_PLUGINS": "deltamux"}
     with running_server(command, site.folder / "plain.log", environment) as server:
         plain = Site(site.folder, server, site.scraped)
-        for name in ("math", "sql", "tiny"):
+        for name in ("math", "sql", "added", "tiny"):
             assert plain.ask(name).model == name
             assert plain.text(name) == site.text(name)
         assert plain.ask("auto").model == "tiny"
         listed = plain.http("GET", "/v1/experts").json()["data"]
-        assert {each["id"] for each in listed} == {"math", "sql"}
+        assert {each["id"] for each in listed} == {"math", "sql", "added"}

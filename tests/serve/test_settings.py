@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deltamux.serve.durations import seconds_of
 from deltamux.serve.names import check_expert_name
 from deltamux.serve.settings import PluginSettings, load_settings, plugin_settings
 
@@ -162,3 +163,53 @@ def test_the_request_log_is_switched_by_the_environment(
     path = tmp_path / "deltamux.yaml"
     path.write_text("base: {model: base}")
     assert load_settings(path, {"DELTAMUX_LOG_REQUESTS": value}).log_requests is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [(30, 30), ("90", 90), ("1.5s", 1.5), ("5m", 300), ("1h30m", 5400)]
+)
+def test_durations_are_read_as_people_write_them(text: object, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, "-5s", "soon", "", "5x", "nan", "inf", float("inf"), True, None, [1], "0s"]
+)
+@pytest.mark.parametrize("key", ["ttl", "slot_wait"])
+def test_a_duration_that_makes_no_sense_is_refused_in_one_line(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    if value is None and key == "ttl":
+        return  # no ttl
+    content = {"base": {"model": "org/base"}, key: value}
+    with pytest.raises(ValueError, match=rf"^[^\n]*{key}[^\n]*$"):
+        load_settings(write(tmp_path, content), {})
+
+
+@pytest.mark.parametrize(
+    "change", [{"concurrency": 0}, {"ttl": "-1s"}, {"priority": "high"}, {"concurrency": 1.5}]
+)
+def test_limits_of_an_expert_that_make_no_sense_are_refused(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    content = {"base": {"model": "b"}, "experts": [{"name": "math", "path": "m"} | change]}
+    with pytest.raises(ValueError, match=next(iter(change))):
+        load_settings(write(tmp_path, content), {})
+
+
+def test_hub_ids_stay_and_directories_become_absolute(tmp_path: Path) -> None:
+    paths = ["org/name@main", "experts/math", "here/v@1"]
+    (tmp_path / "here" / "v@1").mkdir(parents=True)
+    content = {
+        "base": {"model": "b"},
+        "experts": [{"name": f"e{i}", "path": path} for i, path in enumerate(paths)],
+        "experts_dir": "drop",
+        "state": "state.json",
+    }
+    settings = load_settings(write(tmp_path, content), {})
+    assert [str(each.path) for each in settings.experts] == [
+        "org/name@main",
+        f"{tmp_path}/experts/math",
+        f"{tmp_path}/here/v@1",
+    ]
+    assert (settings.experts_dir, settings.state) == (tmp_path / "drop", tmp_path / "state.json")

@@ -31,6 +31,8 @@ CALLS = {
         "device",
     ],
     ("vllm.model_executor.layers.layernorm", "RMSNorm", "forward_native"): ["x", "residual"],
+    ("vllm.v1.worker.gpu_worker", "Worker", "execute_model"): ["scheduler_output"],
+    ("vllm.v1.metrics.stats", "LoRARequestStates", "update_scheduler_stats"): ["scheduler_stats"],
     ("vllm.model_executor.layers.logits_processor", "LogitsProcessor", "_get_logits"): [
         "hidden_states"
     ],

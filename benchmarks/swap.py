@@ -1,0 +1,351 @@
+"""Experts that come and go while tokens flow (after `make demo`; parts run for two to eight minutes each).
+
+    python -m benchmarks.swap [--root .demo] [--parts gaps,ttft,copy,fits,flood,zipf]
+
+gaps: gaps between tokens of running requests while experts of others are loaded from disk, beside the same requests for
+an expert that is in a slot; windows alternate in one server.
+ttft: first token of an expert that is on disk, in host memory, in a slot, one after the other.
+copy: host → slot against a plain copy of the same bytes.
+fits: swaps and stalls of a load over as many experts as there are slots.
+flood: the longest wait of an expert that is asked for while others are flooded.
+zipf: one trace over 16 experts: 4 slots, all resident, 4 slots without the gate (plain LRU: a step loads what it lacks),
+and vLLM's own LoRA with adapters of equal bytes.
+
+The parts of a run are kept in one file; parts that are not asked for are taken over from the day's file.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.record import RESULTS, keep
+from benchmarks.swap_load import Answer, client, replay, stream, zipf_trace
+from deltamux.serve.demo.load import Scrape
+from deltamux.serve.demo.server import Server, deltamux_serve, running_server
+
+WINDOWS, WINDOW_SECONDS = 8, 6.0
+ROUNDS = 8
+PATIENCE = 2.0
+EXPERTS, REQUESTS = 16, 120
+Figures = dict[str, Any]
+
+
+class Bench:
+    """The demo's base and experts, and servers over them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.paths = sorted(each for each in (root / "compressed").iterdir() if each.is_dir())
+        self.folder = Path(tempfile.mkdtemp(prefix="deltamux-swap-"))
+
+    @contextmanager
+    def server(
+        self, count: int, gate: bool = True, **settings: Any
+    ) -> Iterator[tuple[Server, list[str]]]:
+        """A server with so many experts: the demo's, in turn, under names of their own."""
+        names = [f"e{i}" for i in range(count)]
+        experts = [
+            {"name": name, "path": str(self.paths[i % len(self.paths)])}
+            for i, name in enumerate(names)
+        ]
+        content = {"base": {"model": str(self.root / "base")}, "experts": experts, "engine": ENGINE}
+        config = self.folder / "deltamux.yaml"
+        config.write_text(yaml.safe_dump(content | settings))
+        command = deltamux_serve(config)
+        if not gate:
+            command = [sys.executable, "-m", "benchmarks.swap_plain", str(config)]
+        with running_server(command, self.folder / "server.log", ENVIRONMENT) as server:
+            yield server, names
+
+    def gaps(self) -> Figures:
+        """Gaps of running requests, quiet and while others are loaded."""
+        # One image fits: each of the two that alternate comes from disk.
+        with self.server(3, slots=2, host_cache="1MB") as (server, names):
+            asyncio.run(_gaps(server.url, names, windows=2))
+            quiet, loud, loads = asyncio.run(_gaps(server.url, names, WINDOWS))
+            moved = Scrape(server.url)
+        step = statistics.median(quiet)
+        return {
+            "loads_from_disk": loads,
+            "step_seconds": step,
+            "quiet": spread(quiet),
+            "while_loading": spread(loud),
+            "p99_ratio": quantile(loud, 0.99) / quantile(quiet, 0.99),
+            "longest_in_steps": max(loud) / step,
+            "stalls": moved.total("deltamux_step_stalls_total"),
+            "gaps": {"quiet": quiet, "while_loading": loud},
+        }
+
+    def ttft(self) -> Figures:
+        """First tokens by where the expert was."""
+        found: Figures = {}
+        for tier, cache in (("disk", "1MB"), ("host", "2GiB")):
+            with self.server(3, slots=2, host_cache=cache) as (server, names):
+                found[tier] = asyncio.run(_ttft(server.url, names))
+        return found
+
+    def copy(self) -> Figures:
+        """A copy into a slot, and a plain one."""
+        import torch
+
+        from deltamux.compression.checkpoint.architecture import tensor_specs
+        from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+        from deltamux.compression.image.source import open_source
+        from deltamux.serve.worker.decoder import shared
+        from deltamux.serve.worker.loader import _mapped
+        from deltamux.serve.worker.slots import Slots
+
+        torch.set_num_threads(1)
+        base = open_checkpoint(str(self.root / "base"))
+        shapes = {s.name: base.shape(s.name) for s in tensor_specs(base.config, set(base.files))}
+        plain = open_source(self.paths[0], 64).image(shapes)
+        image = _mapped(shared(plain), plain.numel(), False)
+        slots = Slots(2, plain.numel(), list(shapes), torch.device("cpu"))
+        target = torch.zeros_like(plain)
+        ours, plains = [], []
+        for _ in range(64):
+            start = time.perf_counter()
+            target.copy_(plain)
+            middle = time.perf_counter()
+            slots.load_aside(0, image, None)
+            ours.append(time.perf_counter() - middle)
+            plains.append(middle - start)
+        seconds, reference = statistics.median(ours), statistics.median(plains)
+        return {
+            "bytes": plain.numel(),
+            "slot_seconds": seconds,
+            "copy_seconds": reference,
+            "ratio": seconds / reference,
+        }
+
+    def fits(self) -> Figures:
+        """What a working set that fits still moves."""
+        with self.server(2, slots=2) as (server, names):
+            trace = zipf_trace(2, 24, 2.0)
+            asyncio.run(replay(server.url, trace, names))
+            before = Scrape(server.url)
+            asyncio.run(replay(server.url, zipf_trace(2, 60, 2.0, seed=1), names))
+            after = Scrape(server.url)
+
+        def grown(name: str, **labels: str) -> float:
+            return after.total(name, **labels) - before.total(name, **labels)
+
+        return {
+            "activations": grown("deltamux_swaps_total", tier="slot"),
+            "stalls": grown("deltamux_step_stalls_total"),
+        }
+
+    def flood(self) -> Figures:
+        """How long a cold expert waits under a flood."""
+        with self.server(3, slots=2, slot_wait=PATIENCE) as (server, names):
+            waits, longest = asyncio.run(_flood(server.url, names))
+        return {
+            "patience_seconds": PATIENCE,
+            "longest_request_seconds": longest,
+            "waits_seconds": waits,
+            "longest_wait_seconds": max(waits),
+            "bar_seconds": PATIENCE + longest,
+        }
+
+    def zipf(self) -> Figures:
+        """One trace on four servers."""
+        found: Figures = {}
+        kinds = {"four slots": (4, True), "all resident": (EXPERTS, True), "plain LRU": (4, False)}
+        for label, (slots, gate) in kinds.items():
+            with self.server(EXPERTS, gate, slots=slots, host_cache="320MB") as (server, names):
+                found[label] = self._replayed(server, names)
+        with self.adapters() as (server, names):
+            found["vLLM LoRA"] = self._replayed(server, names)
+        ours, all_resident = found["four slots"], found["all resident"]
+        found["throughput_ratio"] = ours["tokens_per_second"] / all_resident["tokens_per_second"]
+        return found
+
+    def _replayed(self, server: Server, names: list[str]) -> Figures:
+        asyncio.run(replay(server.url, zipf_trace(len(names), 24, 4.0, seed=7), names))
+        trace = zipf_trace(len(names), REQUESTS, RATE)
+        start = time.monotonic()
+        answers = asyncio.run(replay(server.url, trace, names))
+        seconds = time.monotonic() - start
+        scrape = Scrape(server.url)
+        return {
+            "seconds": seconds,
+            "tokens_per_second": sum(len(each.tokens) for each in answers) / seconds,
+            "ttft": spread([each.ttft for each in answers]),
+            "gaps": spread([gap for each in answers for _, gap in each.gaps]),
+            "stalls": scrape.total("deltamux_step_stalls_total"),
+            "swaps": {
+                tier: scrape.total("deltamux_swaps_total", tier=tier) for tier in ("host", "slot")
+            },
+            "ttfts": [each.ttft for each in answers],
+        }
+
+    @contextmanager
+    def adapters(self) -> Iterator[tuple[Server, list[str]]]:
+        """VLLM's own LoRA: adapters whose bytes are those of an image, as many slots."""
+        folders = sorted((self.root / "adapters").glob("r64-*"))
+        names = [f"e{i}" for i in range(EXPERTS)]
+        modules = [f"{name}={folders[i % len(folders)]}" for i, name in enumerate(names)]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(self.root / "base"), "--enable-lora", "--max-loras", "4"]
+        command += ["--max-cpu-loras", "8", "--max-lora-rank", "64", "--lora-modules", *modules]
+        for key, value in ENGINE.items():
+            flag = f"--{key.replace('_', '-')}"
+            command += [flag] if value is True else [flag, str(value)]
+        environment = ENVIRONMENT | {"VLLM_PLUGINS": ""}
+        with running_server(command, self.folder / "lora.log", environment) as server:
+            yield server, names
+
+
+ENGINE = {
+    "served_model_name": "base",
+    "max_model_len": 1024,
+    "max_num_seqs": 16,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 2**29,
+}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+# Requests a second: what the engine can just serve with all experts resident.
+RATE = 1.5
+
+
+async def _gaps(url: str, names: list[str], windows: int) -> tuple[list[float], list[float], int]:
+    """Gaps of two streams of the first expert, by whether requests beside them load experts or not."""
+    async with client(url) as session:
+        spans, loads = [], 0
+        end = time.monotonic() + windows * WINDOW_SECONDS
+        answers: list[Answer] = []
+
+        async def run() -> None:
+            while time.monotonic() < end:
+                answers.append(await stream(session, names[0], 64))
+
+        running = [asyncio.create_task(run()) for _ in range(2)]
+        for window in range(windows):
+            start = time.monotonic()
+            loading = window % 2 == 1
+            while time.monotonic() < start + WINDOW_SECONDS:
+                name = names[1 + loads % 2] if loading else names[0]
+                await stream(session, name, 1)
+                loads += loading
+                if not loading:
+                    await asyncio.sleep(0.3)
+            spans.append((start, time.monotonic(), loading))
+        await asyncio.gather(*running)
+    found: dict[bool, list[float]] = {False: [], True: []}
+    for answer in answers:
+        for at, gap in answer.gaps:
+            for start, stop, loading in spans:
+                if start <= at and at + gap <= stop:
+                    found[loading].append(gap)
+    return found[False], found[True], loads
+
+
+async def _ttft(url: str, names: list[str]) -> Figures:
+    """First tokens: of one that has to be brought in, and again of it when it is there."""
+    outside, inside = [], []
+    async with client(url) as session:
+        for round_ in range(ROUNDS + 1):
+            for name in names:
+                first = await stream(session, name, 2, f"{round_} ")
+                again = await stream(session, name, 2, f"{round_}. ")
+                if round_:
+                    outside.append(first.ttft)
+                    inside.append(again.ttft)
+    extra = [a - b for a, b in zip(outside, inside, strict=True)]
+    return {"ttft": spread(outside), "resident_ttft": spread(inside), "extra": spread(extra)}
+
+
+async def _flood(url: str, names: list[str]) -> tuple[list[float], float]:
+    """Both slots are flooded; a third expert asks now and then."""
+    async with client(url) as session:
+        longest, over = 0.0, False
+
+        async def flood(name: str) -> None:
+            nonlocal longest
+            while not over:
+                answer = await stream(session, name, 24)
+                longest = max(longest, answer.tokens[-1] - answer.asked)
+
+        floods = [asyncio.create_task(flood(name)) for name in names[:2] for _ in range(4)]
+        await asyncio.sleep(5)
+        waits = []
+        for _ in range(8):
+            answer = await stream(session, names[2], 8)
+            waits.append(answer.ttft)
+            await asyncio.sleep(1)
+        over = True
+        await asyncio.gather(*floods)
+    return waits, longest
+
+
+def quantile(values: list[float], q: float) -> float:
+    return sorted(values)[min(int(len(values) * q), len(values) - 1)]
+
+
+def spread(values: list[float]) -> Figures:
+    return {
+        "count": len(values),
+        "median": statistics.median(values),
+        "p99": quantile(values, 0.99),
+        "longest": max(values),
+    }
+
+
+def plot(result: Figures, path: Path) -> None:
+    """Distributions: gaps by window, first tokens of the trace by server."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    if "gaps" in result:
+        for label, values in result["gaps"]["gaps"].items():
+            _curve(axes[0], values, label.replace("_", " "))
+        axes[0].axvline(3e3 * result["gaps"]["step_seconds"], color="grey", linestyle=":")
+        axes[0].set_title("gaps of running requests (dotted: 3 steps)")
+    if "zipf" in result:
+        for label, found in result["zipf"].items():
+            if isinstance(found, dict):
+                _curve(axes[1], found["ttfts"], label)
+        axes[1].set_title("first tokens, Zipf trace over 16 experts")
+    for axis in axes:
+        axis.set(xlabel="ms", ylabel="share of gaps or requests above", yscale="log", xscale="log")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _curve(axis: Any, values: list[float], label: str) -> None:
+    ordered = sorted(values)
+    above = [1 - i / len(ordered) for i in range(len(ordered))]
+    axis.step([1e3 * each for each in ordered], above, label=label)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path(".demo"))
+    parser.add_argument("--parts", default="gaps,ttft,copy,fits,flood,zipf")
+    options = parser.parse_args()
+    bench = Bench(options.root.absolute())
+    today = sorted(RESULTS.glob(f"swap_*_{time.strftime('%Y-%m-%d', time.gmtime())}.json"))
+    result: Figures = json.loads(today[-1].read_text())["result"] if today else {}
+    for part in options.parts.split(","):
+        result[part] = getattr(bench, part)()
+        shown = {k: v for k, v in result[part].items() if k != "gaps" or part != "gaps"}
+        print(part, json.dumps(shown, indent=1, default=str)[:3000])
+        path, content = keep("swap", result)
+    plot(result, RESULTS / "swap.png")
+    print(f"wrote {path}")
+    print(json.dumps(content)[:2000])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The engine's worker as the API server's process talks to it (see `serve/control.py`)."""
+
+import asyncio
+import json
+from typing import Any
+
+from deltamux.serve.api.expert import Expert, ExpertError
+from deltamux.serve.control import LONGEST_LINE, Order, encode, socket_path
+
+
+class Worker:
+    """Gives orders about experts, each over a connection of its own."""
+
+    async def check(self, expert: Expert) -> None:
+        """See whether an expert could be loaded.
+
+        Raises:
+            ExpertError: It would be refused, or the worker has gone.
+        """
+        await self._give("check", expert)
+
+    async def load(self, expert: Expert) -> None:
+        """Bring an expert into the host cache.
+
+        Raises:
+            ExpertError: It is refused, or the worker has gone.
+        """
+        await self._give("load", expert)
+
+    async def enter(self, expert: Expert, keep: list[int]) -> None:
+        """Bring an expert into a slot; experts in `keep` keep theirs.
+
+        Raises:
+            ExpertError: It is refused, or no slot is free.
+        """
+        await self._give("enter", expert, keep)
+
+    async def pin(self, expert: Expert, keep: list[int]) -> None:
+        """Bring an expert into a slot for good.
+
+        Raises:
+            ExpertError: It is refused, or no slot is to spare.
+        """
+        await self._give("pin", expert, keep)
+
+    async def unpin(self, expert: Expert) -> None:
+        """Let an expert's slot go to others who need it.
+
+        Raises:
+            ExpertError: The worker has gone.
+        """
+        await self._give("unpin", expert)
+
+    async def leave(self, expert: Expert) -> None:
+        """Free an expert's slot and host memory."""
+        await self._give("leave", expert)
+
+    async def remove(self, expert: Expert) -> None:
+        """Forget an expert."""
+        await self._give("remove", expert)
+
+    async def _give(self, order: str, expert: Expert, keep: list[int] | None = None) -> None:
+        request: Any = expert.request
+        content = {
+            "order": order,
+            "expert_id": request.lora_int_id,
+            "name": request.lora_name,
+            "path": request.lora_path,
+            "keep": keep or [],
+        }
+        reply = await _answer(Order.model_validate(content))
+        if "error" in reply:
+            raise ExpertError(reply["error"])
+
+
+async def _answer(order: Order) -> dict[str, Any]:
+    try:
+        path = str(socket_path())
+        reader, writer = await asyncio.open_unix_connection(path, limit=LONGEST_LINE)
+    except OSError as error:
+        raise ExpertError(f"the engine's worker does not listen: {error}") from error
+    try:
+        writer.write(encode(order.model_dump()))
+        line = await reader.readline()
+    finally:
+        writer.close()
+    if not line:
+        raise ExpertError("the engine's worker ended before it answered")
+    reply: dict[str, Any] = json.loads(line)
+    return reply

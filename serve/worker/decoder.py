@@ -1,0 +1,152 @@
+"""The process that turns artifacts into slot images, so that the engine never waits for one.
+
+Reading, hashing and decoding run Python between their compiled parts. In a thread of the worker they would take
+the interpreter from the engine's step a few hundred times (a step of a 135M model took three times as long while
+an expert was decoded beside it); in a process of their own, of lower priority, they take spare processor time.
+It also keeps an artifact that changes while it is read from ending the engine.
+
+    worker → decoder    one line of JSON: {"path": …}, with "check": true to look and not to decode
+    decoder → worker    one line of JSON: {"bytes": …} with the image's memory, or {"error": …}
+
+The image is passed as a file descriptor of anonymous memory: both processes map the same pages.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltamux.compression.checkpoint.architecture import tensor_specs
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.image.build import Shapes
+from deltamux.compression.image.source import Source
+from deltamux.serve.errors import one_line
+from deltamux.serve.worker.capacity import Capacity
+from deltamux.serve.worker.host_cache import BaseHashes, open_expert
+from deltamux.serve.worker.image_cache import ImageCache
+
+# Added to the process's niceness. Chosen: beside a busy step it gets a thirtieth of a core, on idle cores all it asks.
+NICENESS = 15
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a decoder decodes for.
+
+    Attributes:
+        base: Directory or hub id of the served base.
+        revision: Of a hub id.
+        capacity: What every slot has room for.
+        largest_rank: That an adapter may be opened with.
+        image_cache: Bytes of slot images that are kept on disk.
+    """
+
+    base: str
+    revision: str | None
+    capacity: Capacity
+    largest_rank: int
+    image_cache: int
+
+    def to_json(self) -> str:
+        """For the command line of the process."""
+        room = self.capacity
+        fields = {"num_bytes": room.num_bytes, "rank": room.rank, "norms": sorted(room.norms)}
+        return json.dumps(vars(self) | {"capacity": fields})
+
+    @staticmethod
+    def from_json(text: str) -> "Task":
+        """What `to_json` wrote."""
+        content: dict[str, Any] = json.loads(text)
+        room = content.pop("capacity")
+        capacity = Capacity(room["num_bytes"], room["rank"], frozenset(room["norms"]))
+        return Task(**content, capacity=capacity)
+
+
+class Decoder:
+    """Decodes experts of one base."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        base = open_checkpoint(task.base, task.revision)
+        specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
+        self._shapes: Shapes = {spec.name: base.shape(spec.name) for spec in specs}
+        self._hashes = BaseHashes(base)
+        self._images = ImageCache(task.image_cache, self._shapes)
+
+    def check(self, versioned: str) -> Source:
+        """Open an expert, and look whether it fits base and slots.
+
+        Raises:
+            ValueError: The artifact is refused; the message says why.
+            OSError: A file of it cannot be read.
+        """
+        source = open_expert(versioned, self._hashes, self._task.largest_rank)
+        self._task.capacity.check(source, source.image_bytes(self._shapes))
+        return source
+
+    def image(self, versioned: str) -> torch.Tensor:
+        """The slot image of an expert, every part checked; raises as `check`."""
+        source = self.check(versioned)
+        image = self._images.image(source.content, lambda: source.image(self._shapes))
+        self._task.capacity.check(source, image.numel())
+        return image
+
+
+def shared(image: torch.Tensor) -> int:
+    """A file descriptor of anonymous memory that holds an image."""
+    memory = os.memfd_create("deltamux-image")
+    with os.fdopen(os.dup(memory), "wb", buffering=0) as file:
+        view = memoryview(image.numpy().data)
+        while view:
+            view = view[file.write(view) :]
+    return memory
+
+
+def answer(decoder: Decoder, channel: socket.socket, question: dict[str, Any]) -> None:
+    """Decode one expert and send it, or what is wrong with it."""
+    try:
+        if question.get("check"):
+            decoder.check(question["path"])
+            channel.sendall(json.dumps({"bytes": 0}).encode() + b"\n")
+            return
+        memory = shared(decoder.image(question["path"]))
+    except Exception as error:
+        reason = one_line(error) or f"{type(error).__name__}: {error}"
+        channel.sendall(json.dumps({"error": reason}).encode() + b"\n")
+        return
+    try:
+        size = os.fstat(memory).st_size
+        message = json.dumps({"bytes": size}).encode() + b"\n"
+        socket.send_fds(channel, [message], [memory])
+    finally:
+        os.close(memory)
+
+
+def use_spare_time() -> None:
+    """Lower the process's priority, and let it run on every core.
+
+    The CPU build of vLLM binds its worker's threads to cores, and a child inherits that.
+    """
+    os.nice(NICENESS)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def main() -> None:
+    """Decode what is asked for until the worker has gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    use_spare_time()
+    torch.set_num_threads(1)
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    decoder = Decoder(Task.from_json(sys.argv[2]))
+    with channel.makefile("r") as lines:
+        for line in lines:
+            answer(decoder, channel, json.loads(line))
+
+
+if __name__ == "__main__":
+    main()
