@@ -240,7 +240,7 @@ class ExpertRegistry:
 
     async def _drop(self, expert: Expert) -> None:
         await expert.drained()
-        self.gate.drop(expert)
+        await self.gate.drop(expert)
         await self._worker.remove(expert)
         self._versions.pop(expert.request.lora_int_id, None)
 
