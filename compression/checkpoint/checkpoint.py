@@ -35,6 +35,8 @@ SIDE_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+# What is fetched of a hub's repository.
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
 
 
 @dataclass(frozen=True)
@@ -199,8 +201,7 @@ def resolve_directory(source: str, revision: str | None = None) -> Path:
         raise ValueError(f"{source!r} is neither a directory nor a hub id like 'org/name'")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
 
 
 def _tensor_files(root: Path, source: str) -> dict[str, Path]:
