@@ -23,7 +23,7 @@ quietly = @mkdir -p build; echo "$(1)"; start=$$(date +%s); : > $(INSTALL_LOG); 
 	  kill $$ticker; tail -n 25 $(INSTALL_LOG); echo "failed: $(1); all of it is in $(INSTALL_LOG)"; exit 1; \
 	fi
 
-.PHONY: demo test test-image check lint types clean
+.PHONY: demo test test-image fuzz check lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/deltamux demo $(if $(filter-out 0,$(SERVE)),--serve)
@@ -35,6 +35,13 @@ test: check
 # The CPU image's steps without Docker, in an environment of their own: minutes, mostly downloads.
 test-image: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/docker/test_walk.py
+
+# Hours of damaged artifacts and odd requests, others each time: EXAMPLES of each kind.
+EXAMPLES ?= 20000
+fuzz: $(VENV)/.installed
+	DELTAMUX_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-show-statistics
+	@if $(BIN)/python -c 'import atheris' 2> /dev/null; then for part in streams manifests settings; do \
+	  $(BIN)/python tests/fuzz_coverage.py $$part -runs=$$((10 * $(EXAMPLES))) || exit 1; done; fi
 
 check: lint types
 

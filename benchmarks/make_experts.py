@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from deltamux.compression.streaming.text import read_rows
+from deltamux.compression.streaming.rows import read_rows
 from deltamux.serve.demo import batches as demo_batches
 from deltamux.serve.demo import experts as demo_experts
 from deltamux.serve.demo.base import make_base

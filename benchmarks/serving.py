@@ -4,8 +4,8 @@
 
 speed: decoding steps and a prompt of 512 tokens as a share of plain vLLM serving one merged expert, eager and compiled;
 vLLM's own LoRA at rank 16 and 64 on the same engine; an adapter of rank 16 as a deltamux expert.
-scale: tokens a second and memory over 1 to 16 experts in one engine, beside one vLLM process an expert, and one process
-that reloads checkpoints.
+scale: tokens a second of 16 requests and memory over 1 to 16 experts in one engine, beside vLLM's LoRA at both ranks, one
+merged model, one vLLM process an expert, and one process that reloads checkpoints; JSON and a plot.
 
 Every engine is a process of its own, one after the other; the merged model runs first and last, and counts by its better
 run. A step is the time of 33 tokens less that of one, over 32, the median of ROUNDS.
@@ -18,12 +18,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import record
+from benchmarks.record import RESULTS, record
 
 ROUNDS = 3
 BATCH = 8
 COUNTS = (1, 2, 4, 8, 16)
+ADAPTER_COUNTS = (1, 4, 16)
 PROCESSES = (1, 2, 4)
+REQUESTS = 16
 RANKS = (16, 64)
 RUNNER = Path(__file__).with_name("serving_engine.py")
 Figures = dict[str, Any]
@@ -35,10 +37,11 @@ def main() -> None:
     parser.add_argument("--parts", default="speed,scale")
     options = parser.parse_args()
     bench = Bench(options.root.absolute())
-    result: Figures = {}
     for part in options.parts.split(","):
-        result[part] = {"speed": bench.speed, "scale": bench.scale}[part]()
-    record("serving", result)
+        figures = {"speed": bench.speed, "scale": bench.scale}[part]()
+        record("serving" if part == "speed" else "serving-scale", {part: figures})
+        if part == "scale":
+            plot(figures, RESULTS / "serving-scale.png")
 
 
 class Bench:
@@ -73,12 +76,12 @@ class Bench:
             )
             last = run({**merged, "mixes": plain})
             figures[f"merged {label}"] = better(first, last)
-        figures |= self._adapters(name)
+        figures |= self._adapters()
         figures["shares"] = shares(figures)
         print(json.dumps(figures["shares"], indent=1))
         return figures
 
-    def _adapters(self, name: str) -> Figures:
+    def _adapters(self) -> Figures:
         """VLLM's LoRA, and the adapter of the smaller rank as an expert of deltamux."""
         folder = self.root / "adapters"
         adapters = {
@@ -100,33 +103,43 @@ class Bench:
             figures[f"vLLM LoRA {rank}"] = run({**job, "kind": "lora"})
             if rank == RANKS[0]:
                 figures[f"deltamux LoRA {rank}"] = run({**job, "kind": "deltamux"})
-        del name
         return figures
 
     def scale(self) -> Figures:
         """Throughput of 16 requests and memory, by experts."""
-        figures: Figures = {"deltamux": {}, "a process an expert": {}, "reloading": {}}
+        folder = self.root / "adapters"
+        base = str(self.root / "base")
+        merged = str(self.root / "experts" / self.names[0])
+        job: Figures = {"compiled": False, "mixes": {"all": [None] * REQUESTS}, "model": merged}
+        figures: Figures = {"one merged model": {1: throughput(run(job))}}
         paths = list(self.experts.values())
-        for count in COUNTS:
-            experts = {f"e{i}": paths[i % len(paths)] for i in range(count)}
-            mix = [f"e{i % count}" for i in range(max(COUNTS))]
-            job = {"model": str(self.root / "base"), "kind": "deltamux", "experts": experts}
-            found = run({**job, "compiled": False, "slots": count, "mixes": {"all": mix}})
-            figures["deltamux"][count] = {
-                "tokens_per_second": len(mix) / found["steps"]["all"],
-                "memory_bytes": found["memory_bytes"],
+        ours = {f"e{i}": paths[i % len(paths)] for i in range(max(COUNTS))}
+        job |= {"model": base, "kind": "deltamux"}
+        figures["deltamux"] = {count: self._engine(job, ours, count) for count in COUNTS}
+        for rank in RANKS:
+            names = [f"r{rank}-{i}" for i in range(max(COUNTS))]
+            adapters = {name: str(folder / name) for name in names}
+            job |= {"kind": "lora", "rank": rank, "adapters": True}
+            figures[f"vLLM LoRA {rank}"] = {
+                count: self._engine(job, adapters, count) for count in ADAPTER_COUNTS
             }
         figures["a process an expert"] = self._processes()
-        figures["reloading"] = run(
-            {"model": str(self.root / "experts" / self.names[0]), "compiled": False, "reload": True}
-        )
+        figures["reloading"] = run({"model": merged, "compiled": False, "reload": True})
         return figures
+
+    @staticmethod
+    def _engine(job: Figures, experts: dict[str, str], count: int) -> Figures:
+        """One engine with the first experts, asked in turn."""
+        chosen = dict(list(experts.items())[:count])
+        names = list(chosen)
+        mix = [names[i % count] for i in range(REQUESTS)]
+        return throughput(run({**job, "experts": chosen, "slots": count, "mixes": {"all": mix}}))
 
     def _processes(self) -> Figures:
         """Merged models in processes of their own, all decoding at once."""
         found: Figures = {}
         for count in PROCESSES:
-            mix: list[None] = [None] * (max(COUNTS) // count)
+            mix: list[None] = [None] * (REQUESTS // count)
             jobs = [
                 {
                     "model": str(self.root / "experts" / self.names[i % len(self.names)]),
@@ -136,11 +149,44 @@ class Bench:
                 for i in range(count)
             ]
             results = run_together(jobs)
-            found[str(count)] = {
-                "tokens_per_second": sum(len(mix) / each["steps"]["all"] for each in results),
-                "memory_bytes": sum(each["memory_bytes"] for each in results),
-            }
+            each = [throughput(result, len(mix)) for result in results]
+            found[count] = {key: sum(figures[key] for figures in each) for key in each[0]}
         return found
+
+
+def throughput(result: Figures, requests: int = REQUESTS) -> Figures:
+    """Tokens a second and memory of an engine that decodes so many requests at once."""
+    return {
+        "tokens_per_second": requests / result["steps"]["all"],
+        "memory_bytes": result["memory_bytes"],
+    }
+
+
+def plot(figures: Figures, path: Path) -> None:
+    """Tokens a second, and memory, over experts."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, key, unit, label in (
+        (panels[0], "tokens_per_second", 1, "tokens a second, 16 requests"),
+        (panels[1], "memory_bytes", 2**30, "memory, GiB"),
+    ):
+        for name, by_count in figures.items():
+            if name == "reloading":
+                continue
+            counts = sorted(by_count, key=int)
+            values = [by_count[count][key] / unit for count in counts]
+            panel.plot([int(count) for count in counts], values, marker="o", label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("experts")
+        panel.set_ylabel(label)
+    panels[1].legend()
+    figure.savefig(path, dpi=120)
 
 
 def better(first: Figures, last: Figures) -> Figures:

@@ -9,17 +9,27 @@ from typing import Annotated
 
 import typer
 
+from deltamux.compression.paths import resolve_directory, user_path
+
 Base = Annotated[str, typer.Argument(help="Base checkpoint: a directory or a hub id.")]
 Expert = Annotated[str, typer.Argument(help="The uncompressed expert: a full fine-tune of it.")]
-Compressed = Annotated[Path, typer.Argument(help="A compressed expert.")]
+Compressed = Annotated[str, typer.Argument(help="A compressed expert: a directory or a hub id.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="JSONL of prompt/response or messages; default: built-in general text."),
+    typer.Option(
+        parser=user_path,
+        metavar="PATH",
+        help="JSONL of prompt/response or messages; default: built-in general text.",
+    ),
 ]
 HeldOut = Annotated[
     Path | None,
-    typer.Option(help="JSONL to verify on; default: rows set aside from the calibration."),
+    typer.Option(
+        parser=user_path,
+        metavar="PATH",
+        help="JSONL to verify on; default: rows set aside from the calibration.",
+    ),
 ]
 SlotBits = Annotated[
     float | None,
@@ -33,10 +43,17 @@ TargetKl = Annotated[
 def compress_command(  # noqa: PLR0917 - a command line, called by name
     base: Base,
     expert: Expert,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifact.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=user_path, metavar="PATH", help="Directory of the artifact."
+        ),
+    ],
     calibration: Calibration = None,
     held_out: HeldOut = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe YAML.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(parser=user_path, metavar="PATH", help="Recipe YAML.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="small, balanced or faithful.")] = None,
     bits: Annotated[float | None, typer.Option(help="Bits per linear weight.")] = None,
     slot_bits: SlotBits = None,
@@ -56,12 +73,14 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     chosen = chosen_recipe(recipe, preset, Limits(bits, budget, target_kl, slot_bits), lossless)
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
-    text, held = chosen_texts(pair, chosen.calibration, calibration, held_out)
+    texts = chosen_texts(pair, chosen.calibration, calibration, held_out)
+    text, held = texts.calibration, texts.held_out
     manifest = compress(*pair, output, chosen, calibration=text, held_out=held, overwrite=overwrite)
     if as_json:
-        typer.echo(json.dumps(manifest.totals.model_dump() | (manifest.verification or {})))
+        found = manifest.totals.model_dump() | (manifest.verification or {})
+        typer.echo(json.dumps(found | {"text": texts.as_dictionary()}))
     else:
-        typer.echo(f"{output}: {summary(manifest)}")
+        typer.echo("\n".join([f"{output}: {summary(manifest)}", *texts.lines()]))
 
 
 def inspect_command(
@@ -72,7 +91,7 @@ def inspect_command(
     from deltamux.compression.artifact.artifact import Artifact
     from deltamux.compression.inspection import as_dictionary, as_text
 
-    opened = Artifact(artifact)
+    opened = Artifact(resolve_directory(artifact))
     opened.check_content()
     typer.echo(json.dumps(as_dictionary(opened)) if as_json else as_text(opened))
 
@@ -80,7 +99,12 @@ def inspect_command(
 def merge_command(
     base: Base,
     artifact: Compressed,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the checkpoint.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=user_path, metavar="PATH", help="Directory of the checkpoint."
+        ),
+    ],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
     ] = None,
@@ -95,7 +119,7 @@ def merge_command(
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 
     chosen = getattr(torch, dtype) if dtype else None
-    merge(open_checkpoint(base), Artifact(artifact), output, chosen)
+    merge(open_checkpoint(base), Artifact(resolve_directory(artifact)), output, chosen)
     typer.echo(f"wrote {output}")
 
 
@@ -103,9 +127,16 @@ def evaluate_command(  # noqa: PLR0917 - a command line, called by name
     base: Base,
     expert: Expert,
     artifact: Compressed,
-    data: Annotated[Path, typer.Option(help="Held-out JSONL of prompt/response or messages.")],
-    max_rows: Annotated[int, typer.Option(help="Rows of the file to use.")] = 256,
-    max_tokens: Annotated[int, typer.Option(help="Cut conversations at this length.")] = 1024,
+    data: Annotated[
+        Path,
+        typer.Option(
+            parser=user_path, metavar="PATH", help="Held-out JSONL of prompt/response or messages."
+        ),
+    ],
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows of the file to use.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(min=8, help="Cut conversations at this length.")
+    ] = 1024,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure what compression lost, on held-out text."""
@@ -114,18 +145,18 @@ def evaluate_command(  # noqa: PLR0917 - a command line, called by name
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.compression.checkpoint.delta import compare
     from deltamux.compression.evaluate import evaluate, report
-    from deltamux.compression.inputs import announced_reading
-    from deltamux.compression.streaming.text import read_rows
+    from deltamux.compression.inputs import held_out_samples
+    from deltamux.compression.recipe import CalibrationRecipe
 
-    opened = Artifact(artifact)
+    opened = Artifact(resolve_directory(artifact))
+    opened.check_content()
     pair = open_checkpoint(base), open_checkpoint(expert)
     compare(*pair)
     check_base(opened, pair[0])
-    reading = announced_reading(*pair)
-    if reading is None:
-        raise ValueError(f"neither {expert!r} nor {base!r} has a tokenizer: save one beside it")
-    samples = reading.samples(read_rows(data)[:max_rows], max_tokens)
-    result = report(evaluate(*pair, opened, samples), opened)
+    limits = CalibrationRecipe(samples=max_rows, max_tokens=max_tokens)
+    texts = held_out_samples(pair, limits, data)
+    result = report(evaluate(*pair, opened, texts.held_out), opened)
+    typer.echo("\n".join(texts.lines()), err=True)
     if as_json:
         typer.echo(json.dumps(result))
         return

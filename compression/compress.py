@@ -26,6 +26,7 @@ from deltamux.compression.choice.workspace import Workspace
 from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.names import MANIFEST_FILE
 from deltamux.compression.recipe import Recipe
+from deltamux.compression.saving import make_folder
 from deltamux.compression.streaming.text import Sample
 
 
@@ -59,7 +60,6 @@ def compress(
         ValueError: The output exists, is no artifact to replace, the two checkpoints have no delta
             (see `compare` and `Difference.check_finite`), or the recipe's limits cannot be kept.
     """
-    output = output.expanduser()
     _check_output(output, overwrite)
     task = prepare(base, expert, recipe, texts=(calibration, held_out), progress=progress)
     work = _workspace(task, output)
@@ -131,7 +131,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _workspace(task: Task, output: Path) -> Workspace:
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     key = {} if task.recipe.lossless else measure_key(task.difference, task.recipe, task.fitted)
     return Workspace(output.parent / f".{output.name}.partial", key)
 

@@ -89,20 +89,22 @@ class Reference:
 
     def _run(self, like: Checkpoint, source: WeightSource) -> "_Predictions":
         """Final hidden states and head, in the layout of a checkpoint."""
-        model = StreamedModel(like.root, source, torch.float32, like.tied)
+        model = StreamedModel(like.config, source, torch.float32, like.tied)
         with tqdm(
             total=model.num_layers, desc="evaluate", unit="layer", disable=not self._progress
         ) as bar:
-            return _Predictions(model.hidden_states(self._plan, bar.update), model.head())
+            return _Predictions(model, model.hidden_states(self._plan, bar.update), model.head())
 
 
 @dataclass(frozen=True)
 class _Predictions:
+    model: StreamedModel
     hidden_PH: torch.Tensor
     head_VH: torch.Tensor
 
     def log_probabilities(self, span: slice) -> torch.Tensor:
-        return functional.log_softmax(self.hidden_PH[span] @ self.head_VH.T, dim=-1)
+        logits_PV = self.model.logits(self.hidden_PH[span], self.head_VH)
+        return functional.log_softmax(logits_PV, dim=-1)
 
 
 def evaluate(

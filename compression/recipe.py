@@ -153,10 +153,11 @@ class DistillationRecipe(_Model):
 
 
 class CalibrationRecipe(_Model):
-    """How much text the input second moments are collected on."""
+    """How much text the input second moments are collected on, and how its rows are drawn."""
 
     samples: int = Field(default=128, ge=1)
     max_tokens: int = Field(default=512, ge=8)
+    seed: int = 0
 
 
 class Recipe(_Model):

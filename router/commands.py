@@ -6,11 +6,11 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from deltamux.router.console import table, user_errors
+from deltamux.router.console import table, user_errors, user_path
 from deltamux.router.decide.artifact import load_seen
 from deltamux.router.decide.decision import BASE_NAME, Decision
 from deltamux.router.decide.messages import user_turns
@@ -29,6 +29,10 @@ from deltamux.router.fit.options import Features
 from deltamux.router.learning import refit, suggest
 from deltamux.router.report.plots import draw, require_matplotlib
 
+if TYPE_CHECKING:
+    from deltamux.router.fit.fit import FitReport
+    from deltamux.router.report.evaluate import Evaluation
+
 router_app = typer.Typer(no_args_is_help=True, help="Fit and evaluate the router.")
 
 router_app.command("refit")(refit)
@@ -39,10 +43,18 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line inst
 
 @router_app.command("fit")
 def fit(  # noqa: PLR0917 - a command line, called by name
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=user_path, metavar="PATH", help="Directory to write."
+        ),
+    ],
     tokenizer: Annotated[str, typer.Option(help="Served base: directory or hub id.")],
     data: Annotated[
-        Path | None, typer.Argument(help="JSONL file, or folder with one per domain.")
+        Path | None,
+        typer.Argument(
+            parser=user_path, metavar="PATH", help="JSONL file, or folder with one per domain."
+        ),
     ] = None,
     from_expert: Annotated[
         list[str] | None,
@@ -88,45 +100,27 @@ def fit(  # noqa: PLR0917 - a command line, called by name
             progress=True,
         )
     _warn(dataset)
-    config = report.config
-    result = {
-        "output": str(output),
-        "bytes": report.num_bytes,
-        "seconds": round(time.perf_counter() - start, 1),
-        "features": config.features,
-        "log_loss": report.log_loss,
-        "threshold": config.threshold,
-        "temperature": config.temperature,
-        "duplicates_dropped": dataset.num_duplicates,
-        "conflicts": len(dataset.conflicts),
-        "training": config.training.model_dump(),
-        "heldout": config.heldout.model_dump(),
-    }
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    rows = [
-        (domain, config.experts[domain] or BASE_NAME, count)
-        for domain, count in config.training.prompts.items()
-    ]
-    typer.echo(table(("domain", "expert", "prompts"), rows))
-    held_out = config.heldout
-    typer.echo(
-        f"\nheld-out: accuracy {held_out.accuracy:.4f}, macro-F1 {held_out.macro_f1:.4f}, "
-        f"ECE {held_out.ece:.4f}, own prompts kept {held_out.kept:.4f} (n={held_out.n}), "
-        f"wrong expert with added prompts {held_out.wrong:.4f}\n"
-        f"features {config.features}, threshold {config.threshold:.4f}, temperature {config.temperature:.3f}; "
-        f"wrote {output} ({report.num_bytes / 1e6:.1f} MB) in {result['seconds']} s"
-    )
+    _show_fit(report, dataset, output, round(time.perf_counter() - start, 1), as_json)
 
 
 @router_app.command("evaluate")
 def evaluate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The router.")],
-    data: Annotated[Path, typer.Argument(help="As for fit; sub-folders: test.jsonl first.")],
+    directory: Annotated[Path, typer.Argument(parser=user_path, metavar="DIR", help="The router.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            parser=user_path, metavar="PATH", help="As for fit; sub-folders: test.jsonl first."
+        ),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Directory for figures and evaluation.json."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=user_path,
+            metavar="PATH",
+            help="Directory for figures and evaluation.json.",
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -148,6 +142,11 @@ def evaluate(
     _warn(dataset)
     if result.seen:
         typer.echo(f"{result.seen} of these prompts were trained on", err=True)
+    _show_evaluation(result, as_json)
+
+
+def _show_evaluation(result: "Evaluation", as_json: bool) -> None:
+    """Print outcomes by domain, quality and time."""
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result)))
         return
@@ -166,11 +165,47 @@ def evaluate(
     )
 
 
+def _show_fit(
+    report: "FitReport", dataset: Dataset, output: Path, seconds: float, as_json: bool
+) -> None:
+    """Print what a fit wrote and how it does on prompts that it held out."""
+    config, held_out = report.config, report.config.heldout
+    if as_json:
+        result = {
+            "output": str(output),
+            "bytes": report.num_bytes,
+            "seconds": seconds,
+            "features": config.features,
+            "log_loss": report.log_loss,
+            "threshold": config.threshold,
+            "temperature": config.temperature,
+            "duplicates_dropped": dataset.num_duplicates,
+            "conflicts": len(dataset.conflicts),
+            "training": config.training.model_dump(),
+            "heldout": held_out.model_dump(),
+        }
+        typer.echo(json.dumps(result))
+        return
+    rows = [
+        (domain, config.experts[domain] or BASE_NAME, count)
+        for domain, count in config.training.prompts.items()
+    ]
+    typer.echo(table(("domain", "expert", "prompts"), rows))
+    typer.echo(
+        f"\nheld-out: accuracy {held_out.accuracy:.4f}, macro-F1 {held_out.macro_f1:.4f}, "
+        f"ECE {held_out.ece:.4f}, own prompts kept {held_out.kept:.4f} (n={held_out.n}), "
+        f"wrong expert with added prompts {held_out.wrong:.4f}\n"
+        f"features {config.features}, threshold {config.threshold:.4f}, "
+        f"temperature {config.temperature:.3f}; "
+        f"wrote {output} ({report.num_bytes / 1e6:.1f} MB) in {seconds} s"
+    )
+
+
 def route(
     text: Annotated[str | None, typer.Argument(help="The prompt to route.")] = None,
-    directory: Annotated[Path, typer.Option("--router", metavar="DIR", help="The router.")] = Path(
-        "router"
-    ),
+    directory: Annotated[
+        Path, typer.Option("--router", parser=user_path, metavar="DIR", help="The router.")
+    ] = Path("router"),
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Read JSON lines from stdin.")] = False,
 ) -> None:
     """Print which expert answers a prompt, as JSON.
@@ -219,7 +254,7 @@ def _dataset(data: Path | None, experts: dict[str, str]) -> Dataset:
     if data is None and not experts:
         raise ValueError("give labelled prompts, or --from-expert EXPERT=FILE for each expert")
     found = [] if data is None else [read_dataset(data)]
-    return join([*found, *(read_of(Path(file), name) for name, file in experts.items())])
+    return join([*found, *(read_of(user_path(file), name) for name, file in experts.items())])
 
 
 def _parse_pairs(flag: str, value: str, pairs: Sequence[str]) -> dict[str, str]:

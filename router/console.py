@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
-#: Exit status for an error that the user can mend.
+# Exit status for an error that the user can mend.
 USER_ERROR_STATUS = 2
 
 
@@ -17,6 +18,11 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(USER_ERROR_STATUS) from error
+
+
+def user_path(text: str) -> Path:
+    """A path as a user writes it: a shell leaves the `~` of `--output=~/x` alone."""
+    return Path(text).expanduser()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -2,24 +2,45 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltamux.router.console import table, user_errors
+from deltamux.router.console import table, user_errors, user_path
 from deltamux.router.decide.config import RouterConfig
 from deltamux.router.decide.decision import BASE_NAME
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import load_tokenizer
 
+if TYPE_CHECKING:
+    from deltamux.router.fit.fit import FitReport
+    from deltamux.router.fit.usage import Changes
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
 
 
 def refit(  # noqa: PLR0917 - a command line, called by name
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The router in use.")],
-    log: Annotated[Path, typer.Argument(help="The server's decision log (router.log).")],
-    data: Annotated[Path, typer.Option(help="What the router was fitted on, as for fit.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    directory: Annotated[
+        Path, typer.Argument(parser=user_path, metavar="DIR", help="The router in use.")
+    ],
+    log: Annotated[
+        Path,
+        typer.Argument(
+            parser=user_path, metavar="PATH", help="The server's decision log (router.log)."
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            parser=user_path, metavar="PATH", help="What the router was fitted on, as for fit."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=user_path, metavar="PATH", help="Directory to write."
+        ),
+    ],
     tokenizer: Annotated[str, typer.Option(help="Served base: directory or hub id.")],
     as_json: JsonFlag = False,
 ) -> None:
@@ -47,6 +68,13 @@ def refit(  # noqa: PLR0917 - a command line, called by name
         )
         new, encode = Router.load(output), load_tokenizer(output)
         changes = compare(old, new, encode, usage, feedback)
+    _show_changes(changes, report, old.config, output, as_json)
+
+
+def _show_changes(
+    changes: "Changes", report: "FitReport", old: RouterConfig, output: Path, as_json: bool
+) -> None:
+    """Print what a new router decides otherwise."""
     total, before, after = changes.corrected
     if as_json:
         moved = [{"from": b, "to": a, "prompts": n} for (b, a), n in changes.moved.items()]
@@ -59,12 +87,12 @@ def refit(  # noqa: PLR0917 - a command line, called by name
     typer.echo(f"feedback on {total} prompts: {before} were right, {after} are with the new router")
     count = sum(changes.moved.values())
     typer.echo(f"of {changes.asked} logged prompts {count} go elsewhere")
-    rows = [(before_, after_, number) for (before_, after_), number in changes.moved.items()]
+    rows = [(old_name, new_name, n) for (old_name, new_name), n in changes.moved.items()]
     if rows:
         typer.echo(table(("before", "after", "prompts"), rows))
         for old_name, new_name, text in changes.shown:
             typer.echo(f"  {old_name} -> {new_name}: {' '.join(text.split())[:90]}")
-    typer.echo(f"held-out accuracy {old.config.heldout.accuracy:.4f} before, "
+    typer.echo(f"held-out accuracy {old.heldout.accuracy:.4f} before, "
                f"{report.config.heldout.accuracy:.4f} after; wrote {output}")  # fmt: skip
 
 
@@ -82,10 +110,21 @@ def options_of(config: RouterConfig) -> dict[str, Any]:
 
 
 def suggest(
-    log: Annotated[Path, typer.Argument(help="Decision log, or JSONL of prompts or messages.")],
+    log: Annotated[
+        Path,
+        typer.Argument(
+            parser=user_path, metavar="PATH", help="Decision log, or JSONL of prompts or messages."
+        ),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder to write one file a cluster, as fit reads it."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=user_path,
+            metavar="PATH",
+            help="Folder to write one file a cluster, as fit reads it.",
+        ),
     ] = None,
     count: Annotated[int | None, typer.Option(help="Number of clusters.")] = None,
     as_json: JsonFlag = False,

@@ -16,6 +16,7 @@ from deltamux.compression.commands import (
     inspect_command,
     merge_command,
 )
+from deltamux.compression.paths import user_path
 from deltamux.router.commands import route, router_app
 from deltamux.serve.errors import USER_ERROR_STATUS, one_line
 
@@ -38,19 +39,36 @@ app.command("route", context_settings={"ignore_unknown_options": True})(route)
 @app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve_command(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="deltamux.yaml")],
+    config: Annotated[str, typer.Argument(help="deltamux.yaml")],
     slots: Annotated[int | None, typer.Option(help="Experts resident on the device.")] = None,
     host_cache: Annotated[str | None, typer.Option(help="Host cache, such as 8GiB.")] = None,
 ) -> None:
     """Serve a base and its experts; further flags go to `vllm serve` unchanged."""
-    from deltamux.serve.launch import launch
+    from deltamux.serve.launch import found_configuration, launch
 
-    launch(config, slots, host_cache, list(context.args))
+    path, flags = found_configuration([config, *context.args])
+    launch(path, slots, host_cache, flags)
+
+
+@app.command("key")
+def key_command(
+    stdin: Annotated[bool, typer.Option(help="Hash the key on standard input instead.")] = False,
+) -> None:
+    """Make a tenant's key, and its hash for tenants.yaml."""
+    from deltamux.serve.api.tenants import key_hash, make_key
+
+    if stdin:
+        typer.echo(key_hash(sys.stdin.readline().strip()))
+        return
+    key, hashed = make_key()
+    typer.echo(f"key   {key}\nhash  {hashed}")
 
 
 @app.command("demo")
 def demo_command(
-    root: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path(".demo"),
+    root: Annotated[
+        Path, typer.Option(parser=user_path, metavar="DIR", help="Where everything is kept.")
+    ] = Path(".demo"),
     serve: Annotated[bool, typer.Option(help="Leave the server running.")] = False,
     base: Annotated[
         str | None, typer.Option(help="Instead: a base of your own, directory or hub id.")

@@ -2,10 +2,11 @@
 
 Replaced (general plugin): the LoRA manager class that model runners create; an expert travels
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
-isolation are vLLM's own. Wrapped there: the two methods of `Worker` that run a step, so that its end is known.
-Wrapped (endpoint plugin): handlers on `app.state`; for per-expert latencies
-`IterationStats.update_from_output`, `LoRARequestStates.update_scheduler_stats` (`adapters.py`) and `OutputProcessor.add_request` (`engine_stats.py`); for traces
-`OutputProcessor.do_tracing` (`spans.py`). On instances: `apply` of the linears' `quant_method`, `forward`
+isolation are vLLM's own. Wrapped there: the two methods of `Worker` that run a step, so that its end is known,
+and in the engine's process the methods of `ENGINE_THREADS` (`threads.py`). Wrapped (endpoint plugin): handlers on
+`app.state` (`api/surface.py`); for per-expert latencies `IterationStats.update_from_output`,
+`LoRARequestStates.update_scheduler_stats` (`adapters.py`) and `OutputProcessor.add_request` (`engine_stats.py`); for
+traces `OutputProcessor.do_tracing` (`spans.py`). On instances: `apply` of the linears' `quant_method`, `forward`
 of embeddings and norms, `LogitsProcessor._get_logits` (`worker/deltas.py`),
 `show_available_models` and `model_name` of `openai_serving_models` (`endpoint.py`), and, on shallow
 copies of the handlers, template, sampling defaults and engine client (`handlers.py`).
@@ -33,6 +34,7 @@ LAYERS = (
     ("vllm.model_executor.layers.linear", "LinearBase"),
     ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
     ("vllm.model_executor.layers.layernorm", "RMSNorm"),
+    ("vllm.model_executor.layers.layernorm", "GemmaRMSNorm"),
 )
 CPU_PLATFORM = ("vllm.platforms.cpu", "CpuPlatform")
 UNQUANTIZED = ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
@@ -44,6 +46,9 @@ STEP_METHODS = ("execute_model", "sample_tokens")
 LORA_STATES = ("vllm.v1.metrics.stats", "LoRARequestStates")
 METRICS_MODULE = "vllm.v1.metrics.loggers"
 LORA_REQUEST = ("vllm.lora.request", "LoRARequest")
+ENGINE_PROCESS = ("vllm.v1.engine.core", "EngineCoreProc")
+# What runs in threads of its own there.
+ENGINE_THREADS = ("process_input_sockets", "process_output_sockets")
 SAMPLING = ("vllm.sampling_params", "SamplingParams")
 # Imported on a GPU alone.
 NVML_MODULE = "vllm.third_party.pynvml"
@@ -58,6 +63,7 @@ SYMBOLS: tuple[tuple[str, ...], ...] = (
     (*STATS, "update_from_output"),
     (*OUTPUT, "add_request"),
     (*OUTPUT, "do_tracing"),
+    *((*ENGINE_PROCESS, method) for method in ENGINE_THREADS),
     LORA_REQUEST,
     (*SAMPLING, "_all_stop_token_ids"),
     (*PLATFORM, "is_cuda"),
@@ -72,6 +78,8 @@ ENGINE_ATTRIBUTES = (
     "generate",
     "reset_prefix_cache",
     "check_health",
+    "errored",
+    "shutdown",
 )
 MODELS_ATTRIBUTES = (
     "base_model_paths",
@@ -84,14 +92,7 @@ MODELS_ATTRIBUTES = (
 )
 # Exceptions that vLLM answers with a 4xx, wherever they are in a class's ancestry.
 CLIENT_ERRORS = {"VLLMClientError", "ValueError", "TypeError", "OverflowError", "TemplateError"}
-# Handlers on app.state and the method that answers a request.
-HANDLERS = {
-    "openai_serving_chat": "create_chat_completion",
-    "openai_serving_completion": "create_completion",
-    "openai_serving_responses": "create_responses",
-    "anthropic_serving_messages": "create_messages",
-    "openai_serving_chat_batch": "create_batch_chat_completion",
-}
+API_KEY_VARIABLE = "VLLM_API_KEY"
 # Where the classes of HTTP bodies are, newest first.
 PROTOCOL_MODULES = (
     "vllm.entrypoints.serve.engine.protocol",
@@ -258,10 +259,10 @@ def tells_loaded_adapters(metric: str) -> bool:
     return metric in inspect.getsource(import_module(METRICS_MODULE))
 
 
-def hooked_layers() -> tuple[type, type, type]:
-    """The classes of linears, of embeddings and of norms in vLLM."""
-    found = [symbol(module, name) for module, name in LAYERS]
-    return found[0], found[1], found[2]
+def hooked_layers() -> tuple[type, type, tuple[type, ...]]:
+    """The class of linears, that of embeddings, and those of norms in vLLM."""
+    linear, embedding, *norms = (symbol(module, name) for module, name in LAYERS)
+    return linear, embedding, tuple(norms)
 
 
 def is_unquantized(method: Any) -> bool:

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from deltamux.compression.checkpoint.checkpoint import resolve_directory
 from deltamux.compression.image.source import open_source
+from deltamux.compression.paths import resolve_directory
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import tokenizer_sha256
 from deltamux.serve.errors import one_line
@@ -131,7 +131,8 @@ def check_site(settings: Settings) -> None:
     Raises:
         ValueError: The base, an expert or the router is missing or damaged.
     """
-    base = resolve_directory(settings.base.model, settings.base.revision)
+    cache = settings.engine.get("download_dir")
+    base = resolve_directory(settings.base.model, settings.base.revision, cache)
     if not (base / "config.json").is_file():
         raise ValueError(f"base.model {str(base)!r} has no config.json: it is not a checkpoint")
     check_readable(base)

@@ -25,7 +25,7 @@ class Order(BaseModel):
 
     Attributes:
         order: `check` looks whether it could be loaded, `load` brings it into the host cache, `enter` into a slot,
-            `pin` keeps it there, `leave` frees slot and host memory, `remove` forgets it.
+            `pin` keeps it there, `unpin` no longer does, `leave` frees slot and host memory, `remove` forgets it.
         expert_id: vLLM's LoRA id.
         name: What vLLM calls it.
         path: Its directory, with the hash of its content.
@@ -34,7 +34,7 @@ class Order(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    order: Literal["check", "load", "enter", "pin", "leave", "remove"]
+    order: Literal["check", "load", "enter", "pin", "unpin", "leave", "remove"]
     expert_id: Annotated[int, Field(gt=0)]
     name: str = ""
     path: str = ""

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from deltamux.compression.checkpoint.checkpoint import HUB_FILES
+from deltamux.compression.paths import resolve_directory
 from deltamux.serve.settings import HUB_ID
 
 # Seconds that a hub has to answer a question, twice; a download takes as long as it takes. Chosen, not measured.
@@ -42,4 +42,4 @@ def _snapshot(name: str, revision: str) -> Path:
         except Exception:
             pass  # the hub's own error says more than that nothing is cached
         raise
-    return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    return resolve_directory(name, revision)

@@ -7,19 +7,26 @@ in one line, before vLLM takes its time to load a model.
 import json
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deltamux.compression.checkpoint.checkpoint import resolve_directory
+from deltamux.compression.names import INDEX_FILE, WEIGHTS_FILE
+from deltamux.compression.paths import resolve_directory, user_path
 from deltamux.serve import compat
 from deltamux.serve.plugin import PLUGIN_NAME
-from deltamux.serve.settings import Settings, load_settings
+from deltamux.serve.settings import MULTIPROCESS_VARIABLE, Settings, load_settings
 
 logger = logging.getLogger("deltamux")
 
 # The rank means nothing to experts; the smallest keeps what vLLM reserves for it small.
 LORA_RANK = 8
+# After SIGTERM, running requests may take so long to end.
+DRAIN_SECONDS = 30
+# vLLM's.
+DEFAULT_PORT = 8000
+YAML_ENDINGS = (".yaml", ".yml")
 
 
 def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[str]) -> NoReturn:
@@ -41,13 +48,42 @@ def launch(config: Path, slots: int | None, host_cache: str | None, extra: list[
     if host_cache is not None:
         environment["DELTAMUX_HOST_CACHE"] = host_cache
     if not config.is_file():
-        raise ValueError(f"{str(config)!r} is not a file: name a deltamux.yaml")
+        kind = "is a folder" if config.is_dir() else "is not a file"
+        raise ValueError(f"{str(config)!r} {kind}: name a deltamux.yaml")
     module, prefix = compat.server_command()
     settings = load_settings(config, environment)
     arguments = vllm_arguments(settings, extra)
+    check_port(settings.engine, extra)
+    if os.environ.pop(MULTIPROCESS_VARIABLE, None) is not None:
+        logger.warning("%s is unset: deltamux has one API server process", MULTIPROCESS_VARIABLE)
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, PLUGIN_NAME]))
     os.execv(sys.executable, [sys.executable, "-m", module, *prefix, *arguments])
+
+
+def found_configuration(words: list[str]) -> tuple[Path, list[str]]:
+    """The configuration among the words of a command line, and the others: flags of vLLM and their values.
+
+    It comes first, or is the only YAML file that is there; one behind `--config` is vLLM's own.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    if words[0].startswith("-"):
+        places = [
+            place
+            for place, word in enumerate(words)
+            if word.endswith(YAML_ENDINGS)
+            and words[place - 1] != "--config"
+            and user_path(word).is_file()
+        ]
+        if len(places) != 1:
+            raise ValueError(
+                f"the configuration comes first: deltamux serve deltamux.yaml {words[0]} …; "
+                f"found {len(places)} YAML files behind {words[0]!r}"
+            )
+        words = [words[places[0]], *words[: places[0]], *words[places[0] + 1 :]]
+    return user_path(words[0]), words[1:]
 
 
 def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
@@ -60,8 +96,9 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     Raises:
         ValueError: The base is not there.
     """
-    resolve_directory(settings.base.model, settings.base.revision)
     engine = dict(settings.engine)
+    cache = _given(extra, "--download-dir") or engine.get("download_dir")
+    check_one_set_of_weights(resolve_directory(settings.base.model, settings.base.revision, cache))
     additional = dict(engine.pop("additional_config", {}))
     additional["deltamux"] = settings.plugin().model_dump(mode="json")
     options: dict[str, Any] = {
@@ -69,6 +106,10 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
         "max_loras": settings.slots,
         "max_cpu_loras": max(settings.slots, len(settings.experts), 1),
         "max_lora_rank": LORA_RANK,
+        "shutdown_timeout": DRAIN_SECONDS,
+        # The files that experts' hashes were taken of, where a repository has the original format too.
+        "config_format": "hf",
+        "load_format": "hf",
         "additional_config": additional,
     }
     if settings.base.revision:
@@ -77,6 +118,55 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     for name, value in (options | engine).items():
         arguments += _flag(name, value)
     return arguments + extra
+
+
+def check_one_set_of_weights(root: Path) -> None:
+    """Refuse a base beside whose weights vLLM would load others.
+
+    Without an index vLLM loads every safetensors file of the folder.
+
+    Raises:
+        ValueError: There is another one.
+    """
+    other = sorted(path.name for path in root.glob("*.safetensors") if path.name != WEIGHTS_FILE)
+    if (root / WEIGHTS_FILE).exists() and other and not (root / INDEX_FILE).is_file():
+        raise ValueError(
+            f"{str(root)!r} holds {other[0]!r} beside {WEIGHTS_FILE!r}, and vLLM would load both: move it "
+            "to another folder"
+        )
+
+
+def _given(extra: list[str], flag: str) -> str | None:
+    """The value of a flag for vLLM on the command line, the last one; None: it is not given."""
+    found = None
+    for place, word in enumerate(extra):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else next(iter(extra[place + 1 :]), None)
+    return found
+
+
+def check_port(engine: dict[str, Any], extra: list[str]) -> None:
+    """Say who is in the way before vLLM, which would end with a traceback.
+
+    Raises:
+        ValueError: Something listens on the port.
+    """
+    if _given(extra, "--uds") or engine.get("uds"):
+        return
+    host = _given(extra, "--host") or engine.get("host") or ""
+    port = _given(extra, "--port") or engine.get("port") or DEFAULT_PORT
+    if not str(port).isdecimal() or int(port) == 0:
+        return  # vLLM's own to refuse
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            raise ValueError(
+                f"the port {port} of {host or 'this machine'!r} cannot be had: "
+                f"{(error.strerror or str(error)).lower()}: end what listens there, or give another --port"
+            ) from error
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -16,9 +16,11 @@ def register() -> None:
         return
     from deltamux.serve import compat
     from deltamux.serve.status import status_directory
+    from deltamux.serve.threads import watch_threads
 
     compat.check_vllm()
     compat.keep_compilation()
+    watch_threads()
     status_directory()
     from deltamux.serve.worker.manager import ExpertManager
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from deltamux.compression.paths import user_path
 from deltamux.compression.validation import problems
 from deltamux.serve.durations import Duration
 from deltamux.serve.names import BASE, NAME_PATTERN, check_expert_name
@@ -20,6 +21,8 @@ from deltamux.serve.names import BASE, NAME_PATTERN, check_expert_name
 ENVIRONMENT_PREFIX = "DELTAMUX_"
 # What vLLM's own LoRA takes at most by rule of thumb; chosen, not measured.
 DEFAULT_RANK = 64
+# Makes the library of metrics keep them in files, for several processes; gauges and what is read at a scrape get lost.
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 # `org/name@revision`, with a branch, tag or commit; without one it would look like a directory.
 HUB_ID = r"[\w.-]+/[\w.-]+@[\w./-]+"
 
@@ -103,13 +106,22 @@ class PluginSettings(_Model):
     """What deltamux's code inside vLLM needs to know; `slots` itself is vLLM's max_loras.
 
     Attributes:
+        version: Of the configuration.
         experts: Served from the start.
         experts_dir: A folder; each complete artifact in it is served under its directory's name.
         state: A file in which experts that were added at run time are kept over a restart; None: they are not.
         preload: Experts that are brought to host memory before the first request; the others are only checked.
         ttl: Seconds without a request after which an expert leaves memory; None: never.
         slot_wait: Seconds that a request may wait for a slot before a busy expert has to give up its own.
+        router: Who answers `auto`.
+        host_cache: Host memory for experts.
+        image_cache: How much of the user's cache directory slot images may take; 0: none are kept.
         log_requests: Whether one line of JSON a request is written to standard output.
+        slot: What one slot has room for.
+        roots: Folders that clients may load experts and routers from; empty: those that the configuration and what
+            it names lie in. With the hub's cache among them, clients may name hub ids.
+        tenants: `tenants.yaml` (see `api/tenants.py`); None: there are no tenants.
+        metrics: Whether `/metrics` asks for a key where there are keys.
     """
 
     version: Literal[1] = 1
@@ -121,8 +133,22 @@ class PluginSettings(_Model):
     slot_wait: Duration = 5.0
     router: RouterSettings | None = None
     host_cache: Size = ByteSize(8 * 2**30)
+    image_cache: Size = ByteSize(0)
     log_requests: bool = False
     slot: SlotSettings = SlotSettings()
+    roots: tuple[Path, ...] = ()
+    tenants: Path | None = None
+    metrics: Literal["open", "key"] = "open"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where experts and routers that clients name may lie."""
+        named = [expert.path.parent for expert in self.experts if expert.path.is_absolute()]
+        if self.experts_dir is not None:
+            named.append(self.experts_dir)
+        if self.router is not None:
+            named.append(self.router.path.parent)
+        return self.roots or tuple(dict.fromkeys(named))
 
     @model_validator(mode="after")
     def _check_names(self) -> "PluginSettings":
@@ -190,14 +216,15 @@ def _override(content: dict[str, Any], environment: dict[str, str]) -> None:
         value = environment.get(ENVIRONMENT_PREFIX + key.upper())
         if value:
             # Unlike the file's, these paths are relative to where the command runs.
-            path = str(Path(value).absolute()) if key == "router" or Path(value).is_dir() else value
+            local = user_path(value)
+            path = str(local.absolute()) if key == "router" or local.is_dir() else value
             before = content.get(key)
             content[key] = {**(before if isinstance(before, dict) else {}), field: path}
 
 
 def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
     experts = tuple(
-        expert.model_copy(update={"path": _directory(root, expert.path)})
+        expert.model_copy(update={"path": _directory(root, expert.path.expanduser())})
         for expert in settings.experts
     )
     places = {
@@ -207,15 +234,25 @@ def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
     }
     router = settings.router
     if router:
-        shadow = router.shadow and root / router.shadow
-        log = router.log and root / router.log
-        router = router.model_copy(
-            update={"path": root / router.path, "shadow": shadow, "log": log}
-        )
+        shadow = router.shadow and root / router.shadow.expanduser()
+        log = router.log and root / router.log.expanduser()
+        path = root / router.path.expanduser()
+        router = router.model_copy(update={"path": path, "shadow": shadow, "log": log})
     base = settings.base
-    if (root / base.model).is_dir():
-        base = base.model_copy(update={"model": str(root / base.model)})
-    return settings.model_copy(update={"experts": experts, "router": router, "base": base} | places)
+    local = root / user_path(base.model)
+    if local.is_dir():
+        base = base.model_copy(update={"model": str(local)})
+    changed = settings.model_copy(
+        update={
+            "experts": experts,
+            "router": router,
+            "base": base,
+            "tenants": settings.tenants and root / settings.tenants.expanduser(),
+        }
+        | places
+    )
+    roots = tuple(root / each.expanduser() for each in settings.roots) or (root, *changed.folders)
+    return changed.model_copy(update={"roots": roots})
 
 
 def _directory(root: Path, path: Path) -> Path:

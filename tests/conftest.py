@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -27,6 +28,8 @@ settings.register_profile(
     "deltamux", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("deltamux")
+# `make fuzz` asks for more examples than the tests have time for, and for others each time.
+FUZZ_EXAMPLES = int(os.environ.get("DELTAMUX_FUZZ", "0"))
 # How long `eventually` waits. Only an event that never comes takes that long.
 PATIENCE_SECONDS = 300.0
 
@@ -36,6 +39,45 @@ CHAT_TEMPLATE = (
 )
 SPECIAL_TOKENS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 VOCABULARY = 272
+
+# What makes an architecture another one, at values that tests of a few dozen tokens feel.
+PECULIAR: dict[str, dict[str, object]] = {
+    "ministral": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 32,
+            "max_position_embeddings": 512,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
+    "gemma2": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 4},
+}
 
 
 def save_tokenizer(directory: Path) -> None:
@@ -86,7 +128,7 @@ def save_base(
     if model_type == "qwen2":
         settings["hidden_size"] = 128
         del settings["head_dim"]
-    config = CONFIG_MAPPING[model_type](**(settings | overrides))
+    config = CONFIG_MAPPING[model_type](**(settings | PECULIAR.get(model_type, {}) | overrides))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -169,6 +211,7 @@ def checkpoints() -> SimpleNamespace:
         write_config=write_config,
         scraped=scraped,
         words=LIVE_WORDS,
+        vocabulary=VOCABULARY,
         environment=SERVER_ENVIRONMENT,
     )
 
@@ -179,7 +222,8 @@ def compress_pair(text_file: Path) -> Callable[..., Path]:
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.compression.compress import compress
     from deltamux.compression.recipe import Recipe
-    from deltamux.compression.streaming.text import encode_rows, read_rows
+    from deltamux.compression.streaming.rows import read_rows
+    from deltamux.compression.streaming.text import encode_rows
 
     def run(
         base: Path,
@@ -290,8 +334,18 @@ def _span_attributes(span: Any) -> dict[str, Any]:
     return {"name": span.name} | plain
 
 
-def write_parts(folder: Path, text_file: Path, names: tuple[str, ...] = LIVE_NAMES) -> Path:
-    """A tiny base (returned), experts, a damaged one and a router, below a folder."""
+def write_parts(
+    folder: Path,
+    text_file: Path,
+    names: tuple[str, ...] = LIVE_NAMES,
+    words: dict[str, str] = LIVE_WORDS,
+    routed: dict[str, str] | None = None,
+) -> Path:
+    """A tiny base (returned), experts, a damaged one and a router, below a folder.
+
+    The router's prompts are made of `words`, by domain; `routed` names the experts of domains that are not
+    called like theirs.
+    """
     from deltamux.router.fit.data import read_dataset
     from deltamux.router.fit.fit import fit_router
 
@@ -305,14 +359,14 @@ def write_parts(folder: Path, text_file: Path, names: tuple[str, ...] = LIVE_NAM
     weights.write_bytes(weights.read_bytes()[:-100])
     prompts = folder / "prompts"
     prompts.mkdir()
-    for domain, words in LIVE_WORDS.items():
-        each = words.split()
+    for domain, of_domain in words.items():
+        each = of_domain.split()
         rows = [
             {"prompt": f"{each[i % 8]} the {each[(i * 3 + 1) % 8]} of {each[(i // 8) % 8]} {i}"}
             for i in range(48)
         ]
         (prompts / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fit_router(read_dataset(prompts), folder / "router", base=str(base))
+    fit_router(read_dataset(prompts), folder / "router", base=str(base), experts=routed)
     return base
 
 
@@ -321,7 +375,8 @@ def compress_tiny(base: Path, tuned: Path, output: Path, text_file: Path) -> Non
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.compression.compress import compress
     from deltamux.compression.recipe import Recipe
-    from deltamux.compression.streaming.text import encode_rows, read_rows
+    from deltamux.compression.streaming.rows import read_rows
+    from deltamux.compression.streaming.text import encode_rows
 
     samples = encode_rows(read_rows(text_file), tuned, 128)
     pair = open_checkpoint(base), open_checkpoint(tuned)

@@ -47,6 +47,7 @@ def test_the_wheel_holds_the_packages_and_their_data_under_one_root(tmp_path: Pa
     assert {
         "deltamux/compression/streaming/calibration.jsonl",
         "deltamux/router/decide/wordpiece.txt",
+        *(f"deltamux/serve/console/{each.name}" for each in (ROOT / "serve/console").iterdir()),
     } <= set(names)
     assert {f"deltamux/{package}/py.typed" for package in PACKAGES} <= set(names)
     assert not [name for name in names if "test" in name]

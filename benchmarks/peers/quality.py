@@ -48,7 +48,8 @@ from deltamux.compression.recipe import (
 )
 from deltamux.compression.streaming.forward import WeightSource
 from deltamux.compression.streaming.moments import second_moments
-from deltamux.compression.streaming.text import Sample, encode_rows, read_rows
+from deltamux.compression.streaming.rows import read_rows
+from deltamux.compression.streaming.text import Sample, encode_rows
 
 HEADLINE_BUDGETS = (2.1, 1.6, 1.05, 0.5)
 LOWER_BUDGETS = (0.25, 0.1)

@@ -1,7 +1,7 @@
 """The router against its bars: accuracy, calibration, scope, shift, conversations, attacks, time.
 
 python -m benchmarks.routing.quality --base .demo/base --data DATA [--shifted DIR]
-                             [--features default encoder] [--seeds 3]
+                             [--features default encoder] [--seeds 3] [--quick]
 
 Every figure is the mean over the seeds; a seed draws the training subsets, the folds and 300 test
 prompts of each domain. Accuracy, macro-F1 and ECE are of the most probable domain; "wrong expert",
@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from benchmarks.routing.data import (
 )
 from benchmarks.routing.measure import (
     Judge,
+    Tests,
     Took,
     attacks,
     conversations,
@@ -69,8 +70,18 @@ REFIT_PROMPTS = 3000
 FEW = (8, 16, 32, 64, 128)
 
 
-def fitted(rows: Any, base: str, features: Any, seed: int, describe: bool = False) -> Judge:
+class Run(NamedTuple):
+    """What a seed's figures are of."""
+
+    corpus: Corpus
+    base: str
+    features: Any
+    seed: int
+
+
+def fitted(rows: Any, run: Run, describe: bool = False) -> Judge:
     """A router fitted on rows, in a directory that lives as long as the judge."""
+    base, features, seed = run.base, run.features, run.seed
     folder = tempfile.TemporaryDirectory()
     directory = Path(folder.name) / "router"
     known = {name: text for name, text in DESCRIPTIONS.items() if describe and name in rows}
@@ -82,53 +93,68 @@ def fitted(rows: Any, base: str, features: Any, seed: int, describe: bool = Fals
     return Judge(directory, report, took, folder)
 
 
-def one_seed(corpus: Corpus, base: str, features: str, seed: int) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
-    test = sample(corpus.test, 300, rng)
-    judge = fitted(corpus.train, base, features, seed)
-    found = held_out(judge, test) | scope(judge, test, corpus)
-    found |= conversations(judge, test, corpus, rng) | attacks(judge, test)
-    found |= latency(judge, corpus) | residency(judge, test, rng)
+def one_seed(run: Run, quick: bool) -> dict[str, Any]:
+    """Every figure of one seed; quick leaves out those that need fits without a domain or a form."""
+    rng = np.random.default_rng(run.seed)
+    test = sample(run.corpus.test, 300, rng)
+    judge = fitted(run.corpus.train, run)
+    found = held_out(judge, test) | scope(judge, test, run.corpus)
+    found |= conversations(judge, test, run.corpus, rng) | attacks(judge, test)
+    found |= latency(judge, run.corpus) | residency(judge, test, rng)
     found["fit_all_seconds"], found["fit_all_cpu_seconds"] = judge.took
     found["artifact_mb"] = judge.report.num_bytes / 1e6
-    found["shifted_data_sets"] = shift(judge, corpus.shifted)
-    few = sample(corpus.train, REFIT_PROMPTS // len(DOMAINS), rng)
-    small = fitted(few, base, features, seed)
-    found["refit_3000_seconds"], found["refit_3000_cpu_seconds"] = small.took
-    found["accuracy_3000"] = held_out(small, test)["accuracy"]
-    found["unseen_domains"] = {}
+    found["shifted_data_sets"] = shift(judge, run.corpus.shifted)
+    found |= few_prompts(run, test, (16,) if quick else FEW)
+    return found if quick else found | unseen_kinds(run, found, test)
+
+
+def unseen_kinds(run: Run, found: dict[str, Any], test: Tests) -> dict[str, Any]:
+    """Figures of fits on fewer rows, without a domain, and without a form of each domain."""
+    few = sample(run.corpus.train, REFIT_PROMPTS // len(DOMAINS), np.random.default_rng(run.seed))
+    small = fitted(few, run)
+    domains = {}
     for name in SPECIALISTS:
         others = {domain: rows[:200] for domain, rows in few.items() if domain != name}
-        found["unseen_domains"][name] = unseen(fitted(others, base, features, seed), test, name)
-    found["unseen_domain_auroc"] = float(np.mean(list(found["unseen_domains"].values())))
-    found["shifted_styles"] = styles(corpus, base, features, seed)
-    wrong = [
-        part["wrong"] for part in (found["shifted_styles"] | found["shifted_data_sets"]).values()
-    ]
-    found["shifted_wrong_expert"] = float(np.mean(wrong))
-    found["shifted_wrong_expert_worst"] = max(wrong)
+        domains[name] = unseen(fitted(others, run), test, name)
+    forms = styles(run)
+    wrong = [part["wrong"] for part in (forms | found["shifted_data_sets"]).values()]
+    return {
+        "refit_3000_seconds": small.took.seconds,
+        "refit_3000_cpu_seconds": small.took.cpu_seconds,
+        "accuracy_3000": held_out(small, test)["accuracy"],
+        "unseen_domains": domains,
+        "unseen_domain_auroc": float(np.mean(list(domains.values()))),
+        "shifted_styles": forms,
+        "shifted_wrong_expert": float(np.mean(wrong)),
+        "shifted_wrong_expert_worst": max(wrong),
+    }
+
+
+def few_prompts(run: Run, test: Tests, counts: tuple[int, ...]) -> dict[str, Any]:
+    """Accuracy of routers that were fitted on a few prompts of each domain."""
     hundred = {name: rows[:100] for name, rows in test.items()}
-    for count in FEW:
-        handful = sample(corpus.train, count, np.random.default_rng([seed, count]))
-        figures = held_out(fitted(handful, base, features, seed), hundred)
+    found: dict[str, Any] = {}
+    for count in counts:
+        handful = sample(run.corpus.train, count, np.random.default_rng([run.seed, count]))
+        figures = held_out(fitted(handful, run), hundred)
         found[f"bare_accuracy_{count}"] = figures["bare_accuracy"]
         found[f"accuracy_{count}"] = figures["accuracy"]
         if count == 16:
-            described = held_out(fitted(handful, base, features, seed, describe=True), hundred)
+            described = held_out(fitted(handful, run, describe=True), hundred)
             found["bare_accuracy_16_described"] = described["bare_accuracy"]
     return found
 
 
-def styles(corpus: Corpus, base: str, features: str, seed: int) -> dict[str, dict[str, float]]:
+def styles(run: Run) -> dict[str, dict[str, float]]:
     """Outcomes on the form of each domain that was left out of training."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(run.seed)
     known = {
         name: [row for row in rows if name not in STYLES or not STYLES[name](row)]
-        for name, rows in corpus.train.items()
+        for name, rows in run.corpus.train.items()
     }
-    judge = fitted(sample(known, 500, rng), base, features, seed)
+    judge = fitted(sample(known, 500, rng), run)
     asked = {
-        f"{name} style": [row["prompt"] for row in corpus.test[name] if form(row)][:300]
+        f"{name} style": [row["prompt"] for row in run.corpus.test[name] if form(row)][:300]
         for name, form in STYLES.items()
     }
     return shift(judge, asked)
@@ -146,6 +172,8 @@ def mean(figures: list[Any]) -> Any:
 def show(features: str, figures: dict[str, Any]) -> None:
     rows = []
     for name, bars in BARS.items():
+        if name not in figures:
+            continue
         bar, at_most = bars[features == "encoder"], bars[2]
         value = figures[name]
         held = value <= bar if at_most else value >= bar
@@ -154,9 +182,9 @@ def show(features: str, figures: dict[str, Any]) -> None:
         )
     print(f"\nfeatures {features}")
     print(table(("figure", "bar", "measured", "holds"), rows))
-    for name in ("domains", "bare_domains", "shifted_styles", "shifted_data_sets", "unseen_domains",
-                 "attacks", "residency"):  # fmt: skip
-        print(name, figures[name])
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            print(name, value)
 
 
 def main() -> None:
@@ -166,13 +194,14 @@ def main() -> None:
     parser.add_argument("--shifted", type=Path)
     parser.add_argument("--features", nargs="+", default=["default", "encoder"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="without unseen domains and forms")
     arguments = parser.parse_args()
     corpus = read_corpus(arguments.data, arguments.shifted)
     result: dict[str, Any] = {"bars": BARS, "load_at_start": os.getloadavg()[0]}
     for features in arguments.features:
         figures: list[Any] = []
         for seed in range(arguments.seeds):
-            figures.append(one_seed(corpus, arguments.base, features, seed))
+            figures.append(one_seed(Run(corpus, arguments.base, features, seed), arguments.quick))
             # An hour of work on a slow machine: what is done is kept.
             result[features] = mean(figures) | {"seeds": list(figures)}
             keep("routing", result)

@@ -13,6 +13,10 @@ scores every held-out response; then each prompt takes the loss of one of them:
 
 Losses are nats per response token, averaged over a domain's tokens. Prompts without a response (the
 demo's general ones) only count in who answers them.
+
+`margins` is what `router.resident_margin` buys: the same prompts in random orders, one at a time, with
+fewer slots than experts. Of each margin: bytes of experts that were moved into a slot, and the loss. The
+slot that was used least recently is given up.
 """
 
 import argparse
@@ -31,6 +35,7 @@ from deltamux.compression.checkpoint.checkpoint import Checkpoint, open_checkpoi
 from deltamux.compression.streaming.forward import StreamedModel, WeightSource, batches
 from deltamux.compression.streaming.text import Sample, encode_rows
 from deltamux.router.console import table
+from deltamux.router.decide.conversation import Conversation
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import load_tokenizer
 from deltamux.router.fit.fit import fit_router
@@ -38,12 +43,14 @@ from deltamux.router.fit.fit import fit_router
 BATCH_TOKENS = 2048
 MAX_TOKENS = 512
 BASE = "base"
+MARGINS = (0.0, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
+SLOTS, ORDERS = 1, 5
 
 
 def losses(base: Checkpoint, source: WeightSource, samples: list[Sample]) -> np.ndarray:
     """Sum of the loss over each sample's response tokens, float64 [N]."""
     plan = list(batches(samples, BATCH_TOKENS))
-    model = StreamedModel(base.root, source, torch.float32, base.tied)
+    model = StreamedModel(base.config, source, torch.float32, base.tied)
     hidden_PH, head_VH = model.hidden_states(plan), model.head()
     found: dict[int, float] = {}
     start = 0
@@ -106,8 +113,37 @@ def worth(arguments: argparse.Namespace, router: Router) -> dict[str, Any]:
             "to_own_expert": float(np.mean([auto[i] == names[oracle] for i in inside])),
             "prompts": len(inside),
         }
+    read_all = [router.read([prompt], encode) for _, prompt, _ in asked]
+    sizes = {
+        name: (Path(path) / "model.safetensors").stat().st_size for name, path in paths.items()
+    }
+    margins = by_margin(router, read_all, table_MN / tokens, sizes)
     left = [name == BASE for name, row in zip(chosen, rows, strict=True) if row[0] == "general"]
-    return {"domains": found, "general_left_to_base": float(np.mean(left)) if left else None}
+    general = float(np.mean(left)) if left else None
+    return {"domains": found, "general_left_to_base": general, "margins": margins}
+
+
+def by_margin(
+    router: Router, asked: list[Conversation], losses_MN: np.ndarray, sizes: dict[str, int]
+) -> dict[str, dict[str, float]]:
+    """Bytes moved and mean loss by margin; rows of the losses are the base, then the experts."""
+    names = [BASE, *sizes]
+    found = {}
+    for margin in MARGINS:
+        moved, loss = [], []
+        for seed in range(ORDERS):
+            slots: list[str] = []
+            total = 0
+            for index in np.random.default_rng(seed).permutation(len(asked)):
+                made = router.decide_read(asked[index], slots.__contains__, margin).expert
+                name = made if made in sizes else BASE
+                loss.append(losses_MN[names.index(name), index])
+                if name != BASE:
+                    total += 0 if name in slots else sizes[name]
+                    slots = [name, *(other for other in slots if other != name)][:SLOTS]
+            moved.append(total)
+        found[str(margin)] = {"moved_mb": float(np.mean(moved)) / 1e6, "loss": float(np.mean(loss))}
+    return found
 
 
 def main() -> None:
@@ -137,6 +173,8 @@ def main() -> None:
         for name, figures in result["domains"].items()
     ]
     print(table(("domain", *columns), rows))
+    rows = [(m, *(f"{v:.4f}" for v in f.values())) for m, f in result["margins"].items()]
+    print(table(("margin", "moved MB", "loss"), rows))
     print("general prompts left to the base:", result["general_left_to_base"])
     record(arguments.theme, result)
 

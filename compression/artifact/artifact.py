@@ -5,17 +5,16 @@ A directory with `model.safetensors` (all tensors, see `stored.py`), `delta_conf
 and a model card. A weight that the manifest does not list is the base's own.
 """
 
-import hashlib
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from deltamux.compression.artifact.entry import Form
 from deltamux.compression.artifact.manifest import check_manifest, read_manifest, refuse_newer
 from deltamux.compression.artifact.stored import Entry, Stored
+from deltamux.compression.files import open_tensors, sha256
 from deltamux.compression.names import FORMAT, WEIGHTS_FILE
 
 # As safetensors names the dtypes of stored tensors.
@@ -61,9 +60,15 @@ class Artifact:
         """Refuse what slots cannot hold.
 
         Raises:
-            ValueError: The artifact was compressed losslessly.
+            ValueError: The artifact was compressed losslessly, or changes a mixture of experts.
         """
-        if not self.manifest.servable:
+        outside = next((e for e in self.manifest.tensors if e.slot_bytes is None), None)
+        if outside is not None and outside.kind != "exact":
+            raise ValueError(
+                f"{str(self.root)!r} changes {outside.name!r} of a mixture of experts, which vLLM multiplies in one "
+                "kernel that takes no delta a token: `deltamux merge` it and serve that checkpoint"
+            )
+        if outside is not None:
             raise ValueError(
                 f"{str(self.root)!r} was compressed with --lossless, which no slot holds: compress "
                 "the expert again without it, or `deltamux merge` it and serve that checkpoint"
@@ -76,10 +81,14 @@ class Artifact:
             ValueError: One was altered or damaged.
         """
         check_manifest(self.root)
-        found = file_sha256(self.root / WEIGHTS_FILE)
+        path = self.root / WEIGHTS_FILE
+        size, told = path.stat().st_size, self.manifest.totals.weights_file_bytes
+        if size != told:
+            raise self._inconsistent(f"has {size:,} bytes of weights, its manifest says {told:,}")
+        found = sha256(path)
         if found != self.manifest.weights_sha256:
             raise ValueError(
-                f"{str(self.root / WEIGHTS_FILE)!r} has SHA-256 {found[:16]}…, its manifest says "
+                f"{str(path)!r} has SHA-256 {found[:16]}…, its manifest says "
                 f"{self.manifest.weights_sha256[:16]}…: copy or compress it again"
             )
 
@@ -121,24 +130,10 @@ class Artifact:
 
 
 def _open_weights(path: Path) -> Any:
-    # A pipe or device would block or never end.
-    if not path.is_file():
-        raise ValueError(f"{str(path)!r} is missing or no file: copy or compress the expert again")
-    try:
-        weights = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} is truncated or damaged ({error}): copy or compress the expert again"
-        ) from error
+    weights = open_tensors(path, "copy or compress the expert again")
     metadata = weights.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r} is not a deltamux artifact: its format is not {FORMAT!r}")
     version = metadata.get("format_version", "")
     refuse_newer(path, int(version) if version.isdigit() else version)
     return weights
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

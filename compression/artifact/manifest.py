@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +10,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltamux.compression.artifact.matrices import FactoredEntry
 from deltamux.compression.artifact.stored import Entry, ReplacementEntry
-from deltamux.compression.checkpoint.architecture import Role
+from deltamux.compression.files import MOST_SETTINGS_BYTES, open_regular, read_json
 from deltamux.compression.names import FORMAT_VERSION, MANIFEST_FILE
+from deltamux.compression.saving import save_text
 from deltamux.compression.validation import problems
-
-# Of the largest manifest that is read: ours take some hundred bytes a weight.
-MOST_BYTES = 16 * 1024**2
 
 
 class _Model(BaseModel):
@@ -103,10 +100,15 @@ def read_manifest(root: Path) -> Manifest:
         ValueError: It is missing, newer than this version, or not a manifest.
     """
     path = root / MANIFEST_FILE
-    if not path.is_file():
+    if not root.is_dir():
+        raise ValueError(
+            f"{str(root)!r} is no directory: name one; what is on a hub has to be fetched first, with "
+            "`hf download`"
+        )
+    if not path.exists():
         raise ValueError(f"{str(root)!r} has no {MANIFEST_FILE}: it is not a compressed expert")
     try:
-        content = _content(path)
+        content = read_json(path)
         if isinstance(content, dict):
             refuse_newer(path, content.get("format_version", 0))
         manifest = Manifest.model_validate(content)
@@ -124,7 +126,7 @@ def write_manifest(manifest: Manifest, root: Path) -> Manifest:
     """Write a manifest with the hash of its content; returns it."""
     content = json.loads(manifest.model_dump_json(exclude_none=True))
     sealed = manifest.model_copy(update={"sha256": manifest_sha256(content)})
-    (root / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=1, exclude_none=True))
+    save_text(sealed.model_dump_json(indent=1, exclude_none=True), root / MANIFEST_FILE)
     return sealed
 
 
@@ -135,7 +137,7 @@ def check_manifest(root: Path) -> None:
         ValueError: It was altered.
     """
     path = root / MANIFEST_FILE
-    content = _content(path)
+    content = read_json(path)
     if content.get("sha256") != manifest_sha256(content):
         raise ValueError(
             f"{str(path)!r} was altered: its content has another SHA-256 than it says; copy or "
@@ -155,7 +157,8 @@ def content_hash(root: Path) -> str:
 
     It is the SHA-256 of the manifest, which itself carries the SHA-256 of the weights file.
     """
-    return hashlib.sha256((root / MANIFEST_FILE).read_bytes()).hexdigest()[:16]
+    with open_regular(root / MANIFEST_FILE, MOST_SETTINGS_BYTES) as file:
+        return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
 def refuse_newer(path: Path, found: object) -> None:
@@ -171,15 +174,3 @@ def refuse_newer(path: Path, found: object) -> None:
             f"{str(path)!r} has format_version {found}, this deltamux reads up to {FORMAT_VERSION}: "
             "pip install --upgrade deltamux"
         )
-
-
-def linear_entries(manifest: Manifest) -> Iterator[Entry]:
-    """The decoder's linears among the changed weights."""
-    return (entry for entry in manifest.tensors if entry.role is Role.LINEAR)
-
-
-def _content(path: Path) -> Any:
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise ValueError(f"it has {size:,} bytes, manifests have up to {MOST_BYTES:,}")
-    return json.loads(path.read_text(encoding="utf-8"))

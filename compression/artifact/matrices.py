@@ -161,6 +161,13 @@ class FactoredEntry(WeightEntry):
     scaled_by: ClassVar[str] = "left.steps"
     rank: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def _thin(self) -> Self:
+        # A stream of a few bytes may hold a matrix of any size, if nothing bounds it.
+        if self.rank > min(self.shape):
+            raise ValueError(f"{self.name!r} has rank {self.rank}, more than the matrix itself")
+        return self
+
     def forms(self) -> dict[str, Form]:
         """The tensors that the file has to hold."""
         return {

@@ -1,7 +1,6 @@
 """From a base and an artifact back to whole weights: W_base + Δ̂."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,10 @@ from tqdm import tqdm
 from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.artifact.stored import Stored
 from deltamux.compression.checkpoint.architecture import EMBEDDING, tensor_specs
-from deltamux.compression.checkpoint.checkpoint import Checkpoint, save_tensors
+from deltamux.compression.checkpoint.checkpoint import Checkpoint
+from deltamux.compression.files import read_json
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from deltamux.compression.saving import make_folder, save_tensors, save_text
 
 SHARD_BYTES = 2 * 1024**3
 
@@ -98,7 +99,7 @@ def merge(
         raise ValueError(f"{str(output)!r} exists already: name a new directory")
     check_base(artifact, base)
     artifact.check_content()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     load = reconstructed(artifact, base)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         target = Path(scratch) / "checkpoint"
@@ -140,15 +141,13 @@ def _write_shards(
         (target / "model-00001.safetensors").rename(target / WEIGHTS_FILE)
         return
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (target / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True))
+    save_text(json.dumps(index, indent=2, sort_keys=True), target / INDEX_FILE)
 
 
 def _write_side_files(artifact: Artifact, dtype: torch.dtype, target: Path) -> None:
-    config = json.loads((artifact.root / CONFIG_FILE).read_text())
+    config = read_json(artifact.root / CONFIG_FILE)
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-    as_checkpoint = Checkpoint(artifact.root, str(artifact.root), None, {})
-    for path in as_checkpoint.side_files():
-        shutil.copy2(path, target)
+    save_text(json.dumps(config, indent=2), target / CONFIG_FILE)
+    Checkpoint(artifact.root, str(artifact.root), None, {}).copy_side_files(target)

@@ -7,7 +7,7 @@ the tensors behind the weight's name, and the expert's weight W from the base's 
 | kind | tensors | W |
 |---|---|---|
 | exact | `.exact` uint8 [bytes] (`lossless.py`) | bit for bit |
-| replacement | `.replacement` float32 [N] | the norm's own weight |
+| replacement | `.replacement` float32 [N] | the norm's own weight; a router's, [N, K] |
 | bias | `.difference` float32 [N] | W₀ + difference |
 | coded | `.codes` uint8 [bytes] (`entropy.py`), `.steps` bfloat16 [R] or [1] for all rows | W₀ + s (c − z) |
 | | `.rows` uint8 [ceil(N / 8)]: bitmap of the R rows that have codes; absent: all | |
@@ -72,9 +72,14 @@ class Exact:
 
 
 class ReplacementEntry(WeightEntry):
-    """The entry of `Replacement`."""
+    """The entry of `Replacement`.
+
+    Attributes:
+        offset: What the norm adds to its weight.
+    """
 
     kind: Literal["replacement"] = "replacement"
+    offset: float = 0.0
 
     def forms(self) -> dict[str, Form]:
         """The tensors that the file has to hold."""
@@ -82,15 +87,19 @@ class ReplacementEntry(WeightEntry):
 
     def read(self, parts: Parts) -> "Replacement":
         """The weight of these tensors."""
-        return Replacement(self.finite(parts["replacement"]))
+        return Replacement(self.finite(parts["replacement"]), self.offset)
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A norm's own weight, float32 [N], where its change cannot be folded into linears."""
+    """A norm's own weight, float32 [N], where its change cannot be folded into linears; or a router's.
+
+    In a slot stands what the norm multiplies with: the weight and the offset.
+    """
 
     kind: ClassVar[str] = "replacement"
     weight_N: torch.Tensor
+    offset: float = 0.0
 
     @property
     def slot_bytes(self) -> int:
@@ -107,11 +116,11 @@ class Replacement:
 
     def record(self) -> Record:
         """What a slot gets of it."""
-        return vector_record(self.weight_N)
+        return vector_record(self.weight_N + self.offset)
 
     def entry(self, **common: Any) -> ReplacementEntry:
         """What the manifest says of it."""
-        return ReplacementEntry(shape=tuple(self.weight_N.shape), **common)
+        return ReplacementEntry(shape=tuple(self.weight_N.shape), offset=self.offset, **common)
 
 
 class BiasEntry(WeightEntry):

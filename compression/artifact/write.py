@@ -1,7 +1,6 @@
 """Write an artifact: weights, manifest, configuration, recipe, tokenizer files and model card."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from math import prod
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from deltamux.compression.artifact.artifact import file_sha256
 from deltamux.compression.artifact.card import write_card
 from deltamux.compression.artifact.manifest import (
     BaseIdentity,
@@ -20,9 +18,9 @@ from deltamux.compression.artifact.manifest import (
 )
 from deltamux.compression.artifact.stored import Encoded, Entry
 from deltamux.compression.checkpoint.architecture import Role
-from deltamux.compression.checkpoint.checkpoint import save_tensors
 from deltamux.compression.checkpoint.delta import Difference
 from deltamux.compression.evaluate import Evaluation
+from deltamux.compression.files import sha256
 from deltamux.compression.image.layout import RECORD_BYTES, head_bytes
 from deltamux.compression.names import (
     CONFIG_FILE,
@@ -32,6 +30,8 @@ from deltamux.compression.names import (
     WEIGHTS_FILE,
 )
 from deltamux.compression.recipe import Recipe, dump_recipe
+from deltamux.compression.saving import save_tensors, save_text
+from deltamux.compression.streaming.stops import GENERATION_FILE, read_settings, stop_ids
 
 
 def write_artifact(
@@ -51,17 +51,16 @@ def write_artifact(
     base, expert = difference.base, difference.expert
     entries: list[Entry] = []
     tensors: dict[str, torch.Tensor] = {}
+    served = {spec.name for spec in difference.specs if spec.served}
     for weight in weights:
-        entries.append(weight.entry)
+        outside = {} if weight.entry.name in served else {"slot_bytes": None}
+        entries.append(weight.entry.model_copy(update=outside))
         tensors |= weight.named_tensors()
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     save_tensors(tensors, target / WEIGHTS_FILE, metadata)
     order = {spec.name: index for index, spec in enumerate(difference.specs)}
-    (target / RECIPE_FILE).write_text(dump_recipe(recipe))
-    marked = {"quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION}}
-    (target / CONFIG_FILE).write_text(json.dumps(expert.config | marked, indent=2))
-    for path in expert.side_files():
-        shutil.copy2(path, target)
+    save_text(dump_recipe(recipe), target / RECIPE_FILE)
+    _write_side_files(difference, target)
     manifest = Manifest(
         deltamux_version=deltamux_version(),
         expert=expert.source,
@@ -69,11 +68,28 @@ def write_artifact(
             source=base.source, revision=base.revision, sha256=difference.base_hashes
         ),
         tied_embeddings=base.tied,
-        weights_sha256=file_sha256(target / WEIGHTS_FILE),
+        weights_sha256=sha256(target / WEIGHTS_FILE),
         tensors=sorted(entries, key=lambda entry: order[entry.name]),
         totals=_totals(difference, entries, (target / WEIGHTS_FILE).stat().st_size),
     )
     return write_manifest(manifest, target)
+
+
+def _write_side_files(difference: Difference, target: Path) -> None:
+    """The expert's configuration, tokenizer and templates, with all tokens that end its turn where servers look."""
+    expert = difference.expert
+    marked = {
+        "quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION},
+        # A tied expert of an untied base has two matrices once it is merged.
+        "tie_word_embeddings": difference.base.tied,
+    }
+    save_text(json.dumps(expert.config | marked, indent=2), target / CONFIG_FILE)
+    expert.copy_side_files(target)
+    ids = stop_ids(expert.root)
+    if ids:
+        path = target / GENERATION_FILE
+        content = read_settings(path) | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
+        save_text(json.dumps(content, indent=2), path)
 
 
 def finish_artifact(

@@ -6,8 +6,8 @@ stays near the largest tensor in use.
 """
 
 import hashlib
-import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD
+from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD, is_tied
 from deltamux.compression.errors import naming
+from deltamux.compression.files import open_tensors, read_json
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from deltamux.compression.paths import resolve_directory
+from deltamux.compression.saving import make_folder
 
 # What a tokenizer, a chat template and generation defaults are kept in.
 SIDE_FILES = (
@@ -35,8 +36,8 @@ SIDE_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-# What is fetched of a hub's repository.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
+# Chat templates beside the default one, each in a file.
+TEMPLATES_FOLDER = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Checkpoint:
         revision: The hub revision asked for, if any.
         files: Tensor name to the file that holds it.
         spare_head: The file with an lm_head that the configuration ties to the embedding.
+        head_shared: Whether lm_head is listed, and is the embedding's weight.
     """
 
     root: Path
@@ -56,13 +58,13 @@ class Checkpoint:
     revision: str | None
     files: dict[str, Path]
     spare_head: Path | None = None
+    head_shared: bool = False
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The model's `config.json`."""
         path = self.root / CONFIG_FILE
-        with naming(path):
-            config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         if not isinstance(config, dict):
             raise ValueError(f"{str(path)!r} is no configuration: fetch or save it again")
         return config
@@ -76,6 +78,11 @@ class Checkpoint:
         """The same without an lm_head of its own."""
         files = {name: path for name, path in self.files.items() if name != LM_HEAD}
         return replace(self, files=files)
+
+    def with_head(self) -> "Checkpoint":
+        """A tied checkpoint with an lm_head of its own, which is the embedding's weight."""
+        files = self.files | {LM_HEAD: self.files[EMBEDDING]}
+        return replace(self, files=files, head_shared=True)
 
     def head_is_embedding(self) -> bool:
         """Whether the lm_head in the files, if there is one, is the embedding once more."""
@@ -91,11 +98,26 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header."""
-        with self._open(name) as file:
-            return tuple(file.get_slice(name).get_shape())
+        stored = self._stored_name(name)
+        if stored not in self._shapes:
+            with self._open(stored):
+                pass  # which says what is wrong
+        return self._shapes[stored]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all stored tensors: opening a file reads all of its header."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in set(self.files.values()):
+            with _open_safetensors(path) as file:
+                for name in file.keys():  # noqa: SIM118 - a file handle, not a mapping
+                    if self.files.get(name) == path:
+                        found[name] = tuple(file.get_slice(name).get_shape())
+        return found
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, without reading its values."""
+        name = self._stored_name(name)
         with self._open(name) as file:
             values = file.get_slice(name)
             # A single number has nothing to cut.
@@ -109,6 +131,7 @@ class Checkpoint:
         Raises:
             ValueError: The checkpoint has no such tensor.
         """
+        name = self._stored_name(name)
         with self._open(name) as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
@@ -125,15 +148,27 @@ class Checkpoint:
         return sum(path.stat().st_size for path in set(self.files.values()))
 
     def side_files(self) -> Iterator[Path]:
-        """Tokenizer, chat template and generation defaults, as far as present."""
+        """Tokenizer, chat templates and generation defaults, as far as present."""
         for name in SIDE_FILES:
             if (self.root / name).is_file():
                 yield self.root / name
+        yield from sorted((self.root / TEMPLATES_FOLDER).glob("*.jinja"))
+
+    def copy_side_files(self, target: Path) -> None:
+        """Copy them into a directory."""
+        for path in self.side_files():
+            copy = target / path.relative_to(self.root)
+            make_folder(copy.parent)
+            with naming(copy, f"{path.stat().st_size:,} bytes are needed there"):
+                shutil.copy2(path, copy)
 
     def total_bytes(self) -> int:
         """Bytes of weights, configuration, tokenizer and template together."""
         side = sum(path.stat().st_size for path in self.side_files())
         return self.tensor_bytes() + side + (self.root / CONFIG_FILE).stat().st_size
+
+    def _stored_name(self, name: str) -> str:
+        return EMBEDDING if self.head_shared and name == LM_HEAD else name
 
     def _open(self, name: str) -> Any:
         if name not in self.files:
@@ -148,75 +183,115 @@ class Checkpoint:
 
 
 def _open_safetensors(path: Path) -> Any:
-    # A pipe or device would block or never end.
-    if not path.is_file():
-        raise ValueError(f"{str(path)!r} is no file: fetch or save the checkpoint again")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    _check_file(path)
+    return open_tensors(path, "fetch or save the checkpoint again")
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no file that can be read; a pipe or device would block or never end.
+
+    Raises:
+        ValueError: It is missing, a link to nothing, something else than a file, or not readable.
+    """
+    again = "fetch or save the checkpoint again"
+    if path.is_symlink() and not path.exists():
         raise ValueError(
-            f"{str(path)!r} is not a complete safetensors file ({error}); fetch or save it again"
-        ) from error
+            f"{str(path)!r} is a link to {str(path.readlink())!r}, which is not there: {again}"
+        )
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is no file: {again}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{str(path)!r} is not readable for user {os.getuid()}: chmod a+r it")
 
 
-def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, revision: str | None = None, cache: str | Path | None = None
+) -> Checkpoint:
     """Open a checkpoint directory or hub id; reads headers only.
 
     Args:
         source: A directory, or a hub id that is fetched to (or found in) the local cache.
         revision: Hub revision; ignored for a directory.
+        cache: Where hub ids are kept; None: where huggingface_hub keeps them.
 
     Raises:
         ValueError: No safetensors weights, no configuration, or an incomplete shard.
     """
-    root = resolve_directory(str(source), revision)
-    if not (root / CONFIG_FILE).is_file():
-        raise ValueError(f"{str(source)!r} has no {CONFIG_FILE}: name a Hugging Face checkpoint")
+    root = resolve_directory(str(source), revision, cache)
+    config = root / CONFIG_FILE
+    if not config.exists() and not config.is_symlink():
+        raise ValueError(f"{str(source)!r} {_what_else(root)}")
+    _check_file(config)
     files = _tensor_files(root, str(source))
     checkpoint = Checkpoint(root=root, source=str(source), revision=revision, files=files)
-    if checkpoint.config.get("tie_word_embeddings"):
+    if LM_HEAD in files and is_tied(checkpoint.config):
         # Some savers write the shared weight twice.
         return replace(checkpoint, spare_head=files.pop(LM_HEAD, None))
     return checkpoint
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file that other users may read, such as a container's.
-
-    safetensors itself gives it to its owner alone, whatever the umask.
-    """
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    with naming(path, f"{needed:,} bytes are needed there"):
-        save_file(tensors, path, metadata=metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
-def resolve_directory(source: str, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint; a hub id is fetched unless it is cached."""
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"{source!r} is neither a directory nor a hub id like 'org/name'")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
+def _what_else(root: Path) -> str:
+    """What a folder without a configuration is instead."""
+    if (root / "adapter_config.json").is_file():
+        return (
+            "is a LoRA adapter, which needs no compression: name it under `experts` in "
+            "deltamux.yaml, or merge it into its base and name that checkpoint"
+        )
+    inside = sorted(path.parent.name for path in root.glob(f"*/{CONFIG_FILE}"))
+    if inside:
+        return f"has no {CONFIG_FILE}, but its folder {inside[-1]!r} has one: name that one"
+    return f"has no {CONFIG_FILE}: name a Hugging Face checkpoint"
 
 
 def _tensor_files(root: Path, source: str) -> dict[str, Path]:
-    index = root / INDEX_FILE
-    if index.is_file():
-        with naming(index):
-            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-            missing = sorted({file for file in weight_map.values() if not (root / file).is_file()})
-        if missing:
-            raise ValueError(f"{source!r} names the shard {missing[0]!r}, which is not there")
-        return {name: root / file for name, file in weight_map.items()}
-    single = root / WEIGHTS_FILE
-    if not single.is_file():
+    """Tensor name to file: of the single file, else of the index's shards.
+
+    transformers takes the single file where both are there, vLLM the shards: where both are whole, neither is taken.
+    """
+    single, index = root / WEIGHTS_FILE, root / INDEX_FILE
+    if single.exists() or single.is_symlink():
+        if index.is_file():
+            _refuse_both(_shards(index), single, source)
+        with _open_safetensors(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.is_file():
+        raise ValueError(f"{source!r} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{_others(root)}")
+    shards = _shards(index)
+    for path in sorted(set(shards.values())):
+        if not path.exists() and not path.is_symlink():
+            raise ValueError(f"{source!r} names the shard {path.name!r}, which is not there")
+        _check_file(path)
+    return shards
+
+
+def _shards(index: Path) -> dict[str, Path]:
+    content = read_json(index)
+    with naming(index, "save the checkpoint again"):
+        weight_map = dict(content["weight_map"])
+        names = {Path(file).name for file in weight_map.values()}
+        if names != set(weight_map.values()):
+            raise TypeError("its weight_map names files outside of its folder")
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _refuse_both(shards: dict[str, Path], single: Path, source: str) -> None:
+    other = {path for path in shards.values() if path != single}
+    if other and all(path.is_file() for path in other):
         raise ValueError(
-            f"{source!r} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: save it as safetensors first"
+            f"{source!r} holds {WEIGHTS_FILE} and the shards of {INDEX_FILE}, of which one is left "
+            "over from before: delete the older one"
         )
-    with _open_safetensors(single) as file:
-        return dict.fromkeys(file.keys(), single)
+
+
+def _others(root: Path) -> str:
+    """What weights a folder has instead of safetensors, and what to do about it."""
+    kinds = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.safetensors")
+    found = sorted(path.name for kind in kinds for path in root.glob(kind))
+    if not found:
+        return ": it has no weights"
+    if (root / "adapter_model.safetensors").is_file():
+        return " but a LoRA adapter: merge it into its base and save the result"
+    return (
+        f" but {found[0]!r}: load it with transformers and write it with save_pretrained(), which "
+        "saves as safetensors"
+    )

@@ -1,14 +1,14 @@
 """The delta between an expert and its base, tensor by tensor.
 
 RMSNorm changes are folded into the linears that read the norm, so that the base path stays as it
-is: with x̂ the normalized activation, the expert computes W_ft (g_ft ⊙ x̂) and the base feeds
-g_base ⊙ x̂, hence
+is: with x̂ the normalized activation and g what the norm multiplies with (its weight, or one more), the expert
+computes W_ft (g_ft ⊙ x̂) and the base feeds g_base ⊙ x̂, hence
 
     Δ = W_ft · diag(g_ft / g_base) − W_base .
 
-Where some weight of the norm is zero or tiny beside its change, before or after, the norm is not folded but
+Where some g is zero or tiny beside its change, before or after, the norm is not folded but
 replaced: its own weight is stored and applied per token, and the linears keep the plain difference
-W_ft − W_base.
+W_ft − W_base. So is a norm that no linear reads, as those behind attention and MLP of some models.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from deltamux.compression.checkpoint.architecture import (
     LM_HEAD,
     Role,
     TensorSpec,
+    configuration,
+    is_tied,
     tensor_specs,
 )
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
@@ -34,14 +36,38 @@ FOLD_LIMIT = 100.0
 # What a weight may be stored in: a narrower float is worth nothing without its scale.
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Settings that change what the weights mean: a delta across two values of them is undefined.
-SAME_SETTINGS = (
-    "model_type",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
+# Settings that may differ: they change how a model is trained, stored or asked, and not what its weights mean.
+FREE_SETTINGS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "max_position_embeddings",
+        "max_window_layers",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "resid_pdrop",
+        "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "tie_word_embeddings",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+        "vocab_size",
+    }
 )
 
 
@@ -83,7 +109,7 @@ class Difference:
                     )
 
     def delta(self, spec: TensorSpec) -> torch.Tensor:
-        """The delta of a linear, bias, embedding or lm_head, float32, in the tensor's shape.
+        """The delta of anything but a norm, float32, in the tensor's shape.
 
         Raises:
             ValueError: The delta holds NaN or infinity.
@@ -109,7 +135,9 @@ class Difference:
         return moment_KK * inverse_K.unsqueeze(1) * inverse_K
 
     def _norm_ratio(self, norm: str) -> torch.Tensor:
-        weight, tuned = self.base.load(norm).float(), self.expert.load(norm).float()
+        offset = next(spec.offset for spec in self.specs if spec.name == norm)
+        weight = self.base.load(norm).float() + offset
+        tuned = self.expert.load(norm).float() + offset
         # 0 / 0: the channel is dead before and after.
         return torch.where(weight == tuned, 1.0, tuned / weight)
 
@@ -126,10 +154,15 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
     for checkpoint in (base, expert):
         _check_full_width(checkpoint)
     _check_settings(base, expert)
+    for checkpoint in (base, expert):
+        tensor_specs(checkpoint.config, set(checkpoint.files))
+    _check_head(base)
     if base.tied and not expert.tied and expert.head_is_embedding():
         expert = expert.as_tied()
+    elif expert.tied and not base.tied:
+        # Its head is its embedding, whatever the base's is.
+        expert = expert.with_head()
     specs = tensor_specs(base.config, set(base.files))
-    expert_specs = tensor_specs(expert.config, set(expert.files))
     for checkpoint in (base, expert):
         if checkpoint.spare_head is not None and not checkpoint.head_is_embedding():
             raise ValueError(
@@ -138,12 +171,9 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
             )
     if base.tied != expert.tied:
         raise ValueError(
-            f"{LM_HEAD!r} is tied to {EMBEDDING!r} in one of {base.source!r} and "
-            f"{expert.source!r} but not in the other: save both the same way"
+            f"{LM_HEAD!r} is tied to {EMBEDDING!r} in {base.source!r} but not in "
+            f"{expert.source!r}, where they differ: save the base untied, with its {LM_HEAD!r}"
         )
-    for spec in expert_specs:
-        if spec.name not in base:
-            raise ValueError(f"tensor {spec.name!r} of the expert is missing from the base")
     for spec in specs:
         if base.shape(spec.name) != expert.shape(spec.name):
             raise ValueError(
@@ -152,6 +182,14 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
             )
     folded, replaced = _sort_norms(base, expert, specs)
     return Difference(base, expert, specs, folded, replaced)
+
+
+def _check_head(base: Checkpoint) -> None:
+    if base.tied and not is_tied(base.config):
+        raise ValueError(
+            f"{base.source!r} has no {LM_HEAD!r}, though its configuration does not tie it to {EMBEDDING!r}: "
+            "save it with its head, or with tie_word_embeddings true"
+        )
 
 
 def _check_full_width(checkpoint: Checkpoint) -> None:
@@ -174,14 +212,21 @@ def _check_full_width(checkpoint: Checkpoint) -> None:
 
 
 def _check_settings(base: Checkpoint, expert: Checkpoint) -> None:
-    for key in SAME_SETTINGS:
-        # A setting that one side leaves to transformers' default is not compared.
-        if base.config.get(key) is not None and expert.config.get(key) is not None:
-            _check_equal(key, base.config[key], expert.config[key])
-    ours, theirs = _position_settings(base), _position_settings(expert)
-    for key, value in ours.items():
-        if key in theirs:
-            _check_equal(key, value, theirs[key])
+    """Compare what transformers makes of both configurations, with its defaults filled in."""
+    key = "model_type"
+    _check_equal(key, base.config.get(key), expert.config.get(key))
+    found = configuration(base.config)
+    ours, theirs = found.to_dict(), configuration(expert.config).to_dict()
+    for key in sorted(type(found)().to_dict()):
+        if key not in FREE_SETTINGS:
+            _check_equal(key, *(_without_old_name(each.get(key)) for each in (ours, theirs)))
+
+
+def _without_old_name(value: Any) -> Any:
+    """RoPE settings without the name that their kind had once, beside the one that it has now."""
+    if isinstance(value, dict) and "rope_type" in value:
+        return {key: each for key, each in value.items() if key != "type"}
+    return value
 
 
 def _check_equal(key: str, ours: Any, theirs: Any) -> None:
@@ -190,28 +235,6 @@ def _check_equal(key: str, ours: Any, theirs: Any) -> None:
             f"setting {key!r} is {ours!r} in the base and {theirs!r} in the expert: "
             "a delta needs equal ones"
         )
-
-
-def _position_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """RoPE base and scaling under one pair of names, and the attention window.
-
-    transformers 5 renamed and nested the RoPE settings; a window of null means none, as does a
-    window that is switched off.
-    """
-    config = checkpoint.config
-    nested = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = nested.pop("rope_theta", config.get("rope_theta"))
-    legacy = nested.pop("type", "default")
-    nested.setdefault("rope_type", legacy)
-    if nested["rope_type"] == "default":
-        nested = {}
-    settings: dict[str, Any] = {"rope_scaling": nested}
-    if theta is not None:
-        settings["rope_theta"] = theta
-    if "sliding_window" in config:
-        on = config.get("use_sliding_window", True)
-        settings["sliding_window"] = config["sliding_window"] if on else None
-    return settings
 
 
 def _sort_norms(
@@ -223,7 +246,8 @@ def _sort_norms(
     for spec in specs:
         if spec.role is not Role.NORM:
             continue
-        weight, tuned = base.load(spec.name).float(), expert.load(spec.name).float()
+        weight = base.load(spec.name).float() + spec.offset
+        tuned = expert.load(spec.name).float() + spec.offset
         if not torch.isfinite(tuned).all():
             raise ValueError(f"tensor {spec.name!r} holds NaN or infinity: repair the checkpoint")
         if torch.equal(weight, tuned):

@@ -203,6 +203,12 @@ def importances(
     if kind is Importance.ENERGY:
         return [math.sqrt(ladder.energy) for ladder in ladders]
     felt = output_sensitivity(expert, samples[:SENSITIVITY_SAMPLES])
+    unknown = [ladder.name for ladder in ladders if ladder.name not in felt]
+    if unknown:
+        raise ValueError(
+            f"importance 'fisher' follows gradients through linears, and {unknown[0]!r} is stacked with others: "
+            "set allocation.importance to weights or energy"
+        )
     return [math.sqrt(ladder.energy * float(felt[ladder.name].mean())) for ladder in ladders]
 
 

@@ -102,34 +102,36 @@ class _Teacher:
     """The expert's final hidden states on every batch."""
 
     def __init__(self, expert: Checkpoint, plan: list[list[Sample]]) -> None:
-        model = StreamedModel(expert.root, expert.load, torch.float32, expert.tied)
+        self._model = StreamedModel(expert.config, expert.load, torch.float32, expert.tied)
         self.plan = plan
-        self.head_VH = model.head()
-        counts = [sum(len(sample.predicted) for sample in batch) for batch in plan]
-        self.hidden = model.hidden_states(plan).split(counts)
+        self._head_VH = self._model.head()
+        self._hidden_PH = self._model.hidden_states(plan)
 
-    def log_probabilities(self, batch: int) -> torch.Tensor:
-        return functional.log_softmax(self.hidden[batch] @ self.head_VH.T, dim=-1)
+    @torch.no_grad()
+    def log_probabilities(self, places: slice) -> torch.Tensor:
+        logits_PV = self._model.logits(self._hidden_PH[places], self._head_VH)
+        return functional.log_softmax(logits_PV, dim=-1)
 
 
 def _gradient(
     student: Student, stretches: dict[str, float], teacher: _Teacher, expert: Checkpoint
 ) -> tuple[float, dict[str, float]]:
     """KL in nats per predicting position, and its slope in the logarithm of every stretch."""
-    model = StreamedModel(expert.root, student.scaled(stretches), torch.float32, expert.tied)
+    model = StreamedModel(expert.config, student.scaled(stretches), torch.float32, expert.tied)
     run = Activated.through(model, teacher.plan)
     positions = sum(len(state.targets_P) for state in run.states)
     head_VH = model.head()
     total = 0.0
 
-    def at(final_PH: torch.Tensor, batch: int) -> torch.Tensor:
+    def divergence(final_PH: torch.Tensor, places: slice) -> torch.Tensor:
         nonlocal total
-        wanted = teacher.log_probabilities(batch)
-        log = functional.log_softmax(final_PH @ head_VH.T, dim=-1)
-        total += float(functional.kl_div(log, wanted, log_target=True, reduction="sum"))
-        return (log.exp() - wanted.exp()) @ head_VH / positions
+        wanted_PV = teacher.log_probabilities(places)
+        logs_PV = functional.log_softmax(model.logits(final_PH, head_VH), dim=-1)
+        found = functional.kl_div(logs_PV, wanted_PV, log_target=True, reduction="sum")
+        total += float(found.detach())
+        return found / positions
 
-    gradients = final_gradients(run, at)
+    gradients = final_gradients(run, divergence)
     slopes = dict.fromkeys(stretches, 0.0)
     deltas: dict[str, torch.Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""The weights that leave no choice: embedding, lm_head, norms and biases; and every weight of a lossless artifact."""
+"""The weights that leave no choice: embedding, lm_head, norms, biases and routers; and every weight of a lossless artifact."""
 
 import torch
 from tqdm import tqdm
@@ -35,7 +35,12 @@ def fixed_weights(
     for spec in difference.specs:
         if spec.name in difference.replaced:
             weight_N = difference.expert.load(spec.name).float()
-            found.append(Encoded.of(spec, Replacement(weight_N)))
+            found.append(Encoded.of(spec, Replacement(weight_N, spec.offset)))
+        elif spec.role is Role.ROUTER:
+            delta = difference.delta(spec)
+            if delta.any():
+                whole = difference.base.load(spec.name).float() + delta
+                found.append(Encoded.of(spec, Replacement(whole)))
         elif spec.role not in (Role.NORM, Role.LINEAR):
             delta = difference.delta(spec)
             if delta.any():

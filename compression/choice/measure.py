@@ -10,7 +10,7 @@ from tqdm import tqdm
 from deltamux.compression.artifact.manifest import deltamux_version
 from deltamux.compression.artifact.matrices import Coded, Factored
 from deltamux.compression.artifact.stored import Encoded, LinearDelta
-from deltamux.compression.checkpoint.architecture import Role, TensorSpec, first_reader
+from deltamux.compression.checkpoint.architecture import Role, TensorSpec
 from deltamux.compression.checkpoint.delta import Difference
 from deltamux.compression.choice.workspace import ENTRIES, Ladder, Workspace
 from deltamux.compression.recipe import Recipe
@@ -128,7 +128,7 @@ def _changed(
         delta_NK = difference.delta(spec).to(moment_KK.device)
         if not delta_NK.any():
             continue
-        reader = first_reader(spec.name)
+        reader = spec.reader or spec.name
         if reader not in inputs:
             served_KK = difference.served_moment(spec, moment_KK)
             inputs[reader] = served_KK, curvature(served_KK, spec.name)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from deltamux.compression.artifact.stored import Encoded, LinearEntry
+from deltamux.compression.saving import make_folder, save_tensors, save_text
 
 KEY_FILE = "key.json"
 
@@ -58,8 +58,8 @@ class Workspace:
         self.root = root
         if not _same_key(root / KEY_FILE, key):
             shutil.rmtree(root, ignore_errors=True)
-            root.mkdir(parents=True)
-            (root / KEY_FILE).write_text(json.dumps(key))
+            make_folder(root)
+            save_text(json.dumps(key), root / KEY_FILE)
 
     def has(self, layer: int) -> bool:
         """Whether a layer is finished."""
@@ -79,7 +79,7 @@ class Workspace:
             for index, each in enumerate(encoded)
             for name, tensor in each.named_tensors().items()
         }
-        save_file(tensors, self._weights(layer))
+        save_tensors(tensors, self._weights(layer), {})
         content = [
             {
                 "name": ladder.name,
@@ -89,7 +89,7 @@ class Workspace:
             for ladder in ladders
         ]
         scratch = self._index(layer).with_suffix(".part")
-        scratch.write_text(json.dumps(content))
+        save_text(json.dumps(content), scratch)
         scratch.replace(self._index(layer))
 
     def ladders(self, layer: int) -> list[Ladder]:

@@ -9,7 +9,6 @@ Shapes: N output rows, K input channels, r directions.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deltamux.compression.checkpoint.architecture import LINEARS
+from deltamux.compression.files import open_tensors, read_json, sha256
 from deltamux.compression.image.layout import Record, section_bytes
 from deltamux.compression.image.weights import adapter_record
 from deltamux.compression.validation import problems
@@ -30,6 +28,11 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 RIGHT, LEFT = ".lora_A.weight", ".lora_B.weight"
+
+
+# Patterns over module names that take polynomial time: no groups, so that no repetition stands in another.
+PATTERN = re.compile(r"(?:[\w$^|.-]|\\[.dw]|\[[\w-]+\]|[*+?])*", re.ASCII)
+MOST_REPETITIONS = 4
 
 
 class AdapterConfig(BaseModel):
@@ -48,6 +51,21 @@ class AdapterConfig(BaseModel):
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     base_model_name_or_path: str | None = None
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _quick(cls, patterns: dict[str, Any] | None) -> dict[str, Any] | None:
+        for pattern in patterns or {}:
+            repeated = sum(pattern.count(each) for each in "*+?")
+            if not PATTERN.fullmatch(pattern) or repeated > MOST_REPETITIONS:
+                raise ValueError(
+                    f"the pattern {pattern[:80]!r} is not simple: name modules in full"
+                )
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"the pattern {pattern[:80]!r} is none: {error}") from error
+        return patterns
 
     def scale(self, module: str, rank: int) -> float:
         """What B A is multiplied with in a module."""
@@ -89,9 +107,9 @@ class Adapter:
     @cached_property
     def content(self) -> str:
         """The identity of its content, 16 hex digits: SHA-256 of configuration and weights."""
-        digest = hashlib.sha256((self.root / CONFIG_FILE).read_bytes())
-        with (self.root / WEIGHTS_FILE).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest = hashlib.sha256()
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            digest.update(sha256(self.root / name).encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -101,12 +119,20 @@ class Adapter:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the linears that it changes."""
-        weights = sum(
+        """Of the linears that it changes, on disk."""
+        return 8 * self.num_bytes / self._num_weights
+
+    @property
+    def slot_bits_per_weight(self) -> float:
+        """Of the linears that it changes, in a slot."""
+        return 8 * self.slot_bytes / self._num_weights
+
+    @property
+    def _num_weights(self) -> int:
+        return sum(
             self._shape(f"{module}{LEFT}")[0] * self._shape(f"{module}{RIGHT}")[1]
             for module in self.ranks
         )
-        return 8 * self.num_bytes / weights
 
     @property
     def slot_bytes(self) -> int:
@@ -132,7 +158,7 @@ class Adapter:
         rank, found = self.ranks[module], shapes.get(f"{module}.weight")
         if found is None:
             raise ValueError(
-                f"{str(self.root)!r} changes {module!r}, which this base does not have"
+                f"{str(self.root)!r} changes {module!r}, which this base does not have outside of a mixture's experts"
             )
         shape = self._shape(f"{module}{LEFT}")[0], self._shape(f"{module}{RIGHT}")[1]
         if shape != found:
@@ -145,9 +171,9 @@ class Adapter:
 
         def read() -> Record:
             right_rK, left_Nr = self._get(f"{module}{RIGHT}"), self._get(f"{module}{LEFT}")
-            if kept:
-                return adapter_record(right_rK, left_Nr * scale)
-            return adapter_record(right_rK.float(), left_Nr.float() * scale)
+            if not kept:
+                right_rK, left_Nr = right_rK.float(), left_Nr.float()
+            return adapter_record(right_rK, self._finite(left_Nr * scale, f"{module}{LEFT}"))
 
         return read
 
@@ -161,8 +187,8 @@ class Adapter:
     def _read_config(self) -> AdapterConfig:
         path = self.root / CONFIG_FILE
         try:
-            config = AdapterConfig.model_validate(json.loads(path.read_text()))
-        except (OSError, json.JSONDecodeError, ValidationError) as error:
+            config = AdapterConfig.model_validate(read_json(path))
+        except (ValueError, ValidationError) as error:
             raise ValueError(
                 f"{str(path)!r} is no LoRA adapter's configuration: {problems(error)}"
             ) from error
@@ -181,13 +207,7 @@ class Adapter:
         return config
 
     def _open_weights(self) -> Any:
-        path = self.root / WEIGHTS_FILE
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{str(path)!r} is missing or truncated ({error}): save the adapter as safetensors"
-            ) from error
+        return open_tensors(self.root / WEIGHTS_FILE, "save the adapter as safetensors")
 
     def _find_modules(self) -> dict[str, int]:
         """Rank of every module that it changes."""
@@ -202,16 +222,20 @@ class Adapter:
                 )
             if not key.endswith(RIGHT):
                 continue
-            if not module.endswith(tuple(LINEARS)):
+            if ".layers." not in module:
                 raise ValueError(
-                    f"{str(self.root)!r} changes {module!r}; slots hold factors of "
-                    f"{', '.join(name.rpartition('.')[2] for name in LINEARS)}"
+                    f"{str(self.root)!r} changes {module!r}; slots hold factors of the linears of layers: merge the "
+                    "adapter into the base and compress the result"
                 )
             if f"{PREFIX}{module}{LEFT}" not in keys:
                 raise ValueError(f"{str(self.root)!r} lacks lora_B of {module!r}: save it again")
-            ranks[module] = self._shape(f"{module}{RIGHT}")[0]
-            if self._shape(f"{module}{LEFT}")[1] != ranks[module]:
-                raise ValueError(f"the factors of {module!r} do not fit: save the adapter again")
+            right, left = (self._shape(f"{module}{side}") for side in (RIGHT, LEFT))
+            if len(right) != 2 or len(left) != 2 or left[1] != right[0] or 0 in (*left, *right):
+                raise ValueError(
+                    f"the factors of {module!r} in {str(self.root)!r} are {list(right)} and "
+                    f"{list(left)}, which do not fit: save the adapter again"
+                )
+            ranks[module] = right[0]
         if not ranks:
             raise ValueError(f"{str(self.root)!r} changes no module: save the adapter again")
         return ranks
@@ -221,6 +245,9 @@ class Adapter:
 
     def _get(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._weights.get_tensor(PREFIX + name)
+        return self._finite(tensor, name)
+
+    def _finite(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"{name!r} of {str(self.root)!r} is not finite: save the adapter again"

@@ -145,19 +145,16 @@ def check_image(image: torch.Tensor, count: int) -> None:
         ValueError: The message says what it is instead.
     """
     if image.numel() < head_bytes(count):
-        raise ValueError(f"{image.numel()} bytes are no slot image: copy the file again")
+        raise ValueError(f"{image.numel()} bytes are no slot image")
     magic, version, records, units = image[:16].view(torch.int32).tolist()
     if magic != MAGIC:
-        raise ValueError("the file is no slot image: delete it, it is made again")
+        raise ValueError(f"it begins with {magic:#x}, no slot image does")
     if version != VERSION:
-        raise ValueError(
-            f"the slot image has version {version}, this deltamux reads {VERSION}: "
-            "delete it, it is made again"
-        )
+        raise ValueError(f"the slot image has version {version}, this deltamux reads {VERSION}")
     if records != count or units * UNIT != image.numel():
         raise ValueError(
             f"the slot image has {records} records and {units * UNIT} bytes, expected {count} and "
-            f"{image.numel()}: it is damaged or of another base; delete it, it is made again"
+            f"{image.numel()}: it is damaged or of another base"
         )
 
 

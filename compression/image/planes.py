@@ -9,7 +9,7 @@ forms the smallest is taken, each is exact:
 
 - plane: column j of a row is in bits 2 (j mod 4) and up of byte ⌊j / 4⌋; rows are padded to 16 bytes.
 - escapes: uint16, the low 12 bits a column within its block of 4096, the high 4 bits d + 8 with −8 ≤ d ≤ 7; by row,
-  block and column. A difference beyond takes several. `starts` [R · blocks + 1] says where each row's block begins.
+  block and column. A difference beyond takes several. Code and escapes of a place come to −16 … 31. `starts` [R · blocks + 1] says where each row's block begins.
 
 Shapes: R coded rows, K columns, L codes that occur, E escapes.
 """
@@ -77,13 +77,12 @@ def _forms(counts_L: npt.NDArray[np.int64], rows: int, columns: int, zero: float
     plane = section_bytes(rows * row_stride(columns))
     starts = section_bytes(4 * (rows * blocks(columns) + 1))
     yield Form(2, 0, 0, 2 * plane)
-    codes = np.arange(len(counts_L))
-    for window in range(max(1, len(counts_L) - PLANE_CODES + 1)):
-        cut = codes - codes.clip(window, window + PLANE_CODES - 1)
-        yield _escaped(1, window, int(counts_L @ _parts(cut)), plane, starts)
+    counts: list[int] = counts_L.tolist()
+    for window in range(max(1, len(counts) - PLANE_CODES + 1)):
+        escapes = _count_escapes(counts, window, window + PLANE_CODES - 1)
+        yield _escaped(1, window, escapes, plane, starts)
     if zero == int(zero):
-        cut = codes - int(zero)
-        yield _escaped(0, int(zero), int(counts_L @ _parts(cut)), 0, starts)
+        yield _escaped(0, int(zero), _count_escapes(counts, int(zero), int(zero)), 0, starts)
 
 
 def _escaped(planes: int, window: int, escapes: int, plane: int, starts: int) -> Form:
@@ -91,11 +90,18 @@ def _escaped(planes: int, window: int, escapes: int, plane: int, starts: int) ->
     return Form(planes, window, escapes, plane + rest)
 
 
-def _parts(differences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How many escapes each difference takes."""
-    up = -(-differences.clip(0) // HIGHEST_DIFFERENCE)
-    down = -(differences.clip(max=0) // -LOWEST_DIFFERENCE)
-    return np.asarray(up + down)
+def _count_escapes(counts: list[int], lowest: int, highest: int) -> int:
+    """How many escapes codes outside of a window take: one each step of what an escape can say."""
+    below = sum(
+        count * -((code - lowest) // -LOWEST_DIFFERENCE)
+        for code, count in enumerate(counts[:lowest])
+    )
+    above = sum(
+        count * -((highest - code) // HIGHEST_DIFFERENCE)
+        for code, count in enumerate(counts)
+        if code > highest
+    )
+    return below + above
 
 
 def blocks(columns: int) -> int:

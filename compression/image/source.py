@@ -25,7 +25,8 @@ class Source(Protocol):
         root: The directory.
         content: The identity of its content, 16 hex digits.
         num_bytes: Size of its weights file.
-        bits_per_weight: Of the base's linears.
+        bits_per_weight: Of the base's linears, on disk.
+        slot_bits_per_weight: The same in a slot; None where the manifest does not say it.
         rank: The largest rank of its factors; 0: it has none.
         norms: The norm weights that it replaces.
     """
@@ -34,6 +35,7 @@ class Source(Protocol):
     content: str
     num_bytes: int
     bits_per_weight: float
+    slot_bits_per_weight: float | None
     rank: int
     norms: frozenset[str]
 
@@ -73,6 +75,7 @@ class CompressedExpert:
         totals = self._artifact.manifest.totals
         self.num_bytes = totals.weights_file_bytes
         self.bits_per_weight = totals.bits_per_weight
+        self.slot_bits_per_weight = totals.slot_bits_per_weight
         self._image_bytes = totals.slot_bytes or 0
         self.rank = self._artifact.manifest.rank
         self.norms = self._artifact.manifest.norms
@@ -114,6 +117,7 @@ class LoraExpert:
         self.num_bytes = self._adapter.num_bytes
         self.rank = max(self._adapter.ranks.values())
         self.bits_per_weight = self._adapter.bits_per_weight
+        self.slot_bits_per_weight: float | None = self._adapter.slot_bits_per_weight
 
     def check_content(self) -> None:
         """Nothing says what an adapter's content should be."""
@@ -140,6 +144,6 @@ def open_source(root: Path, max_rank: int) -> Source:
     Raises:
         ValueError: It is neither, damaged, newer than this version, or no slot holds it.
     """
-    if (root / lora.CONFIG_FILE).is_file():
+    if (root / lora.CONFIG_FILE).exists():
         return LoraExpert(root, max_rank)
     return CompressedExpert(root)

@@ -92,13 +92,12 @@ void pack_row(const uint8_t *codes, int64_t first, int64_t stop, int window, boo
         uint64_t eight = EACH * uint64_t(window);
         std::memcpy(&eight, codes + j, size_t(std::min<int64_t>(8, stop - j)));
         uint64_t moved = (eight | EACH << 7) - EACH * uint64_t(window);
-        if (((moved & outside) ^ EACH << 7) != 0) {
-            for (int64_t k = j; k < std::min(j + 8, stop); k++) {
-                int code = codes[k], clipped = std::clamp(code, window, highest);
-                escapes.add(k, code - clipped);
-                int shift = int(k - j) * 8;
-                moved = (moved & ~(255ull << shift)) | uint64_t(clipped - window) << shift;
-            }
+        for (uint64_t left = (moved & outside) ^ EACH << 7; left != 0;) {
+            int shift = __builtin_ctzll(left) & ~7;
+            int code = int(eight >> shift & 255), clipped = std::clamp(code, window, highest);
+            escapes.add(j + shift / 8, code - clipped);
+            moved = (moved & ~(255ull << shift)) | uint64_t(clipped - window) << shift;
+            left &= ~(255ull << shift);
         }
         if (!plane) continue;
         uint16_t packed = pack_eight(moved & EACH * 3);
@@ -152,17 +151,26 @@ EXPORTED int deltamux_expand(const uint8_t *symbols, int64_t count, int lowest, 
 EXPORTED void deltamux_count(const uint8_t *codes, int64_t size, int64_t *counts) {
     constexpr int64_t MOST = int64_t(1) << 30;
     for (int64_t start = 0; start < size; start += MOST) {
-        // Neighbours are often alike: counting them apart does not wait for the count before.
-        uint32_t parts[4][256] = {};
+        // Neighbours are often alike: counting them apart does not wait for the count before. Two codes
+        // below 16 are counted as one.
+        uint32_t pairs[4][256] = {};
         int64_t stop = std::min(size, start + MOST), at = start;
         for (; at + 8 <= stop; at += 8) {
             uint64_t eight;
             std::memcpy(&eight, codes + at, sizeof eight);
-            for (int each = 0; each < 8; each++) parts[each & 3][eight >> 8 * each & 255]++;
+            if (eight & 0xF0F0F0F0F0F0F0F0ull) {
+                for (int each = 0; each < 8; each++) counts[codes[at + each]]++;
+                continue;
+            }
+            eight |= eight >> 4;
+            for (int each = 0; each < 4; each++) pairs[each][eight >> 16 * each & 255]++;
         }
-        for (; at < stop; at++) parts[0][codes[at]]++;
-        for (int code = 0; code < 256; code++) {
-            for (auto &part : parts) counts[code] += part[code];
+        for (; at < stop; at++) counts[codes[at]]++;
+        for (int pair = 0; pair < 256; pair++) {
+            for (auto &part : pairs) {
+                counts[pair & 15] += part[pair];
+                counts[pair >> 4] += part[pair];
+            }
         }
     }
 }

@@ -17,6 +17,10 @@ from deltamux.compression.streaming.text import Sample
 
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Linear weight name, its input [B, T, K], the gradient at its output [B, T, N]."""
+Objective = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Final hidden states [P, H] of predicting positions, which ones of all they are, to a scalar."""
+# Positions whose logits are in memory at once.
+HEAD_CHUNK = 256
 
 
 @dataclass
@@ -44,25 +48,34 @@ class Activated:
         return cls(model, states, entering)
 
 
-def final_gradients(
-    run: Activated, gradient_at: Callable[[torch.Tensor, int], torch.Tensor]
-) -> list[torch.Tensor]:
-    """Gradients at the last layer's output, one tensor a batch.
+def final_gradients(run: Activated, objective: Objective) -> list[torch.Tensor]:
+    """Gradients of an objective at the last layer's output, one tensor a batch.
 
     Args:
         run: The forward pass.
-        gradient_at: From the final hidden states [P, H] of the predicting positions and the batch's
-            index to the gradient there.
+        objective: From the final hidden states [P, H] of some predicting positions, and which ones of all
+            batches' they are, to a sum over them.
     """
     gradients: list[torch.Tensor] = []
+    begin = 0
     with run.model.filled(run.model.model.norm, FINAL_NORM.removesuffix("weight")) as norm:
-        for index, state in enumerate(run.states):
+        for state in run.states:
             hidden_BTH = state.hidden_BTH.detach().requires_grad_()
             final_PH = norm(hidden_BTH[state.predicting_BT])
-            with torch.no_grad():
-                gradient_PH = gradient_at(final_PH, index)
+            gradient_PH = _gradient(objective, final_PH.detach(), begin)
             gradients += torch.autograd.grad(final_PH, hidden_BTH, gradient_PH)
+            begin += len(final_PH)
     return gradients
+
+
+def _gradient(objective: Objective, final_PH: torch.Tensor, begin: int) -> torch.Tensor:
+    """Its gradient at final hidden states, a chunk at a time: logits of all of them would not fit in memory."""
+    parts = [final_PH[:0]]
+    for start in range(0, len(final_PH), HEAD_CHUNK):
+        chunk_PH = final_PH[start : start + HEAD_CHUNK].requires_grad_()
+        places = slice(begin + start, begin + start + len(chunk_PH))
+        parts += torch.autograd.grad(objective(chunk_PH, places), chunk_PH)
+    return torch.cat(parts)
 
 
 def layer_gradients(

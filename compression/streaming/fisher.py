@@ -34,15 +34,15 @@ def output_sensitivity(expert: Checkpoint, samples: list[Sample]) -> dict[str, t
     Returns:
         Linear weight name to float32 [N] on the CPU, nats per squared output unit.
     """
-    streamed = StreamedModel(expert.root, expert.load, torch.float32, expert.tied)
+    streamed = StreamedModel(expert.config, expert.load, torch.float32, expert.tied)
     run = Activated.through(streamed, list(batches(samples, BATCH_TOKENS)))
     generator = torch.Generator(streamed.device).manual_seed(SEED)
     head_VH = streamed.head()
 
-    def drawn(final_PH: torch.Tensor, _batch: int) -> torch.Tensor:
-        probabilities = functional.softmax(final_PH @ head_VH.T, dim=-1)
-        tokens = torch.multinomial(probabilities, 1, generator=generator)
-        return head_VH[tokens.squeeze(1)] - probabilities @ head_VH
+    def drawn(final_PH: torch.Tensor, _places: slice) -> torch.Tensor:
+        logs_PV = functional.log_softmax(streamed.logits(final_PH, head_VH), dim=-1)
+        tokens = torch.multinomial(logs_PV.detach().exp(), 1, generator=generator)
+        return logs_PV.gather(1, tokens).sum()
 
     gradients = final_gradients(run, drawn)
     positions = sum(len(state.targets_P) for state in run.states)

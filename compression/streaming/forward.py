@@ -5,11 +5,11 @@ source, runs over all batches, and is emptied again, so that memory holds one la
 activations between two layers.
 """
 
+import copy
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from deltamux.compression.checkpoint.architecture import (
     EMBEDDING,
     FINAL_NORM,
     LM_HEAD,
+    architecture,
+    build_empty,
     layer_prefix,
 )
 from deltamux.compression.streaming.text import Sample
@@ -55,7 +57,7 @@ class StreamedModel:
     """The decoder of a checkpoint's architecture over a weight source.
 
     Args:
-        config_directory: A checkpoint whose `config.json` describes the architecture.
+        config: The content of the checkpoint's `config.json`.
         source: Gives every weight by its checkpoint name.
         dtype: The dtype to compute in.
         tied: Whether lm_head is the embedding.
@@ -64,22 +66,17 @@ class StreamedModel:
 
     def __init__(
         self,
-        config_directory: Path,
+        config: dict[str, Any],
         source: WeightSource,
         dtype: torch.dtype,
         tied: bool,
         device: torch.device | None = None,
     ) -> None:
-        from transformers import AutoConfig, AutoModel
-
         device = device or best_device()
-        config = AutoConfig.from_pretrained(config_directory)
-        with torch.device("meta"):
-            model = AutoModel.from_config(config, dtype=dtype)
-        # Its frequencies are computed, not stored: on the meta device they would be empty.
-        model.rotary_emb = type(model.rotary_emb)(config=config)
-        self.model = model.eval()
-        self.model.rotary_emb.to(device)
+        self._causal = build_empty(config, dtype)
+        _compute_buffers(self._causal, device)
+        self.model = self._causal.model
+        self.stacked = architecture(config).stacked
         self.dtype = dtype
         self.device = device
         self.running: Activations | None = None  # the batch that a hook is called for
@@ -143,11 +140,34 @@ class StreamedModel:
         """The lm_head's weight [V, hidden]."""
         return self._source(self._head_name).to(self.device, self.dtype)
 
+    def logits(self, final_PH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
+        """Logits [P, V] of final hidden states, scaled and capped as the model's own class does it."""
+        vocabulary, hidden = head_VH.shape
+        head = nn.Linear(hidden, vocabulary, bias=False, device="meta")
+        _set_parameter(head, "weight", head_VH)
+        around = copy.copy(self._causal)
+        around._modules = self._causal._modules | {"model": _Given(final_PH), "lm_head": head}
+        logits: torch.Tensor = around(inputs_embeds=final_PH.unsqueeze(0), use_cache=False).logits[
+            0
+        ]
+        return logits
+
+    def experts(self, layer: int) -> Iterator[tuple[nn.Module, tuple[tuple[str, ...], ...]]]:
+        """The stacks of a mixture's experts in a layer, with the names of their matrices, expert by expert.
+
+        The first ones read the block's input, the last one what they make of it.
+        """
+        for name, module in self.model.layers[layer].named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if any(parameter.ndim == 3 for parameter in own.values()):
+                prefix = f"{layer_prefix(layer)}{name}"
+                yield module, tuple(row for each in own for row in self.stacked[f"{prefix}.{each}"])
+
     @contextmanager
     def filled(self, module: nn.Module, prefix: str) -> Iterator[nn.Module]:
         """The module with its weights inside the block, empty again behind it."""
         for name, parameter in list(module.named_parameters()):
-            weight = self._source(prefix + name)
+            weight = self._parameter(prefix + name, parameter.ndim)
             if weight.shape != parameter.shape:
                 raise ValueError(
                     f"tensor {prefix + name!r} has shape {tuple(weight.shape)}, "
@@ -158,6 +178,13 @@ class StreamedModel:
         for name, parameter in list(module.named_parameters()):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
         release_memory()
+
+    def _parameter(self, name: str, dimensions: int) -> torch.Tensor:
+        """A parameter of transformers' class, put together from the checkpoint's tensors."""
+        rows = self.stacked.get(name, ((name,),))
+        if dimensions < 3:
+            return self._source(rows[0][0])
+        return torch.cat([torch.stack([self._source(part) for part in row]) for row in rows], dim=1)
 
     def _start(self, samples: list[Sample]) -> Activations:
         lengths = torch.tensor([len(sample.ids) for sample in samples])
@@ -191,6 +218,30 @@ class StreamedModel:
         return Activations(
             seen[0], arguments, inside.to(self.device), predicting.to(self.device), targets
         )
+
+
+class _Given(nn.Module):
+    """Stands for the decoder, and gives final hidden states that are known already."""
+
+    def __init__(self, hidden_PH: torch.Tensor) -> None:
+        super().__init__()
+        self._hidden_PH = hidden_PH
+
+    def forward(self, **_: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=self._hidden_PH.unsqueeze(0))
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Fill what is computed and not stored, such as rotary frequencies: on the meta device it is empty."""
+    for module in model.modules():
+        computed = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+        if computed:
+            for name, buffer in computed.items():
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+            with torch.no_grad():
+                model._init_weights(module)
 
 
 def release_memory() -> None:

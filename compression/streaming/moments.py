@@ -9,11 +9,12 @@ Linears that read the same activations (q, k, v; gate, up) share one matrix.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from deltamux.compression.checkpoint.architecture import first_reader
+from deltamux.compression.checkpoint.architecture import Role, tensor_specs
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.streaming.forward import Activations, StreamedModel, batches
 from deltamux.compression.streaming.text import Sample
@@ -42,38 +43,73 @@ def second_moments(
     """
     if not samples:
         raise ValueError("second moments need at least one conversation: give calibration text")
-    streamed = StreamedModel(expert.root, expert.load, torch.float32, expert.tied)
+    streamed = StreamedModel(expert.config, expert.load, torch.float32, expert.tied)
     states = streamed.start(list(batches(samples, BATCH_TOKENS)))
+    specs = tensor_specs(expert.config, set(expert.files))
+    readers: dict[int | None, dict[str, str]] = {}
+    for spec in specs:
+        if spec.role is Role.LINEAR:
+            readers.setdefault(spec.layer, {})[spec.name] = spec.reader or spec.name
     for layer in range(streamed.num_layers):
         if skip(layer):
             streamed.advance(states, layer)
             yield layer, {}
             continue
-        yield layer, _advance_and_average(streamed, states, layer)
+        yield layer, _advance_and_average(streamed, states, layer, readers[layer])
 
 
 def _advance_and_average(
-    streamed: StreamedModel, states: list[Activations], layer: int
+    streamed: StreamedModel, states: list[Activations], layer: int, readers: dict[str, str]
 ) -> dict[str, torch.Tensor]:
-    """Run one layer over all batches; E[x xᵀ] by the name of every linear."""
+    """Run one layer over all batches; E[x xᵀ] by the name of every linear, whose first readers are given."""
     sums: dict[str, torch.Tensor] = {}
-    linears = dict(streamed.linears(layer))
-    sources = {name: first_reader(name) for name in linears}
 
-    def collect(name: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            assert streamed.running is not None
-            x_TK = args[0][streamed.running.inside_BT]
-            sums[name] = torch.addmm(sums[name], x_TK.T, x_TK) if name in sums else x_TK.T @ x_TK
-
-        return hook
+    def add(name: str, x_TK: torch.Tensor) -> None:
+        sums[name] = torch.addmm(sums[name], x_TK.T, x_TK) if name in sums else x_TK.T @ x_TK
 
     hooks = [
-        linears[name].register_forward_pre_hook(collect(name)) for name in set(sources.values())
+        linear.register_forward_pre_hook(_collect(streamed, add, name))
+        for name, linear in streamed.linears(layer)
+        if readers[name] == name
+    ]
+    hooks += [
+        module.register_forward_pre_hook(_collect_experts(streamed, add, rows))
+        for module, rows in streamed.experts(layer)
     ]
     streamed.advance(states, layer)
     for handle in hooks:
         handle.remove()
     tokens = sum(int(state.inside_BT.sum()) for state in states)
     means = {source: total / tokens for source, total in sums.items()}
-    return {name: means[source] for name, source in sources.items()}
+    return {name: means[reader] for name, reader in readers.items()}
+
+
+Add = Callable[[str, torch.Tensor], None]
+Hook = Callable[[nn.Module, tuple[torch.Tensor, ...]], None]
+
+
+def _collect(streamed: StreamedModel, add: Add, name: str) -> Hook:
+    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert streamed.running is not None
+        add(name, args[0][streamed.running.inside_BT])
+
+    return hook
+
+
+def _collect_experts(streamed: StreamedModel, add: Add, rows: tuple[tuple[str, ...], ...]) -> Hook:
+    """The inputs of a mixture's experts: each sees the tokens that were sent to it.
+
+    Means are taken over all tokens, so that an expert counts for as much as it is used.
+    """
+
+    def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        assert streamed.running is not None
+        hidden_TH, chosen_TK = args[0], args[1]
+        inside_T = streamed.running.inside_BT.flatten()
+        for expert, names in enumerate(zip(*rows, strict=True)):
+            x_TH = hidden_TH[(chosen_TK == expert).any(dim=1) & inside_T]
+            add(names[0], x_TH)
+            gate, up = (x_TH @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+            add(names[-1], module.act_fn(gate) * up)
+
+    return hook

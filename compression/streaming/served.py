@@ -5,16 +5,20 @@ the base's. Text that is calibrated and verified on is read in this way too, so 
 be served, and where the expert itself would read differently, that is said.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from deltamux.compression.checkpoint.architecture import LM_HEAD
+from deltamux.compression.checkpoint.architecture import LM_HEAD, is_tied
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
-from deltamux.compression.errors import naming
+from deltamux.compression.checkpoint.settings import own_template
+from deltamux.compression.streaming.reading import TextReport
+from deltamux.compression.streaming.rows import Conversation
+from deltamux.compression.streaming.same_tokenizer import (
+    smaller_differences,
+    tokenizer_difference,
+)
+from deltamux.compression.streaming.stops import stop_ids
 from deltamux.compression.streaming.text import (
-    Conversation,
     Sample,
     encode_rows,
     find_tokenizer,
@@ -36,9 +40,18 @@ class Reading:
     template: str | None
     stop_ids: frozenset[int] = frozenset()
 
-    def samples(self, rows: list[Conversation], max_tokens: int) -> list[Sample]:
+    def described(self) -> str:
+        """Which tokenizer and which template, in a line."""
+        template = "the tokenizer's own" if self.template is None else "the expert's"
+        return f"the tokenizer in {str(self.tokenizer)!r}, {template} chat template"
+
+    def samples(
+        self, rows: list[Conversation], max_tokens: int, report: TextReport | None = None
+    ) -> list[Sample]:
         """Conversations as token ids (see `encode_rows`)."""
-        return encode_rows(rows, self.tokenizer, max_tokens, self.template, self.stop_ids)
+        return encode_rows(
+            rows, self.tokenizer, max_tokens, self.template, self.stop_ids, report=report
+        )
 
 
 def served_reading(base: Checkpoint, expert: Checkpoint) -> Reading | None:
@@ -46,78 +59,45 @@ def served_reading(base: Checkpoint, expert: Checkpoint) -> Reading | None:
     found = find_tokenizer(base.root, expert.root)
     if found is None:
         return None
-    return Reading(found, own_template(expert.root), _stop_ids(expert.root))
+    return Reading(found, own_template(expert.root), frozenset(stop_ids(expert.root)))
 
 
-def own_template(root: Path) -> str | None:
-    """A checkpoint's or artifact's own chat template: a file, or in its tokenizer's configuration.
+def check_tokenizer(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    """Refuse an expert whose tokenizer reads text differently than the base's.
 
-    Raises:
-        ValueError: The file that it would be in is damaged.
-    """
-    file = root / "chat_template.jinja"
-    if file.is_file():
-        with naming(file):
-            return file.read_text(encoding="utf-8")
-    path = root / "tokenizer_config.json"
-    embedded = read_settings(path).get("chat_template")
-    if isinstance(embedded, list):
-        with naming(path):
-            embedded = {each["name"]: each["template"] for each in embedded}.get("default")
-    if embedded is not None and not isinstance(embedded, str):
-        raise ValueError(f"{str(path)!r} has a chat_template that is no text: save it again")
-    return embedded
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object beside a checkpoint; empty where there is no such file.
+    Returns:
+        Smaller differences, a line each.
 
     Raises:
-        ValueError: It is no JSON object.
+        ValueError: The message names the first token, merge or text.
     """
-    if not path.is_file():
-        return {}
-    with naming(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} is no JSON object: save it again")
-    return content
-
-
-def reading_differences(base: Checkpoint, expert: Checkpoint) -> list[str]:
-    """What the server will read differently than the expert itself would, a line each."""
-    found = []
-    if base.config.get("tie_word_embeddings") is False and base.tied:
-        found.append(
-            f"{base.source!r} has no {LM_HEAD!r}, though its configuration does not tie it to the "
-            "embedding: taken as tied"
-        )
     own, served = find_tokenizer(expert.root), find_tokenizer(base.root)
-    if served is None:
-        return found
-    if own_template(expert.root) is None and own_template(base.root) is not None:
-        found.append(f"{expert.source!r} has no chat template: it is served with the base's")
-    if own is not None:
-        found += _other_token(load_tokenizer(served), load_tokenizer(own))
-    return found
-
-
-def _other_token(served: Any, own: Any) -> list[str]:
-    """The first token that two tokenizers do not share."""
-    ours, theirs = served.get_vocab(), own.get_vocab()
-    differing = [token for token in theirs if ours.get(token) != theirs[token]]
-    if not differing:
+    if own is None or served is None or own == served:
         return []
-    token = min(differing, key=lambda each: theirs[each])
-    here = f"is {ours[token]}" if token in ours else "is missing"
-    return [
-        f"token {token!r} is {theirs[token]} in the expert's tokenizer and {here} in the base's, "
-        f"which the server reads text with ({len(differing)} tokens differ): save the base with the "
-        "expert's tokenizer, or expect other answers"
-    ]
+    pair = load_tokenizer(served), load_tokenizer(own)
+    finding = tokenizer_difference(*pair)
+    if finding:
+        raise ValueError(
+            f"{finding}; the server reads all text with the base's: where the expert was trained "
+            f"with its own, copy its tokenizer files into {base.source!r}, else the base's into "
+            f"{expert.source!r}"
+        )
+    return smaller_differences(*pair)
 
 
-def _stop_ids(root: Path) -> frozenset[int]:
-    found = read_settings(root / "generation_config.json").get("eos_token_id")
-    ids = found if isinstance(found, list) else [found]
-    return frozenset(each for each in ids if isinstance(each, int))
+def assumptions(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    """What the files leave open, and how it is taken, a line each."""
+    found = []
+    own, served = find_tokenizer(expert.root), find_tokenizer(base.root)
+    if served is not None and own is None:
+        found.append(f"{expert.source!r} has no tokenizer: read with the base's")
+    if served is None and own is not None:
+        found.append(f"{base.source!r} has no tokenizer: read with the expert's")
+    templates = own_template(expert.root), own_template(base.root)
+    if templates == (None, None):
+        found.append("neither has a chat template: messages are read as lines of text")
+    elif templates[0] is None:
+        found.append(f"{expert.source!r} has no chat template: it is served with the base's")
+    if expert.tied and not is_tied(expert.config):
+        found.append(f"{expert.source!r} has no {LM_HEAD!r}: its embedding stands for it")
+    return found

@@ -1,10 +1,12 @@
-"""Text for calibration and evaluation: JSONL rows, rendered by a chat template and tokenized.
+"""From conversations to token ids: the chat template, the tokenizer, and what does not fit.
 
-A row is `{"prompt": ..., "response": ...}` or `{"messages": [...]}` whose last message is the
-assistant's. Losses count response tokens only.
+A sample is what the model reads (the prompt, as the server renders it) and what it is to say (the last message, up to
+the token that ends the turn). Losses count response tokens only. What a template writes around the response is the
+prompt's; where a template rewrites the response (drops reasoning from it, or adds to messages in front of it), the
+sample is the prompt and then the response as it was written, which is what a server gives and an expert says.
 """
 
-import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,13 @@ from typing import Any
 import torch
 
 from deltamux.compression.errors import naming
+from deltamux.compression.streaming.reading import TextReport
+from deltamux.compression.streaming.rows import REASONING, Conversation, Message
+
+# A mark that a generation prompt may open the response with, such as <think>.
+OPENING = re.compile(r"\s*(<[^<>\s]+>|\[[A-Z_]+\])\s*")
+# Stands for a response, to see what a template puts in front of it.
+PROBE = "deltamux probe 8f3c"
 
 
 @dataclass(frozen=True)
@@ -31,69 +40,6 @@ class Sample:
     def predicted(self) -> torch.Tensor:
         """The response's tokens that have one before them to predict them."""
         return self.ids[max(self.response_start, 1) :]
-
-
-class Conversation(list[dict[str, str]]):
-    """Messages with role and content, and the place that they were read from."""
-
-    place = "a conversation"
-
-
-def read_rows(path: Path) -> list[Conversation]:
-    """Conversations of a JSONL file.
-
-    Raises:
-        ValueError: A line is not JSON or lacks the fields; the message names file and line.
-    """
-    path = path.expanduser()
-    with naming(path):
-        content = path.read_text(encoding="utf-8-sig")
-    conversations = []
-    # Not splitlines: it also cuts at line separators that JSON allows inside a string.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            conversation = _conversation(json.loads(line))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number}: a row needs prompt and response, or messages; got {error!r}"
-            ) from error
-        conversation.place = f"{path}:{number}"
-        conversations.append(conversation)
-    if not conversations:
-        raise ValueError(f"{str(path)!r} holds no rows")
-    return conversations
-
-
-def builtin_rows() -> list[Conversation]:
-    """General conversations that come with deltamux, for experts without calibration text."""
-    # Not importlib.resources: it cannot read a namespace package that is installed editable.
-    return read_rows(Path(__file__).with_name("calibration.jsonl"))
-
-
-def _conversation(row: dict[str, Any]) -> Conversation:
-    if "messages" in row:
-        messages = [{"role": m["role"], "content": _text(m["content"])} for m in row["messages"]]
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise TypeError("the last message must be the assistant's, behind another one")
-        return Conversation(messages)
-    prompt, response = _text(row["prompt"]), _text(row["response"])
-    return Conversation(
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    )
-
-
-def _text(content: object) -> str:
-    """A message's text: a string, a number, or text parts as the OpenAI API has them."""
-    if isinstance(content, str | int | float) and not isinstance(content, bool):
-        return str(content)
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        kinds = {part.get("type") for part in content}
-        if kinds <= {"text"}:
-            return "".join(_text(part["text"]) for part in content)
-        raise TypeError(f"content must be text, got parts of type {sorted(map(str, kinds))}")
-    raise TypeError(f"content must be text, got {type(content).__name__}")
 
 
 def find_tokenizer(*directories: Path) -> Path | None:
@@ -131,63 +77,187 @@ def random_samples(vocabulary: int, count: int, length: int) -> list[Sample]:
 
 
 def encode_rows(
-    rows: Sequence[list[dict[str, str]]],
+    rows: Sequence[list[Message]],
     tokenizer_directory: Path,
     max_tokens: int,
     template: str | None = None,
     stop_ids: Collection[int] = (),
+    *,
+    report: TextReport | None = None,
 ) -> list[Sample]:
     """Render and tokenize conversations.
 
     Args:
         rows: Conversations that end with the assistant's message.
         tokenizer_directory: A checkpoint with its tokenizer.
-        max_tokens: Longer conversations are cut at their end.
+        max_tokens: Longer conversations lose the beginning of their prompt, and then the end of their response.
         template: The chat template; None: the tokenizer's own, or none where it has none.
         stop_ids: Tokens besides the tokenizer's own that end a turn.
+        report: Takes note of what is used, cut and dropped.
 
     Returns:
-        The samples of which at least one response token is left.
+        The samples; a row without a response is dropped.
 
     Raises:
-        ValueError: The template refuses a conversation, or nothing is left of any response.
+        ValueError: The template refuses a conversation, or no row has a response.
     """
-    tokenizer = load_tokenizer(tokenizer_directory)
-    ends = {tokenizer.eos_token_id, *stop_ids}
-    samples = []
-    for messages in rows:
-        place = getattr(messages, "place", Conversation.place)
-        with naming(place, "change the row, or the chat template"):
-            prompt, whole = _rendered(messages, tokenizer, template or tokenizer.chat_template)
-            ids, start = _encoded(tokenizer, whole), len(_encoded(tokenizer, prompt))
-        # What a template writes behind the end of the turn is nothing that a model says.
-        last = [i for i in range(start, len(ids)) if ids[i] in ends]
-        ids = ids[: last[-1] + 1 if last else None][:max_tokens]
-        if start < len(ids):
-            samples.append(Sample(torch.tensor(ids), start))
+    report = report or TextReport()
+    reader = _Reader(load_tokenizer(tokenizer_directory), template, frozenset(stop_ids), report)
+    found = (reader.sample(messages, max_tokens) for messages in rows)
+    samples = [sample for sample in found if sample is not None]
     if not samples:
-        raise ValueError(
-            f"no row leaves a response token within {max_tokens} tokens: raise the limit"
-        )
+        reason = f" ({report.dropped[0][0]}: {report.dropped[0][1]})" if report.dropped else ""
+        raise ValueError(f"no row leaves a response to calibrate or measure on{reason}")
     return samples
 
 
-def _rendered(
-    messages: list[dict[str, str]], tokenizer: Any, template: str | None
-) -> tuple[str, str]:
-    """A conversation up to its response, and all of it."""
-    if template is None:
-        prompt = "\n".join(message["content"] for message in messages[:-1]) + "\n"
-        return prompt, prompt + messages[-1]["content"]
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True, chat_template=template
-    )
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
-    return prompt, whole
+def _shortened(
+    ids: list[int], start: int, max_tokens: int, first: int | None
+) -> tuple[list[int], int]:
+    """The end of the prompt and the beginning of the response; at least half of the limit is the response's.
+
+    The token that every text begins with stays in front: models lean on it.
+    """
+    prompt, response = ids[:start], ids[start:]
+    response = response[: max(max_tokens - len(prompt), max_tokens // 2)]
+    room = max_tokens - len(response)
+    if len(prompt) > room:
+        kept = prompt[:1] if room > 1 and prompt[0] == first else []
+        prompt = kept + prompt[len(prompt) - room + len(kept) :]
+    return prompt + response, len(prompt)
 
 
-def _encoded(tokenizer: Any, text: str) -> list[int]:
-    # Half of a surrogate pair, which JSON allows, is no text that a tokenizer takes.
-    clean = text.encode("utf-8", "replace").decode("utf-8")
-    ids: list[int] = tokenizer(clean, add_special_tokens=False)["input_ids"]
-    return ids
+class _Unusable(Exception):
+    """A row has no response that could be read; the message says why."""
+
+
+def _check_shown(answer: Message, shown: str) -> None:
+    """Refuse a response with calls or reasoning of which a template does not show all."""
+    names = [call["function"]["name"] for call in answer.get("tool_calls", [])]
+    if not all(name in shown for name in names):
+        raise _Unusable("the chat template does not show its call of a tool")
+    thoughts = [answer[key] for key in REASONING if isinstance(answer.get(key), str)]
+    if thoughts and not any(thought.strip() in shown for thought in thoughts):
+        raise _Unusable("the chat template does not show its reasoning")
+    if str(answer["content"]).strip() not in shown:
+        raise _Unusable("the chat template rewrites its response")
+
+
+class _Reader:
+    """A tokenizer with a chat template; notes in a report what becomes of rows."""
+
+    def __init__(
+        self, tokenizer: Any, template: str | None, stop_ids: frozenset[int], report: TextReport
+    ) -> None:
+        self._tokenizer, self._report = tokenizer, report
+        self._template = template or tokenizer.chat_template
+        if isinstance(self._template, dict):
+            self._template = self._template.get("default")
+        self._ends = {tokenizer.eos_token_id, *stop_ids}
+        self._takes_parts = self._template is not None and self._reads_parts()
+
+    def sample(self, messages: list[Message], max_tokens: int) -> Sample | None:
+        """A conversation within a limit; None where it has no response that could be read."""
+        place = getattr(messages, "place", Conversation.place)
+        try:
+            with naming(place, "change the row, or the chat template"):
+                ids, start = self._encoded(messages, place)
+        except _Unusable as error:
+            self._report.dropped.append((place, str(error)))
+            return None
+        if len(ids) > max_tokens:
+            ids, start = _shortened(ids, start, max_tokens, self._tokenizer.bos_token_id)
+            self._report.cut.append(place)
+        sample = Sample(torch.tensor(ids), start)
+        self._report.add(len(ids), len(sample.predicted))
+        return sample
+
+    def _encoded(self, messages: list[Message], place: str) -> tuple[list[int], int]:
+        """Token ids of a conversation up to the end of its last turn, and where its response starts."""
+        if self._template is None:
+            context = "\n".join(str(message["content"]) for message in messages[:-1]) + "\n"
+            return self._ended(*self._split(context, context + str(messages[-1]["content"])))
+        tools = getattr(messages, "tools", None)
+        if tools and "tools" not in self._template:
+            self._report.assume("the chat template does not show tools", place)
+        prompt = self._rendered(messages[:-1], tools, add_generation_prompt=True)
+        whole = self._rendered(messages, tools)
+        *before, answer = messages
+        if not set(answer) - {"role", "content", "name"}:
+            probe = [*before, answer | {"content": PROBE}]
+            lead = self._rendered(probe, tools).partition(PROBE)[0]
+            said = str(answer["content"]).strip()
+            behind = lead.startswith(prompt) and whole.startswith(lead)
+            if behind and whole[len(lead) :].lstrip().startswith(said):
+                return self._ended(*self._split(lead, whole))
+            return self._as_written(prompt, whole, str(answer["content"]), place)
+        _check_shown(answer, whole[len(prompt) :] if whole.startswith(prompt) else "")
+        return self._ended(*self._split(prompt, whole))
+
+    def _as_written(self, prompt: str, whole: str, text: str, place: str) -> tuple[list[int], int]:
+        """The prompt, and behind it a response that the template would rewrite."""
+        self._report.assume(
+            "the chat template rewrites the response: it is read as it was written", place
+        )
+        opening = OPENING.match(text)
+        if opening and prompt.rstrip().endswith(opening[1]):
+            text = text[opening.end() :]
+        end = [each for each in self._ids(whole) if each in self._ends][-1:]
+        ids, start = self._split(prompt, prompt + text)
+        return ids + end, start
+
+    def _rendered(self, messages: list[Message], tools: Any, **options: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            [self._for_template(message) for message in messages],
+            tools=tools,
+            tokenize=False,
+            chat_template=self._template,
+            **options,
+        )
+        return text
+
+    def _for_template(self, message: Message) -> Message:
+        if message["role"] == "developer" and "developer" not in self._template:
+            message = message | {"role": "system"}
+        if self._takes_parts and message["content"] and message["role"] != "tool":
+            return message | {"content": [{"type": "text", "text": message["content"]}]}
+        return message
+
+    def _reads_parts(self) -> bool:
+        """Whether the template wants content as typed parts and cannot read plain text."""
+        found = []
+        for content in (PROBE, [{"type": "text", "text": PROBE}]):
+            try:
+                text = self._tokenizer.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    tokenize=False,
+                    chat_template=self._template,
+                )
+            except Exception:
+                # A template may refuse any conversation, this one too: rows are what counts.
+                text = ""
+            found.append(PROBE in text and "'type'" not in text)
+        return found == [False, True]
+
+    def _ended(self, ids: list[int], start: int) -> tuple[list[int], int]:
+        """Without what the template writes behind the end of the turn, which no model says."""
+        last = [index for index in range(start, len(ids)) if ids[index] in self._ends]
+        ids = ids[: last[-1] + 1 if last else None]
+        if start == len(ids):
+            raise _Unusable("its response is empty")
+        return ids, start
+
+    def _split(self, context: str, whole: str) -> tuple[list[int], int]:
+        """Ids of a text, and the first of them that is not the context's."""
+        ids, before = self._ids(whole), self._ids(context)
+        same = (one == other for one, other in zip(ids, before, strict=False))
+        start = next((index for index, equal in enumerate(same) if not equal), None)
+        return ids, min(len(ids), len(before)) if start is None else start
+
+    def _ids(self, text: str) -> list[int]:
+        # Half of a surrogate pair, which JSON allows, is no text that a tokenizer takes.
+        clean = text.encode("utf-8", "replace").decode("utf-8")
+        # A template writes the marks that a text begins with itself; plain text gets them from the tokenizer.
+        special = self._template is None
+        ids: list[int] = self._tokenizer(clean, add_special_tokens=special)["input_ids"]
+        return ids

@@ -1,8 +1,9 @@
 """The router's directory on disk, format version 1.
 
-- `router.safetensors`: `tokens` float16 [V, D], `pairs` float16 [B, D], `bias` float32 [D], and with a
-  sentence encoder `meaning` float16 [E, D], in the terms of `tables.py`, columns in the order of the
-  configuration's `labels`; `seen` uint64 [N], sorted, the fingerprints of the training
+- `router.safetensors`: `tokens` and `words` float16 [V, D], `pairs` float16 [B, D], `trust` float16
+  [V, 2], `bias` float32 [D], and with a sentence encoder `meaning` float16 [E, D], in the terms of
+  `tables.py`, columns in the order of the configuration's `labels` (a router without `words` and
+  `trust` is read as `tables.py` says); `seen` uint64 [N], sorted, the fingerprints of the training
   prompts (`data.py`), by which an evaluation finds prompts that were trained on; `__metadata__` is
   {"format": "deltamux-router"} (one key, since safetensors writes several in no fixed order, and
   the same fit should give the same bytes).
@@ -37,12 +38,18 @@ from deltamux.router.decide.config import (
 from deltamux.router.decide.encoder import WIDTH as SENTENCE_WIDTH
 from deltamux.router.decide.tables import Floats, Tables
 
-#: Tensor that the classifier does not read.
+# Of the largest files that are read. Chosen, not measured: tables of 256 thousand tokens and 64 domains take 33 MB.
+MOST_CONFIG_BYTES: Final = 16 * 2**20
+MOST_TABLES_BYTES: Final = 2 * 2**30
+
+# Tensor that the classifier does not read.
 SEEN: Final = "seen"
 
 Fingerprints = npt.NDArray[np.uint64]
 
-_ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
+# Tensors in float16.
+_TABLES: Final = ("tokens", "pairs", "meaning", "words", "trust")
+ARTIFACT_FILES = frozenset({CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE})
 
 
 def fingerprint(turns: Sequence[str]) -> int:
@@ -60,7 +67,7 @@ def check_target(directory: Path) -> None:
     if not directory.exists():
         return
     names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else {"a file"}
-    if names and not (CONFIG_FILE in names and names <= _ARTIFACT_FILES):
+    if names and not (CONFIG_FILE in names and names <= ARTIFACT_FILES):
         raise ValueError(
             f"{directory} exists and does not hold a router alone; give another directory to write"
         )
@@ -90,31 +97,43 @@ def save_artifact(
         ValueError: The target holds something else, or a weight is not finite in float16.
     """
     check_target(directory)
-    arrays: dict[str, np.ndarray[Any, Any]] = {
-        "tokens": _half(tables.tokens),
-        "pairs": _half(tables.pairs),
-        "bias": tables.bias.astype(np.float32),
-    }
-    if tables.meaning is not None:
-        arrays["meaning"] = _half(tables.meaning)
-    if seen is not None:
-        arrays[SEEN] = seen
+    arrays = _arrays(tables) | ({} if seen is None else {SEEN: seen})
     files = {
         TABLES_FILE: save(arrays, metadata={"format": FORMAT}),
         CONFIG_FILE: (config.model_dump_json(indent=2) + "\n").encode(),
         TOKENIZER_FILE: tokenizer,
     }
+    _replace(directory, files)
+    return sum(map(len, files.values()))
+
+
+def _arrays(tables: Tables) -> dict[str, np.ndarray[Any, Any]]:
+    """The tensors of the file, without `seen`."""
+    found = {name: _half(table) for name in _TABLES if (table := getattr(tables, name)) is not None}
+    return {**found, "bias": tables.bias.astype(np.float32)}
+
+
+def _replace(directory: Path, files: dict[str, bytes]) -> None:
+    """Write a directory's files; it appears complete or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
         # A sub-directory, because a temporary directory itself is closed to other users.
         fresh = Path(scratch, "new")
         fresh.mkdir()
         for name, data in files.items():
-            (fresh / name).write_bytes(data)
+            _write(fresh / name, data)
         if directory.exists():
             shutil.move(directory, Path(scratch, "old"))
         os.replace(fresh, directory)  # noqa: PTH105 - the rename is the commit; say so
-    return sum(map(len, files.values()))
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); {len(data):,} bytes are needed there"
+        ) from error
 
 
 def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
@@ -125,9 +144,12 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
         ValueError: A file is truncated, of another kind or version, or they do not fit together.
     """
     config_path, tables_path = directory / CONFIG_FILE, directory / TABLES_FILE
-    for path in (config_path, tables_path):
+    for path, most in ((config_path, MOST_CONFIG_BYTES), (tables_path, MOST_TABLES_BYTES)):
+        # is_file: a pipe would block whoever opens it, a device never end.
         if not path.is_file():
             raise FileNotFoundError(f"no {path.name} in {directory}; fit a router there first")
+        if path.stat().st_size > most:
+            raise ValueError(f"{path} has more than {most:,} bytes; fit the router again")
     config = parse_config(config_path.read_text(encoding="utf-8"), config_path)
     arrays = _read_tables(tables_path)
     num_domains = len(config.labels)
@@ -138,6 +160,9 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
     }
     if config.encoder is not None:
         shapes["meaning"] = (SENTENCE_WIDTH, num_domains)
+    # Both or neither: a router that was fitted before they were made has neither.
+    if not {"words", "trust"}.isdisjoint(arrays):
+        shapes |= {"words": (config.vocab_size, num_domains), "trust": (config.vocab_size, 2)}
     for name, shape in shapes.items():
         got = arrays[name].shape if name in arrays else "no such tensor"
         if got != shape:
@@ -147,8 +172,7 @@ def load_artifact(directory: Path) -> tuple[RouterConfig, Tables]:
             )
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{tables_path}: {name!r} is not finite; fit the router again")
-    meaning = arrays["meaning"] if config.encoder is not None else None
-    return config, Tables(arrays["tokens"], arrays["pairs"], arrays["bias"], meaning)
+    return config, Tables(**{name: arrays[name] for name in shapes})
 
 
 def load_seen(directory: Path) -> Fingerprints:

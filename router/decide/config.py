@@ -18,13 +18,13 @@ CONFIG_FILE: Final = "router_config.json"
 TABLES_FILE: Final = "router.safetensors"
 TOKENIZER_FILE: Final = "tokenizer.json"
 
-#: Domains that the base answers unless they are given an expert, whatever their case.
+# Domains that the base answers unless they are given an expert, whatever their case.
 FALLBACK_DOMAINS: Final = frozenset({"general", "base", "other", "ood", "none", "unknown"})
-#: What an expert can be called, and which names mean something else to a server.
+# What an expert can be called, and which names mean something else to a server.
 EXPERT_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 TAKEN_NAMES: Final = frozenset({"auto", "base", "unknown"})
 
-#: Where the meaning of a prompt comes from.
+# Where the meaning of a prompt comes from.
 Kind = Literal["default", "encoder"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -8,17 +8,17 @@ of the label `reason` in the metrics; they are spelled here and nowhere else.
 from dataclasses import dataclass
 from typing import Final
 
-#: The client named the model itself; the router was not asked.
+# The client named the model itself; the router was not asked.
 REASON_EXPLICIT: Final = "explicit"
-#: The router chose an expert.
+# The router chose an expert.
 REASON_ROUTER: Final = "router"
-#: The router looked and left the request to the base.
+# The router looked and left the request to the base.
 REASON_ABSTAIN: Final = "abstain"
-#: The router failed; the server fell back.
+# The router failed; the server fell back.
 REASON_ROUTER_ERROR: Final = "router-error"
 REASONS: Final = (REASON_EXPLICIT, REASON_ROUTER, REASON_ABSTAIN, REASON_ROUTER_ERROR)
 
-#: How the base is called where people or flags name an expert.
+# How the base is called where people or flags name an expert.
 BASE_NAME: Final = "base"
 
 

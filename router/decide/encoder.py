@@ -20,11 +20,11 @@ import numpy as np
 from deltamux.router.decide.messages import EDGE_CHARS
 from deltamux.router.decide.tables import Floats
 
-#: Width of a vector.
+# Width of a vector.
 WIDTH: Final = 384
-#: Word pieces read of a text, from both ends, the two marks included.
+# Word pieces read of a text, from both ends, the two marks included: the most that stays below 20 ms.
 MAX_PIECES: Final = 48
-#: Texts whose vectors are kept: a conversation sends its earlier turns again and again.
+# Texts whose vectors are kept: a conversation sends its earlier turns again and again.
 MAX_KEPT: Final = 4096
 
 _VOCABULARY: Final = Path(__file__).with_name("wordpiece.txt")

@@ -4,7 +4,7 @@ Scores are sums over tokens and pairs (`tables.py`), so the lead of one domain o
 
     lead(token) = (row[token, winner] - row[token, other]) / sqrt(number of distinct tokens)
 
-A pair's part is given to it as a whole. Other is the runner-up. A sentence vector has no tokens: its
+where a row is the token's meaning and, as far as the wording counts, its wording. A pair's part is given to it as a whole. Other is the runner-up. A sentence vector has no tokens: its
 lead stands alone, as `encoder_lead`.
 """
 
@@ -17,7 +17,7 @@ from deltamux.router.decide.features import Ids, pair_buckets
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Decode
 
-#: Entries that are returned.
+# Entries that are returned.
 TOP: Final = 10
 
 
@@ -68,10 +68,14 @@ def _leads(router: Router, ids: Ids, pair: tuple[int, int], decode: Decode) -> l
     tables, temperature = router.tables, router.config.temperature
     tokens = np.unique(ids)
     pairs, places = np.unique(pair_buckets(ids, len(tables.pairs)), return_index=True)
+    strength = tables.strength(tokens)
+    rows = tables.tokens[tokens]
+    if tables.words is not None:
+        rows = rows + strength * tables.words[tokens]
     found: dict[tuple[int, ...], float] = {}
     for table, keys in (
-        (tables.tokens[tokens], [(int(token),) for token in tokens]),
-        (tables.pairs[pairs], [(int(ids[i]), int(ids[i + 1])) for i in places]),
+        (rows, [(int(token),) for token in tokens]),
+        (strength * tables.pairs[pairs], [(int(ids[i]), int(ids[i + 1])) for i in places]),
     ):
         if keys:
             leads = (table[:, winner] - table[:, other]) / np.sqrt(len(keys)) / temperature

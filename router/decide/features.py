@@ -16,15 +16,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-#: Goes up whenever equal token ids would give other features.
+# Goes up whenever equal token ids would give other features.
 FEATURE_VERSION: Final = 1
-#: Buckets of the pair table; a power of two.
+# Buckets of the pair table; a power of two. Chosen, not measured.
 NUM_BUCKETS: Final = 1 << 16
-#: Tokens read at the start and at the end of the conversation.
+# Tokens read at the start and at the end of the conversation. Chosen, not measured.
 PREFIX_TOKENS: Final = 512
 SUFFIX_TOKENS: Final = 512
 
-#: Turns looked at from each end: a turn that matters holds at least one token.
+# Turns looked at from each end: a turn that matters holds at least one token.
 _EDGE_TURNS: Final = max(PREFIX_TOKENS, SUFFIX_TOKENS)
 
 Ids = npt.NDArray[np.int64]

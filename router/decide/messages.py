@@ -8,10 +8,10 @@ is skipped. Nothing here raises, whatever a client sends.
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
-#: Characters kept at each end of a turn. 4,000 characters hold the 512 tokens that the features
-#: read from each end of the conversation unless a token is longer than eight characters on average.
+# Characters kept at each end of a turn. 4,000 characters hold the 512 tokens that the features
+# read from each end of the conversation unless a token is longer than eight characters on average.
 EDGE_CHARS: Final = 4_000
-#: Turns kept at each end of a conversation.
+# Turns kept at each end of a conversation.
 EDGE_TURNS: Final = 128
 
 Turn = TypeVar("Turn")

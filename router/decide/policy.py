@@ -24,7 +24,7 @@ import numpy as np
 
 from deltamux.router.decide.tables import Mask, Probabilities
 
-#: Turns that are followed one by one; those before them are one topic.
+# Turns that are followed one by one; those before them are one topic. Chosen, not measured.
 FOLLOWED_TURNS: Final = 8
 
 

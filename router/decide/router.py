@@ -27,7 +27,7 @@ from deltamux.router.decide.tokenizer import (
     read_tokenizer,
 )
 
-#: Whether an expert of a name is on the device.
+# Whether an expert of a name is on the device.
 Resident = Callable[[str], bool]
 
 

@@ -19,18 +19,18 @@ from deltamux.router.fit.background import everyday_prompts, followups, subject_
 from deltamux.router.fit.data import Prompt
 from deltamux.router.fit.frames import FOREIGN_WEIGHT, make_views
 
-#: What a generated prompt counts beside a labelled one. Between 0.05 and 1 the cross-validated
-#: figures barely differ.
+# What a generated prompt counts beside a labelled one. Between 0.05 and 1 the cross-validated
+# figures barely differ.
 GENERATED_WEIGHT: Final = 0.25
-#: Generated prompts of each kind, to the labelled prompts of a typical domain: a few labelled
-#: prompts must not drown among generated ones. With 16 of them, 1 instead of 0.25 costs bare prompts
-#: of the training files four points. More than so many of a kind change nothing.
+# Generated prompts of each kind, to the labelled prompts of a typical domain: a few labelled
+# prompts must not drown among generated ones. With 16 of them, 1 instead of 0.25 costs bare prompts
+# of the training files four points. More than so many of a kind change nothing.
 GENERATED_RATIO: Final = 0.25
 MAX_GENERATED: Final = 400
-#: A description says more than one prompt does.
+# A description says more than one prompt does. Chosen, not measured.
 DESCRIPTION_WEIGHT: Final = 3.0
-#: All views of a domain count for its meaning like so many labelled prompts: with few prompts they
-#: are worth as much as these, with many nearly nothing.
+# All views of a domain count for its meaning like so many labelled prompts: with few prompts they
+# are worth as much as these, with many nearly nothing. Chosen, not measured.
 VIEWS_LIKE: Final = 12
 
 

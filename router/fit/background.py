@@ -18,7 +18,7 @@ from random import Random
 from typing import Final
 
 _FILE: Final = Path(__file__).with_name("background.txt")
-#: Prompts made of each pattern, and of each subject.
+# Prompts made of each pattern, and of each subject. Chosen, not measured.
 PER_PATTERN: Final = 4
 PER_SUBJECT: Final = 3
 

@@ -19,8 +19,9 @@ def resolve_base(base: str) -> Path:
     Raises:
         ValueError: It is neither a directory nor a model that the hub can give.
     """
-    if Path(base).is_dir():
-        return Path(base)
+    directory = Path(base).expanduser()
+    if directory.is_dir():
+        return directory
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -11,13 +11,14 @@ import numpy as np
 from deltamux.router.decide.tables import Mask, Probabilities, softmax
 from deltamux.router.fit.metrics import Labels
 
-#: Bounds of 1 / temperature, and halvings of that range on a logarithmic scale.
+# Bounds of 1 / temperature, and halvings of that range on a logarithmic scale.
 _SHARPNESS: Final = (1e-2, 1e2)
 _HALVINGS: Final = 60
 
-#: Threshold where nothing asks for more: more probable than all else together.
+# Threshold where nothing asks for more: more probable than all else together. Chosen, not measured;
+# docs/router.md has what other thresholds give.
 LEAST: Final = 0.5
-#: Part of the prompts of no expert, of fields that a fit had not seen, that may reach one.
+# Part of the prompts of no expert, of fields that a fit had not seen, that may reach one. Chosen, not measured.
 MAX_STRAY: Final = 0.03
 
 

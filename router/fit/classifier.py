@@ -9,15 +9,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from deltamux.router.decide.tables import Probabilities, Tables
+from deltamux.router.decide.tables import Floats, Probabilities, Tables
 from deltamux.router.fit.design import Design
 from deltamux.router.fit.head import Head, fit_head
 from deltamux.router.fit.metrics import Labels
 
-#: Penalty of the meaning's weights, relative to the sum of the examples' weights: its strength does
-#: not fade with their number, because it stands against a shift and not against chance.
+# Penalty of the meaning's weights, relative to the sum of the examples' weights: its strength does
+# not fade with their number, because it stands against a shift and not against chance. Measured on
+# held-out kinds of training prompts with the embedding alone: of 1e-4, 5e-4 and 2e-3 the first reaches
+# as many experts (.63, .62) and keeps fewer strangers from them (.70 to .78 of unseen domains).
 MEANING_PENALTY: Final = 5e-4
-#: Penalty of the wording's weights, relative to one prompt's weight.
+# Penalty of the wording's weights, relative to one prompt's weight. Measured likewise: 0.5 costs one
+# part in a hundred of bare prompts and reaches no more experts.
 WORDING_PENALTY: Final = 0.125
 
 
@@ -54,16 +57,19 @@ class Classifier:
         meaning: On the design's vectors.
         wording: On the known columns.
         columns: Int64 [C], the columns of tokens and pairs side by side that the wording reads.
+        trust: Float32 [V, 2], by which the wording counts.
     """
 
     meaning: Head
     wording: Head
     columns: Labels
+    trust: Floats
 
     def scores(self, design: Design, rows: Labels) -> Probabilities:
         """Return the scores of rows of a design, float64 [n, D]."""
         wording = _side_by_side(design)[rows][:, self.columns] @ self.wording.weights
         found: Probabilities = np.asarray(wording, dtype=np.float64)
+        found *= design.strengths(rows, self.trust)
         return found + self.meaning.scores(design.meaning[rows])
 
     def fold(self, design: Design, vocab_size: int, buckets: int) -> Tables:
@@ -71,13 +77,19 @@ class Classifier:
         num_domains = self.wording.weights.shape[1]
         both = np.zeros((vocab_size + buckets, num_domains), dtype=np.float32)
         both[self.columns] = self.wording.weights
-        weights = self.meaning.weights.astype(np.float32)
-        bias = (self.meaning.bias - design.offset @ weights).astype(np.float32)
-        tokens, pairs = both[:vocab_size] * design.weights, both[vocab_size:]
-        if design.vectors is None:
-            return Tables(tokens, pairs, bias, weights if weights.size else None)
-        tokens[: design.vectors.embedding.num_rows] += design.vectors.project(weights)
-        return Tables(tokens, pairs, bias)
+        width = len(self.meaning.weights) - len(design.offset)
+        told, embedded = np.split(self.meaning.weights.astype(np.float32), [width])
+        tokens = np.zeros((vocab_size, num_domains), dtype=np.float32)
+        if design.vectors is not None:
+            tokens[: design.vectors.embedding.num_rows] = design.vectors.project(embedded)
+        return Tables(
+            tokens=tokens,
+            pairs=both[vocab_size:],
+            bias=(self.meaning.bias - design.offset @ embedded).astype(np.float32),
+            meaning=told if width else None,
+            words=both[:vocab_size] * design.weights,
+            trust=self.trust,
+        )
 
 
 def fit_classifier(
@@ -115,7 +127,7 @@ def fit_classifier(
         penalty=settings.wording_penalty,
         offset=meaning.scores(design.meaning[rows]),
     )
-    return Classifier(meaning, wording, columns)
+    return Classifier(meaning, wording, columns, design.trust(rows))
 
 
 def _side_by_side(design: Design) -> Any:

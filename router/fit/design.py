@@ -2,8 +2,8 @@
 
     wording  weight / sqrt(U) for each of the U distinct tokens, 1 / sqrt(P) for each of the P
              distinct pair buckets
-    meaning  with an encoder: the sentence vector
-             without: scale * (sum of the distinct tokens' vectors / sqrt(U) - mean over prompts),
+    meaning  with an encoder the sentence vector, and beside it
+             scale * (sum of the distinct tokens' vectors / sqrt(U) - mean over prompts),
              the scale such that rows have length 1 in the mean
 
 Vectors and weights of tokens are those of `vectors.py`: words of every prompt say little, in either.
@@ -18,13 +18,15 @@ from typing import Any, Final
 import numpy as np
 
 from deltamux.router.decide.features import NUM_BUCKETS, Ids, distinct
-from deltamux.router.decide.tables import Floats, Mask
+from deltamux.router.decide.tables import Floats, Mask, Probabilities, strength
 from deltamux.router.fit.embedding import EmbeddingRows
 from deltamux.router.fit.metrics import Labels
 from deltamux.router.fit.vectors import TokenVectors, token_vectors, token_weights
 
-#: A pair seen in a single example says nothing about other prompts.
+# A pair seen in a single example says nothing about other prompts. Chosen, not measured.
 MIN_PAIR_EXAMPLES: Final = 2
+# A token of so many labelled prompts is known. Chosen, not measured.
+MIN_TOKEN_PROMPTS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class Design:
     Attributes:
         tokens: CSR float32 [N, V], weighted.
         pairs: CSR float32 [N, B].
-        meaning: Float32 [N, K]; K = 0 without an encoder and without an embedding.
-        vectors: The tokens' vectors, scale included; None with an encoder and without an embedding.
-        offset: Float32 [K], what was subtracted from the meaning.
+        meaning: Float32 [N, E + K]: E columns of the sentence vector, none without an encoder; K of
+            the tokens' vectors, none without an embedding.
+        vectors: The tokens' vectors, scale included; None without an embedding.
+        offset: Float32 [K], what was subtracted from the meaning's last columns.
         weights: Float32 [V, 1], of each token.
+        labelled: The first so many examples are the user's.
     """
 
     tokens: Any
@@ -46,6 +50,30 @@ class Design:
     vectors: TokenVectors | None
     offset: Floats
     weights: Floats
+    labelled: int
+
+    def trust(self, rows: Labels) -> Floats:
+        """Return the weight of each token, and the same where labelled examples among rows know it.
+
+        Returns:
+            Float32 [V, 2], as `Tables.trust`.
+        """
+        own = self.tokens[rows[rows < self.labelled]]
+        counts = np.bincount(own.indices, minlength=self.tokens.shape[1])[:, None]
+        return np.hstack([self.weights, self.weights * (counts >= MIN_TOKEN_PROMPTS)])
+
+    def strengths(self, rows: Labels, trust: Floats) -> Probabilities:
+        """Return how much the wording of each of some rows counts, float64 [n, 1].
+
+        Args:
+            rows: Int64 [n].
+            trust: Float32 [V, 2].
+        """
+        present = self.tokens[rows]
+        present.data = np.ones_like(present.data)
+        weight, known = np.asarray(present @ trust, dtype=np.float64).T
+        found: Probabilities = strength(known, np.maximum(weight, 1e-12))[:, None]
+        return found
 
     def known(self, rows: Labels) -> Mask:
         """Return which buckets enough of some examples have, bool [B]."""
@@ -75,10 +103,9 @@ def build_design(
     pairs = _presence([row[1] for row in rows], NUM_BUCKETS)
     weights = token_weights(np.bincount(tokens[:labelled].indices, minlength=vocab_size))
     weighted = tokens.multiply(weights.T).tocsr()
-    if sentences is not None or embedding is None:
-        block = np.zeros((len(rows), 0), dtype=np.float32) if sentences is None else sentences
-        nothing = np.zeros(block.shape[1], dtype=np.float32)
-        return Design(weighted, pairs, block, None, nothing, weights)
+    told = np.zeros((len(rows), 0), np.float32) if sentences is None else sentences
+    if embedding is None:
+        return Design(weighted, pairs, told, None, np.zeros(0, np.float32), weights, labelled)
     vectors = token_vectors(embedding, weights)
     used = np.unique(tokens.indices)
     summed = np.asarray(tokens[:, used] @ vectors.gather(used))
@@ -88,8 +115,8 @@ def build_design(
     scaled = TokenVectors(
         embedding, vectors.projection * scale, vectors.shift * scale, vectors.weights
     )
-    meaning = (summed - offset) * scale
-    return Design(weighted, pairs, meaning, scaled, offset * scale, weights)
+    meaning = np.hstack([told, (summed - offset) * scale])
+    return Design(weighted, pairs, meaning, scaled, offset * scale, weights, labelled)
 
 
 def _presence(rows: Sequence[Ids], width: int) -> Any:

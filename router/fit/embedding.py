@@ -16,7 +16,7 @@ import numpy as np
 from deltamux.router.decide.features import Ids
 from deltamux.router.decide.tables import Floats
 
-#: How checkpoints call the input embedding: Llama and most others; GPT-2; GPT-NeoX; Bloom.
+# How checkpoints call the input embedding: Llama and most others; GPT-2; GPT-NeoX; Bloom.
 _NAMES: Final = (
     "embed_tokens.weight",
     "wte.weight",

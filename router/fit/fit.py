@@ -36,7 +36,8 @@ from deltamux.router.fit.material import Material, design_of, prepare
 from deltamux.router.fit.metrics import Labels, quality
 from deltamux.router.fit.options import Features, Options
 
-#: A generated prompt that a specialist claims with this probability is the user's, not the base's.
+# A generated prompt that a specialist claims with this probability is the user's, not the base's.
+# Chosen, not measured.
 CLAIMED: Final = 0.5
 
 

@@ -20,13 +20,14 @@ import numpy as np
 
 from deltamux.router.fit.data import Prompt
 
-#: A frame is shared by this part of a domain's lines, and by this many.
+# A frame is shared by this part of a domain's lines, and by this many. Chosen, not measured.
 FRAME_SHARE: Final = 0.03
 MIN_FRAME_LINES: Final = 3
 MAX_FRAME_WORDS: Final = 8
-#: Words that must be left of a line without its frame.
+# Words that must be left of a line without its frame. Chosen, not measured.
 MIN_REST_WORDS: Final = 3
-#: Part of the prompts that are also put behind a foreign frame, and what such a prompt counts.
+# Part of the prompts that are also put behind a foreign frame, and what such a prompt counts. Chosen,
+# not measured.
 FOREIGN_SHARE: Final = 0.3
 FOREIGN_WEIGHT: Final = 0.25
 

@@ -18,9 +18,9 @@ from deltamux.router.decide.tables import Probabilities
 from deltamux.router.fit.metrics import Labels
 
 _MAX_ITERATIONS: Final = 200
-#: Largest entry of the gradient, relative to the weights' sum, at which the fit has ended.
+# Largest entry of the gradient, relative to the weights' sum, at which the fit has ended.
 _TOLERANCE: Final = 1e-5
-#: Bias of a domain without prompts.
+# Bias of a domain without prompts.
 _UNSEEN: Final = -20.0
 
 
@@ -64,25 +64,31 @@ def fit_head(
     free = (np.bincount(truth, minlength=num_domains) > 0) & (offset is None)
     start = np.where(free | (offset is not None), 0.0, _UNSEEN)
     given = np.zeros((len(truth), num_domains)) if offset is None else offset
-    total = float(balanced.sum())
 
     def loss(flat: Probabilities) -> tuple[float, Probabilities]:
         matrix, bias = flat[:-num_domains].reshape(num_columns, num_domains), flat[-num_domains:]
         scores = given + columns @ matrix.astype(np.float32) + bias
-        scores -= scores.max(axis=1, keepdims=True)
-        powers = np.exp(scores)
-        sums = powers.sum(axis=1, keepdims=True)
-        misfit = float(balanced @ (np.log(sums[:, 0]) - (scores * targets).sum(axis=1)))
-        errors = (powers / sums - targets) * balanced[:, None]
+        misfit, errors = _misfit(scores, targets, balanced)
         slope = columns.T @ errors.astype(np.float32) + penalty * matrix
         value = misfit + penalty / 2 * float((matrix**2).sum())
         gradient = np.concatenate([slope.ravel(), errors.sum(axis=0) * free])
-        return value / total, gradient / total
+        return value / balanced.sum(), gradient / balanced.sum()
 
     first = np.concatenate([np.zeros(num_columns * num_domains), start])
     options = {"maxiter": _MAX_ITERATIONS, "gtol": _TOLERANCE, "ftol": 1e-9}
     found = minimize(loss, first, jac=True, method="L-BFGS-B", options=options).x
     return Head(found[:-num_domains].reshape(num_columns, num_domains), found[-num_domains:])
+
+
+def _misfit(
+    scores: Probabilities, targets: Probabilities, weights: Probabilities
+) -> tuple[float, Probabilities]:
+    """The weighted negative log-likelihood of scores, and its derivative by them, [N, D]."""
+    scores = scores - scores.max(axis=1, keepdims=True)
+    powers = np.exp(scores)
+    sums = powers.sum(axis=1, keepdims=True)
+    misfit = float(weights @ (np.log(sums[:, 0]) - (scores * targets).sum(axis=1)))
+    return misfit, (powers / sums - targets) * weights[:, None]
 
 
 def balance(truth: Labels, weights: Probabilities) -> Probabilities:

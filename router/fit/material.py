@@ -23,13 +23,13 @@ from deltamux.router.fit.design import Design, build_design
 from deltamux.router.fit.embedding import EmbeddingRows, find_embedding
 from deltamux.router.fit.options import Options
 
-#: Fewest different prompts of a domain.
+# Fewest different prompts of a domain.
 MIN_PROMPTS: Final = 5
-#: Prompts of one domain that are fitted on; more cost time and change little.
+# Prompts of one domain that are fitted on; more cost time and change little.
 MAX_PROMPTS: Final = 1000
-#: The same where a sentence encoder has to read them.
+# The same where a sentence encoder has to read them.
 MAX_ENCODED: Final = 700
-#: Domain that is added where the user's prompts have none that the base answers.
+# Domain that is added where the user's prompts have none that the base answers.
 IMPLICIT_DOMAIN: Final = "general"
 
 

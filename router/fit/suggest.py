@@ -14,9 +14,9 @@ import numpy as np
 from deltamux.router.decide.encoder import join, load_encoder
 from deltamux.router.decide.tables import Floats
 
-#: Numbers of clusters that are tried.
+# Numbers of clusters that are tried. Chosen, not measured.
 TRIED: Final = tuple(range(2, 13))
-#: Prompts that are clustered; of more, as many are drawn.
+# Prompts that are clustered; of more, as many are drawn.
 MAX_PROMPTS: Final = 3000
 MIN_PROMPTS: Final = 20
 NUM_WORDS: Final = 6
@@ -51,22 +51,10 @@ def suggest(
             f"{len(prompts)} different prompts cannot be clustered so; {MIN_PROMPTS} are the least, "
             "and from 2 clusters on"
         )
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.metrics import silhouette_score
-    except ImportError as error:
-        raise ValueError(
-            "clustering needs scikit-learn; run: pip install 'deltamux[router]'"
-        ) from error
     rng = np.random.default_rng(seed)
     chosen = [prompts[i] for i in np.sort(rng.permutation(len(prompts))[:MAX_PROMPTS])]
     vectors = _vectors(chosen, seed)
-    best: tuple[float, Any] = (-2.0, None)
-    for number in (count,) if count else [k for k in TRIED if k < len(chosen) / 4]:
-        found = KMeans(number, n_init=4, random_state=seed).fit(vectors)
-        score = float(silhouette_score(vectors, found.labels_, sample_size=1000, random_state=seed))
-        best = max(best, (score, found), key=lambda pair: pair[0])
-    model = best[1]
+    model = _clustered(vectors, count, seed)
     words = _words([" ".join(turns) for turns in chosen], model.labels_)
     clusters = []
     for number, center in enumerate(model.cluster_centers_):
@@ -80,6 +68,23 @@ def suggest(
             )
         )
     return sorted(clusters, key=lambda cluster: -len(cluster.prompts))
+
+
+def _clustered(vectors: Floats, count: int | None, seed: int) -> Any:
+    """The fitted k-means, of the given number of clusters or of the best one."""
+    try:
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import silhouette_score
+    except ImportError as error:
+        raise ValueError(
+            "clustering needs scikit-learn; run: pip install 'deltamux[router]'"
+        ) from error
+    best: tuple[float, Any] = (-2.0, None)
+    for number in (count,) if count else [k for k in TRIED if k < len(vectors) / 4]:
+        found = KMeans(number, n_init=4, random_state=seed).fit(vectors)
+        score = float(silhouette_score(vectors, found.labels_, sample_size=1000, random_state=seed))
+        best = max(best, (score, found), key=lambda pair: pair[0])
+    return best[1]
 
 
 def _vectors(prompts: Sequence[tuple[str, ...]], seed: int) -> Floats:

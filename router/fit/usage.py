@@ -16,7 +16,7 @@ from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode
 from deltamux.router.fit.data import Dataset, Prompt, parse_json
 
-#: Changed prompts that a report shows.
+# Changed prompts that a report shows.
 MAX_SHOWN: Final = 10
 
 

@@ -21,13 +21,15 @@ from deltamux.router.decide.tables import Floats
 from deltamux.router.fit.embedding import EmbeddingRows
 from deltamux.router.fit.metrics import Labels
 
-#: Wider embeddings keep this many principal directions; it bounds the time of a fit.
+# Wider embeddings keep this many principal directions; it bounds the time of a fit.
 MAX_WIDTH: Final = 768
-#: Power of the variance that a principal direction is divided by; 1/2 would whiten it.
+# Power of the variance that a principal direction is divided by; 1/2 would whiten it.
+# Chosen, not measured.
 WHITENING: Final = 0.35
-#: The frequency at which a token counts half; the mean frequency, where that is more.
+# The frequency at which a token counts half; the mean frequency, where that is more. Chosen, not
+# measured.
 HALF_FREQUENCY: Final = 1e-3
-#: Directions with less than this part of the largest variance are rounding.
+# Directions with less than this part of the largest variance are rounding.
 _LEAST_VARIANCE: Final = 1e-6
 
 

@@ -24,7 +24,7 @@ from deltamux.router.report.curves import Curves, reliability, risk_coverage
 RIGHT: Final = "right"
 FALLBACK: Final = "fallback"
 WRONG: Final = "wrong"
-#: Row of the confusion matrix for domains that the router does not know.
+# Row of the confusion matrix for domains that the router does not know.
 OTHER: Final = "other domains"
 
 

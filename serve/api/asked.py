@@ -19,13 +19,14 @@ from deltamux.router.decide.messages import user_turns
 from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import Encode
 
-#: Conversations that are remembered for `previous_response_id`, and turns and characters of each.
+# Conversations that are remembered for `previous_response_id`, and turns and characters of each.
 MAX_REMEMBERED: Final = 2048
 MAX_TURNS: Final = 8
 MAX_CHARS: Final = 2000
 
-#: Where a request holds what is asked, in the order of the APIs that are looked at.
-_FIELDS: Final = ("messages", "prompt", "input")
+# Where a request holds what is asked, in the order of the APIs that are looked at.
+_FIELDS: Final = ("messages", "prompt", "input", "token_ids", "query")
+_ID_PREFIXES: Final = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 
 Asked = list[str] | list[int]
 
@@ -40,6 +41,12 @@ class Hints:
 
     allow: frozenset[str] | None = None
 
+    def within(self, allowed: frozenset[str] | None) -> "Hints":
+        """The same, of no more than these experts; None: of all."""
+        if allowed is None:
+            return self
+        return Hints(allowed if self.allow is None else self.allow & allowed)
+
 
 def field(request: Any, name: str) -> Any:
     """Return a field of a request of vLLM or of a dict, None where it has none."""
@@ -52,21 +59,31 @@ def conversations(request: Any) -> list[Asked]:
         content = field(request, name)
         if content is None:
             continue
-        if name != "input" and _is_several(content):
+        if name in ("messages", "prompt") and _is_several(content):
             return [_one(each) for each in content]
         return [_one(content)]
     return [[]]
 
 
-def request_id(request: Any) -> str | None:
-    """Return what the response will be called, without the prefix of its API."""
+def request_id(request: Any, client_id: str | None = None) -> str | None:
+    """Return what the response will be called, without the prefix of its API.
+
+    Args:
+        request: A request of vLLM or a dict.
+        client_id: The header X-Request-Id. vLLM names responses by it, but those of the Responses API.
+    """
+    if client_id is not None and field(request, "input") is None:
+        return bare_id(client_id)
     found = field(request, "request_id")
     return bare_id(found) if isinstance(found, str) else None
 
 
 def bare_id(name: str) -> str:
-    """Return a response's id without the prefix of its API."""
-    for prefix in ("chatcmpl-", "cmpl-", "resp_", "msg_"):
+    """Return a response's id without the prefix of its API, however often it stands there.
+
+    A client may well send an earlier response's id as its X-Request-Id, and vLLM adds the prefix again.
+    """
+    while prefix := next((p for p in _ID_PREFIXES if name.startswith(p)), None):
         name = name.removeprefix(prefix)
     return name
 

@@ -131,12 +131,20 @@ class AutoRoute:
         routing_metrics.reloads_total.labels("done").inc()
         return fresh
 
-    def decide(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
+    def decide(
+        self,
+        request: Any,
+        counted: bool = True,
+        allowed: frozenset[str] | None = None,
+        client_id: str | None = None,
+    ) -> tuple[Decision, float]:
         """Route one request.
 
         Args:
             request: A chat, completions, responses or messages request of vLLM, or a dict.
             counted: Count the decision among those that drift is measured of, and log it.
+            allowed: The experts that the client may use, the base aside; None: all.
+            client_id: The client's header X-Request-Id.
 
         Returns:
             The decision, and the seconds it took, tokenization included.
@@ -145,7 +153,7 @@ class AutoRoute:
             RequestError: Its hints are malformed, or it holds prompts of different experts.
         """
         start = time.perf_counter()
-        found = self.decide_each(request, counted)
+        found = self.decide_each(request, counted, allowed, client_id)
         names = sorted({decision.expert or BASE for decision in found})
         if len(names) > 1:
             raise RequestError(
@@ -154,24 +162,40 @@ class AutoRoute:
             )
         return found[0], time.perf_counter() - start
 
-    def decide_each(self, request: Any, counted: bool = False) -> list[Decision]:
+    def decide_each(
+        self,
+        request: Any,
+        counted: bool = False,
+        allowed: frozenset[str] | None = None,
+        client_id: str | None = None,
+    ) -> list[Decision]:
         """Route every conversation of a request; arguments and errors are those of `decide`."""
-        active, said = self._active, hints(request)
+        active, said = self._active, hints(request).within(allowed)
+        fallback = self.fallback
+        if allowed is not None and fallback not in allowed:
+            fallback = None
         decisions = []
         for made, conversation in self._decide(active, request, said):
             chosen = self._servable(made)
             decision = chosen
-            if chosen.expert is None and self.fallback:
-                decision = replace(chosen, expert=self.fallback)
-            decisions.append(decision)
+            if chosen.expert is None and fallback:
+                decision = replace(chosen, expert=fallback)
+            decisions.append(self._seen(decision, allowed))
             if counted and active is not None and conversation is not None:
                 active.drift.observe(chosen)
                 ask_shadow(active, conversation, chosen)
                 if self.log is not None:
-                    self.log.decided(request_id(request), conversation.texts, decision)
+                    name = request_id(request, client_id)
+                    self.log.decided(name, conversation.texts, decision)
         if counted:
             self._reader.remember(request)
         return decisions
+
+    def _seen(self, decision: Decision, allowed: frozenset[str] | None) -> Decision:
+        """The decision as a client may see it: a domain whose expert it may not use is the base's."""
+        if allowed is None or self.visible({decision.domain: 1.0}, allowed):
+            return decision
+        return replace(decision, domain=BASE)
 
     def _servable(self, decision: Decision) -> Decision:
         """The decision, or the base where its expert is not served."""
@@ -180,15 +204,21 @@ class AutoRoute:
         self._report(decision.expert)
         return replace(decision, expert=None, reason=REASON_ROUTER_ERROR)
 
-    async def decide_aside(self, request: Any, counted: bool = True) -> tuple[Decision, float]:
+    async def decide_aside(
+        self,
+        request: Any,
+        counted: bool = True,
+        allowed: frozenset[str] | None = None,
+        client_id: str | None = None,
+    ) -> tuple[Decision, float]:
         """Route one request on the event loop; in a thread where a sentence encoder is asked.
 
         The tables take less than going to a thread and back does. Arguments and result are those of
         `decide`.
         """
         if self._active is None or not self._active.asks_encoder:
-            return self.decide(request, counted)
-        return await run_in_threadpool(self.decide, request, counted)
+            return self.decide(request, counted, allowed, client_id)
+        return await run_in_threadpool(self.decide, request, counted, allowed, client_id)
 
     def explain(self, request: Any) -> dict[str, Any] | None:
         """Why the router decides as it does; None where it cannot decide."""
@@ -201,6 +231,18 @@ class AutoRoute:
         except Exception:
             logger.exception("deltamux: the router cannot explain a request")
             return None
+
+    def visible(
+        self, probabilities: dict[str, float], allowed: frozenset[str] | None
+    ) -> dict[str, float]:
+        """The probabilities of the domains whose experts a client may use; None: all."""
+        router = self.router
+        if allowed is None or router is None:
+            return probabilities
+        seen = {
+            domain for domain, name in router.config.experts.items() if name in {*allowed, None}
+        }
+        return {domain: share for domain, share in probabilities.items() if domain in seen}
 
     def not_served(self) -> list[str]:
         """Return the experts that the router may choose and that cannot answer now."""

@@ -11,8 +11,10 @@ It is off unless the configuration names a file. It is bounded: at `MAX_BYTES` t
 
 import json
 import logging
+import os
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Literal
@@ -23,9 +25,9 @@ from deltamux.router.decide.decision import BASE_NAME, Decision
 logger = logging.getLogger("vllm.deltamux")
 
 MAX_BYTES: Final = 64 << 20
-#: Decisions whose ids are known for feedback.
+# Decisions whose ids are known for feedback.
 MAX_IDS: Final = 100_000
-#: Characters kept of each end of a turn.
+# Characters kept of each end of a turn.
 EDGE_CHARS: Final = 2000
 
 
@@ -70,15 +72,21 @@ class DecisionLog:
         return True
 
     def _write(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row, ensure_ascii=False) + "\n"
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        size = 0
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.exists() and self._path.stat().st_size + len(line) > MAX_BYTES:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            if size + len(line) > MAX_BYTES:
                 self._path.replace(self._path.with_name(self._path.name + ".1"))
-            with self._path.open("a", encoding="utf-8", errors="replace") as file:
+                size = 0
+            with self._path.open("ab") as file:
                 file.write(line)
         except OSError as error:
             logger.error("deltamux: the decision log %s cannot be written: %s", self._path, error)
+            with suppress(OSError):
+                # Half a line would spoil the next one.
+                os.truncate(self._path, size)
 
 
 def _edges(text: str) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from deltamux.compression.checkpoint.settings import read_side_settings
 from deltamux.compression.image.source import open_source
-from deltamux.compression.streaming.served import own_template, read_settings
 from deltamux.serve.hub import local_directory
 
 Origin = Literal["configured", "added", "watched"]
@@ -45,8 +45,9 @@ class Expert:
         request: Its LoRA request, None if it was refused.
         error: Why it was refused, else None.
         num_bytes: Size of the artifact's weights file.
-        bits_per_weight: Of the decoder's linears.
-        generation_config: Its own, sampling defaults among it.
+        bits_per_weight: Of the decoder's linears, on disk.
+        slot_bits_per_weight: The same in a slot; None where nothing says it.
+        sampling: Its own sampling defaults, by their names in `generation_config.json`.
         stop_ids: End-of-sequence ids of its own.
         chat_template: Its own template, None where it has none.
         variants: vLLM's handlers speaking for this expert, by method name.
@@ -68,7 +69,8 @@ class Expert:
     error: str | None = None
     num_bytes: int = 0
     bits_per_weight: float = 0.0
-    generation_config: dict[str, Any] = field(default_factory=dict)
+    slot_bits_per_weight: float | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
     stop_ids: list[int] = field(default_factory=list)
     chat_template: str | None = None
     variants: dict[str, Any] = field(default_factory=dict)
@@ -123,27 +125,42 @@ class Expert:
 
     def take_over(self, read: "Expert") -> None:
         """Take template and generation settings that changed beside the same weights."""
-        self.generation_config, self.stop_ids = read.generation_config, read.stop_ids
+        self.sampling, self.stop_ids = read.sampling, read.stop_ids
         self.chat_template = read.chat_template
         self.variants.clear()
 
 
-def read_expert(name: str, path: Path, max_rank: int) -> Expert:
-    """Read an expert's sizes, template and generation settings; checks its content.
+@dataclass(frozen=True)
+class Served:
+    """What of the served model decides on the experts that it takes.
+
+    Attributes:
+        max_rank: The largest rank of an adapter.
+        vocabulary: Its number of tokens.
+        token_id: Its tokenizer's id of a token, None where it has no such token.
+    """
+
+    max_rank: int
+    vocabulary: int
+    token_id: Callable[[str], int | None]
+
+
+def read_expert(name: str, path: Path, served: Served) -> Expert:
+    """Read an expert's sizes, template and generation settings; all of them are checked.
 
     Args:
         name: What clients call it.
         path: An artifact, or a LoRA adapter; a directory or a hub id.
-        max_rank: The largest rank of an adapter.
+        served: What it is to be served beside.
 
     Raises:
-        ValueError: It is neither, damaged, or newer than this version.
+        ValueError: It is neither, damaged, newer than this version, or says of itself what no request could be
+            answered with.
     """
     given, path = path, local_directory(path)
-    source = open_source(path, max_rank)
+    source = open_source(path, served.max_rank)
+    settings = read_side_settings(path, served.vocabulary, served.token_id)
     source.check_content()
-    config = read_settings(path / "generation_config.json")
-    stop = config.get("eos_token_id")
     return Expert(
         name=name,
         path=path,
@@ -151,7 +168,8 @@ def read_expert(name: str, path: Path, max_rank: int) -> Expert:
         content=source.content,
         num_bytes=source.num_bytes,
         bits_per_weight=source.bits_per_weight,
-        generation_config=config,
-        stop_ids=[] if stop is None else list(stop) if isinstance(stop, list) else [stop],
-        chat_template=own_template(path),
+        slot_bits_per_weight=source.slot_bits_per_weight,
+        sampling=settings.sampling,
+        stop_ids=settings.stop_ids,
+        chat_template=settings.template,
     )

@@ -7,12 +7,21 @@ beside the old one, swaps the name, and drops the old one when its last request 
 """
 
 import asyncio
+import copy
 import logging
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 from deltamux.serve import compat
-from deltamux.serve.api.expert import Expert, ExpertError, Limits, Origin, read_expert
+from deltamux.serve.api.expert import (
+    Expert,
+    ExpertError,
+    Limits,
+    Origin,
+    Served,
+    read_expert,
+)
 from deltamux.serve.api.gate import Gate
 from deltamux.serve.api.worker import Worker
 from deltamux.serve.names import (
@@ -26,6 +35,9 @@ from deltamux.serve.status import ExpertStatus, read_status
 
 logger = logging.getLogger("vllm.deltamux")
 
+# Between looks at whether the engine is still there, while it is waited for. Chosen, not measured.
+ENGINE_POLL_SECONDS = 0.5
+
 
 class ExpertRegistry:
     """Experts by name, over vLLM's own table of LoRA requests.
@@ -33,17 +45,19 @@ class ExpertRegistry:
     Args:
         engine: vLLM's engine client.
         models: `app.state.openai_serving_models`.
-        max_rank: The largest rank of a LoRA adapter that slots take.
+        served: What decides on the experts that are taken.
         patience: Seconds that a request waits for a slot before a busy one is drained.
         ttl: Seconds without a request after which experts leave memory; None: never.
     """
 
     def __init__(
-        self, engine: Any, models: Any, max_rank: int, patience: float, ttl: float | None = None
+        self, engine: Any, models: Any, served: Served, patience: float, ttl: float | None = None
     ) -> None:
         self._engine = engine
         self._models = models
-        self._max_rank = max_rank
+        # vLLM's own table stays empty: what is not handed a handler from here reaches no expert.
+        self._requests: dict[str, Any] = {}
+        self._served = served
         self._ttl = ttl
         self._worker = Worker()
         slots = engine.vllm_config.lora_config.max_loras
@@ -67,6 +81,14 @@ class ExpertRegistry:
         """The version of an expert behind a LoRA id."""
         return self._versions.get(lora_id)
 
+    def seen_by(self, handler: Any, **changes: Any) -> Any:
+        """A copy of one of vLLM's handlers to which the experts exist; attributes change as given."""
+        seeing, models = copy.copy(handler), copy.copy(self._models)
+        models.lora_requests = self._requests
+        for name, value in {"models": models, **changes}.items():
+            setattr(seeing, name, value)
+        return seeing
+
     def serves(self, name: str) -> bool:
         """Whether an expert can answer."""
         expert = self._experts.get(name)
@@ -88,7 +110,9 @@ class ExpertRegistry:
 
     async def adopt(self) -> None:
         """Take over what `--lora-modules` loaded, under versioned names."""
-        for name, request in list(self._models.lora_requests.items()):
+        given = dict(self._models.lora_requests)
+        self._models.lora_requests.clear()
+        for name, request in given.items():
             await self.register(name, artifact_path(request.lora_path))
             await self._worker.remove(Expert(name, Path(), request=request))
 
@@ -145,9 +169,14 @@ class ExpertRegistry:
             raise ExpertError(str(error)) from error
         async with self._lock:
             try:
-                expert = await asyncio.to_thread(read_expert, name, path, self._max_rank)
+                expert = await asyncio.to_thread(read_expert, name, path, self._served)
             except (ValueError, OSError) as error:
                 raise ExpertError(str(error)) from error
+            except Exception as error:
+                # Not foreseen: a fault of ours, which must keep neither the server nor the others from serving.
+                logger.exception("deltamux: expert %r cannot be read", name)
+                reason = f"{str(path)!r} cannot be read: {type(error).__name__}: {error}"
+                raise ExpertError(reason) from error
             previous = self._experts.get(name)
             if previous and previous.request and previous.same_weights(expert):
                 previous.take_over(expert)
@@ -162,7 +191,7 @@ class ExpertRegistry:
                     self.gate.loaded(expert)
                 self._experts[name] = expert
                 self._versions[expert.request.lora_int_id] = expert
-                self._models.lora_requests[name] = expert.request
+                self._requests[name] = expert.request
         if previous and previous.request:
             expert.pinned = pin or previous.pinned
             self._in_background(self._succeed(previous, expert))
@@ -186,7 +215,7 @@ class ExpertRegistry:
         if was_bad:
             try:
                 # What ran while it was gone left the base's keys in the cache under its name.
-                await self._engine.reset_prefix_cache()
+                await self._asked(self._engine.reset_prefix_cache())
             except BaseException:
                 self.gate.leave(expert)
                 raise
@@ -203,12 +232,31 @@ class ExpertRegistry:
         Raises:
             ExpertError: There is no such expert, or no slot to spare.
         """
-        expert = self._experts.get(name)
-        if expert is None:
-            raise ExpertError(f"there is no expert {name!r}")
+        expert = self._existing(name)
         if expert.error:
             raise ExpertError(f"expert {name!r} is not available: {expert.error}")
         await self.gate.pin(expert)
+
+    async def unpin(self, name: str) -> None:
+        """Let an expert leave its slot when another needs it.
+
+        Raises:
+            ExpertError: There is no such expert, or the worker has gone.
+        """
+        expert = self._existing(name)
+        if expert.request:
+            await self.gate.unpin(expert)
+        expert.pinned = False
+
+    async def activate(self, name: str) -> None:
+        """Bring an expert into a slot now, ahead of its next request.
+
+        Raises:
+            ExpertError: There is no such expert, or it is refused.
+        """
+        expert = self._existing(name)
+        await self.admit(expert)
+        self.gate.leave(expert)
 
     async def delete(self, name: str) -> None:
         """Stop offering an expert; its running requests end first.
@@ -219,9 +267,15 @@ class ExpertRegistry:
         expert = self._experts.pop(name, None)
         if expert is None:
             raise ExpertError(f"there is no expert {name!r}")
-        self._models.lora_requests.pop(name, None)
+        self._requests.pop(name, None)
         if expert.request:
             await self._drop(expert)
+
+    def _existing(self, name: str) -> Expert:
+        expert = self._experts.get(name)
+        if expert is None:
+            raise ExpertError(f"there is no expert {name!r}")
+        return expert
 
     def _request(self, expert: Expert) -> Any:
         lora_id = self._models.lora_id_counter.inc(1)
@@ -231,6 +285,21 @@ class ExpertRegistry:
             lora_path=versioned_path(expert.path.absolute(), expert.content),
             base_model_name=self._models.base_model_paths[0].name,
         )
+
+    async def _asked(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """The engine's answer to a call; an engine that has ended gives none, and vLLM would wait for it.
+
+        Raises:
+            ExpertError: The engine has ended meanwhile.
+        """
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({task}, timeout=ENGINE_POLL_SECONDS))[0]:
+                if self._engine.errored:
+                    raise ExpertError("the engine has ended: ask again when the server is back")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _succeed(self, previous: Expert, expert: Expert) -> None:
         """Retire a version; then its successor can have its pin."""

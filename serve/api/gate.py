@@ -153,6 +153,12 @@ class Gate:
         finally:
             self.leave(expert)
 
+    async def unpin(self, expert: Expert) -> None:
+        """Let an expert's slot go to others who need it; raises as `pin`."""
+        await self._worker.unpin(expert)
+        expert.pinned = False
+        self.moved()
+
     async def drop(self, expert: Expert) -> None:
         """An expert is about to leave the worker: nothing of it is kept, and what moves comes to its end."""
         place = self._places.pop(expert.request.lora_int_id, None)

@@ -8,6 +8,12 @@ from deltamux.serve.api.handlers import ARRIVAL
 from deltamux.serve.names import BASE
 
 HEADER_PREFIX = b"x-deltamux-"
+# What a browser shows to a page of another origin; without CORS it shows nothing at all.
+EXPOSED = (
+    b"access-control-expose-headers",
+    b"x-deltamux-expert, x-deltamux-domain, x-deltamux-confidence, x-deltamux-reason, x-request-id, "
+    b"retry-after",
+)
 
 
 class DecisionHeaders:
@@ -22,11 +28,19 @@ class DecisionHeaders:
 
         async def send_with_headers(message: Any) -> None:
             decision = scope.get("state", {}).get("deltamux")
-            if message["type"] == "http.response.start" and decision is not None:
-                message["headers"] = [*message.get("headers", []), *_headers(decision)]
+            if message["type"] == "http.response.start":
+                added = _headers(decision) if decision is not None else []
+                if _has_origin(scope):
+                    added = [*added, EXPOSED]
+                message["headers"] = [*message.get("headers", []), *added]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
+
+
+def _has_origin(scope: Any) -> bool:
+    """Whether a page of some origin asks, by a browser."""
+    return any(name == b"origin" for name, _ in scope.get("headers", []))
 
 
 def _headers(decision: Decision) -> list[tuple[bytes, bytes]]:

@@ -7,21 +7,32 @@ the log have its reason.
 """
 
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from deltamux.serve.api.state import ServerState, server_state
+from deltamux.serve.api.tenants import current_tenant
 
 ready_router = APIRouter(prefix="/v1")
 
 
 @ready_router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """200 with `ready` true, or 503 with the reasons."""
+    """200 with `ready` true, or 503; with the reasons for those who may know them."""
     reasons = await not_ready(server_state(request))
     status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
-    return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=status.value)
+    content: dict[str, Any] = {"ready": not reasons}
+    if _may_know(server_state(request)):
+        content["reasons"] = reasons
+    return JSONResponse(content, status_code=status.value)
+
+
+def _may_know(server: ServerState) -> bool:
+    """Whether the client is told the reasons, which name experts and paths: an admin, or anybody where no key is set."""
+    tenant = current_tenant.get()
+    return tenant.admin if tenant else not server.doors.keys.required
 
 
 async def not_ready(server: ServerState) -> list[str]:

@@ -17,8 +17,9 @@ from starlette.concurrency import run_in_threadpool
 from deltamux.serve.api.active_router import ActiveRouter
 from deltamux.serve.api.asked import RequestError, bare_id
 from deltamux.serve.api.autoroute import AutoRoute
-from deltamux.serve.api.handlers import error_response
+from deltamux.serve.api.refusals import error_response
 from deltamux.serve.api.state import server_state
+from deltamux.serve.api.tenants import current_tenant
 
 routing_router = APIRouter(prefix="/v1")
 
@@ -81,15 +82,24 @@ async def decide(body: RouteBody, request: Request) -> JSONResponse:
     """The decision that `model="auto"` would take, without generating; of several prompts, each."""
     route = _route(request)
     asked = body.model_dump(exclude_none=True, exclude={"explain"})
+    tenant, server = current_tenant.get(), server_state(request)
+    if body.previous_response_id and not server.owners.may_read(body.previous_response_id, tenant):
+        message = f"Response with id '{body.previous_response_id}' not found."
+        return _refusal(message, HTTPStatus.NOT_FOUND, "NotFoundError")
+    allowed = tenant.experts if tenant else None
     start = time.perf_counter()
     try:
-        decisions = await run_in_threadpool(route.decide_each, asked)
+        decisions = await run_in_threadpool(route.decide_each, asked, False, allowed)
     except RequestError as error:
         return _refusal(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
-    shown = [made.to_json() | {"probabilities": made.probabilities} for made in decisions]
+    shown = [
+        made.to_json() | {"probabilities": route.visible(made.probabilities, allowed)}
+        for made in decisions
+    ]
     content: dict[str, Any] = shown[0] if len(shown) == 1 else {"decisions": shown}
     content |= {"seconds": time.perf_counter() - start, "error": route.error}
-    if body.explain:
+    # An explanation names every domain of the router.
+    if body.explain and allowed is None:
         content["explanation"] = await run_in_threadpool(route.explain, asked)
     return JSONResponse(content)
 
@@ -125,8 +135,10 @@ async def reload(request: Request, body: ReloadBody | None = None) -> JSONRespon
     """Load a router and let it decide from now on."""
     body = body or ReloadBody()
     try:
+        roots = server_state(request).roots
+        path, shadow = (each and roots.inside(each) for each in (body.path, body.shadow))
         # Reading the files must not hold up the event loop.
-        fresh = await run_in_threadpool(_route(request).reload, body.path, body.shadow)
+        fresh = await run_in_threadpool(_route(request).reload, path, shadow)
     except (ValueError, OSError) as error:
         return _refusal(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
     return JSONResponse(_describe(fresh, _route(request)))

@@ -5,6 +5,9 @@ from typing import Any
 
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.experts import ExpertRegistry
+from deltamux.serve.api.guard import Doors
+from deltamux.serve.api.owners import Owners
+from deltamux.serve.api.roots import Roots
 from deltamux.serve.api.saved import SavedExperts
 from deltamux.serve.observability.journal import Journal
 from deltamux.serve.settings import PluginSettings
@@ -22,6 +25,10 @@ class ServerState:
         route: Who answers `auto`.
         journal: Requests in flight.
         engine: vLLM's engine client.
+        slots: How many experts are on the device at one time.
+        owners: Whose each response is.
+        doors: Whose keys open what.
+        roots: Where experts and routers that a client names may lie.
         saved: Experts that are kept over a restart.
     """
 
@@ -30,6 +37,10 @@ class ServerState:
     route: AutoRoute
     journal: Journal
     engine: Any
+    slots: int
+    owners: Owners
+    doors: Doors
+    roots: Roots
     saved: SavedExperts
 
     def attach(self, state: Any) -> None:

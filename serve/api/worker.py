@@ -43,6 +43,14 @@ class Worker:
         """
         await self._give("pin", expert, keep)
 
+    async def unpin(self, expert: Expert) -> None:
+        """Let an expert's slot go to others who need it.
+
+        Raises:
+            ExpertError: The worker has gone.
+        """
+        await self._give("unpin", expert)
+
     async def leave(self, expert: Expert) -> None:
         """Free an expert's slot and host memory."""
         await self._give("leave", expert)

@@ -29,7 +29,7 @@ from deltamux.serve.demo.folder import (
     rows,
     verification,
 )
-from deltamux.serve.demo.report import Traffic, curl_line, measure, show
+from deltamux.serve.demo.report import Traffic, how_to_try, measure, show
 from deltamux.serve.demo.server import Server
 from deltamux.serve.demo.stage import announce, end_with_server, with_server
 from deltamux.serve.names import AUTO
@@ -199,7 +199,7 @@ def load(folder: DemoFolder, server: Server, keeps_running: bool) -> dict[str, A
     found = {name: expert_figures(folder, name) | traffic.rows[name] for name in DOMAINS}
     show(traffic, {name: int(found[name]["bytes_full"]) for name in DOMAINS})
     if keeps_running:
-        typer.echo(curl_line(server, AUTO, prompts["shell"][0]))
+        typer.echo(how_to_try(server, AUTO, prompts["shell"][0]))
     return summary(folder, traffic, found)
 
 

@@ -14,11 +14,12 @@ import typer
 import yaml
 
 from deltamux.compression.artifact.artifact import Artifact
-from deltamux.compression.checkpoint.checkpoint import open_checkpoint, resolve_directory
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.commands import compress_command
+from deltamux.compression.paths import resolve_directory
 from deltamux.serve.demo import data
 from deltamux.serve.demo.folder import SEED
-from deltamux.serve.demo.report import curl_line, measure, show
+from deltamux.serve.demo.report import how_to_try, measure, show
 from deltamux.serve.demo.server import Server
 from deltamux.serve.demo.stage import announce, end_with_server, with_server
 from deltamux.serve.names import BASE, check_expert_name
@@ -70,7 +71,7 @@ def load(
     traffic = measure(server, dict.fromkeys((*names, BASE), prompts), BASE, routed=False)
     show(traffic, {name: open_checkpoint(source).total_bytes() for name, source in names.items()})
     if keeps_running:
-        typer.echo(curl_line(server, next(iter(names)), prompts[0]))
+        typer.echo(how_to_try(server, next(iter(names)), prompts[0]))
     sizes = {name: Artifact(root / "compressed" / name).total_bytes() for name in names}
     return {
         "experts": {name: traffic.rows[name] | {"bytes": sizes[name]} for name in names},

@@ -125,8 +125,8 @@ def show(traffic: Traffic, checkpoint_bytes: Mapping[str, int]) -> None:
     )
 
 
-def curl_line(server: Server, model: str, prompt: str) -> str:
-    """A request to try by hand."""
+def how_to_try(server: Server, model: str, prompt: str) -> str:
+    """The console's address, and a request to send by hand."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -134,7 +134,8 @@ def curl_line(server: Server, model: str, prompt: str) -> str:
         "temperature": 0,
     }
     return (
-        f"\nthe server runs on (stop it with: kill {server.process.pid}); try:\n"
-        f"curl -i {server.url}/v1/chat/completions -H 'content-type: application/json' "
+        f"\nthe server runs on (stop it with: kill {server.process.pid})\n"
+        f"look at it: {server.url}/console\n"
+        f"ask it: curl -i {server.url}/v1/chat/completions -H 'content-type: application/json' "
         f"-d {shlex.quote(json.dumps(body))}\n"
     )

@@ -141,10 +141,20 @@ def _marking(add_request: Callable[..., Any]) -> Callable[..., Any]:
             stats.deltamux_record = current_record.get()
             # The sequences of one request share its prompt.
             first = given.get("request_index", 0) == 0
-            stats.deltamux_prompt_tokens = state.prompt_len if first else 0
+            stats.deltamux_prompt_tokens = _prompt_tokens(stats.deltamux_record, state, first)
         return added
 
     return marked
+
+
+def _prompt_tokens(record: RequestRecord | None, state: Any, first: bool) -> int:
+    """Tokens of a prompt that is new: a beam's steps come as prompts of their own, each a token longer."""
+    if not first:
+        return 0
+    if record is None or record.beam_prompts is None:
+        return int(state.prompt_len)
+    record.beam_prompts -= 1
+    return int(state.prompt_len) if record.beam_prompts >= 0 else 0
 
 
 def _observing(update_from_output: Callable[..., Any], speculative: bool) -> Callable[..., Any]:
@@ -170,7 +180,7 @@ def _observing(update_from_output: Callable[..., Any], speculative: bool) -> Cal
             metrics.speculative_accepted.labels(label).inc(generated - 1)
         metrics.tokens_total.labels(label, "generated").inc(generated)
         if record is not None:
-            record.generated_tokens += generated
+            record.spend("generated", generated)
 
     observed.deltamux = True  # type: ignore[attr-defined]
     return observed
@@ -182,10 +192,11 @@ def _first_token(label: str, record: RequestRecord | None, stats: Any, now: floa
     if record is None:
         metrics.ttft_seconds.labels(label).observe(stats.first_token_latency)
         return
-    record.prompt_tokens += prompt_tokens
+    record.spend("prompt", prompt_tokens)
     if record.ttft_seconds is not None:
         return
-    record.ttft_seconds = now - record.arrival
+    # Wall clocks both: somebody may have set them back meanwhile.
+    record.ttft_seconds = max(0.0, now - record.arrival)
     record.queue_seconds = stats.scheduled_ts - stats.queued_ts
     metrics.ttft_seconds.labels(label).observe(record.ttft_seconds)
     if record.lora_id is not None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from deltamux.router.decide.decision import Decision
 from deltamux.serve import compat
+from deltamux.serve.api.tenants import Tenant, current_tenant
 from deltamux.serve.observability import metrics
 
 OK, ABORTED, INVALID, UNAVAILABLE, ERROR = "ok", "aborted", "invalid", "unavailable", "error"
@@ -47,6 +48,8 @@ class RequestRecord:
         failure: How the engine ended it, if not well.
         outcome: One of `OUTCOMES`, None while it is open.
         at_end: What to call when it is closed.
+        beam_prompts: Prompts of a beam search that are not counted yet; None: it is none.
+        tenant: Whose request it is, None where nobody is asked.
     """
 
     expert: str
@@ -62,6 +65,26 @@ class RequestRecord:
     failure: str | None = None
     outcome: str | None = None
     at_end: list[Callable[[], None]] = field(default_factory=list)
+    beam_prompts: int | None = None
+    tenant: Tenant | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since its arrival; never below nought, though somebody may have set the clock back meanwhile."""
+        return max(0.0, time.time() - self.arrival)
+
+    def spend(self, kind: str, tokens: int) -> None:
+        """Count tokens, `prompt` or `generated`; those that come behind the response's end are charged at once.
+
+        A response that is made in the background ends before its first token.
+        """
+        if kind == "prompt":
+            self.prompt_tokens += tokens
+        else:
+            self.generated_tokens += tokens
+        if self.outcome is not None and self.tenant is not None:
+            self.tenant.limits.spend(tokens)
+            metrics.tenant_tokens.labels(self.tenant.name, kind).inc(tokens)
 
     def to_json(self) -> dict[str, Any]:
         """The fields of a log line."""
@@ -69,6 +92,7 @@ class RequestRecord:
             "event": "request",
             "time": round(time.time(), 3),
             "request_id": self.request_id,
+            "tenant": self.tenant.name if self.tenant else None,
             "expert": self.expert,
             "domain": self.decision.domain,
             "reason": self.decision.reason,
@@ -77,7 +101,7 @@ class RequestRecord:
             "queue_seconds": _rounded(self.queue_seconds),
             "swap_wait_seconds": _rounded(self.swap_wait_seconds),
             "ttft_seconds": _rounded(self.ttft_seconds),
-            "e2e_seconds": _rounded(time.time() - self.arrival),
+            "e2e_seconds": _rounded(self.seconds),
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
         }
@@ -118,7 +142,7 @@ class Journal:
 
     def begin(self, expert: str, decision: Decision, arrival: float) -> RequestRecord:
         """Open a record, and count the request."""
-        record = RequestRecord(expert, decision, arrival)
+        record = RequestRecord(expert, decision, arrival, tenant=current_tenant.get())
         metrics.requests_total.labels(expert, decision.reason).inc()
         self._open.add(record)
         return record
@@ -178,9 +202,21 @@ class Journal:
         reason = record.decision.reason
         metrics.request_outcomes.labels(record.expert, reason, outcome).inc()
         if outcome == OK:
-            metrics.e2e_seconds.labels(record.expert).observe(time.time() - record.arrival)
+            metrics.e2e_seconds.labels(record.expert).observe(record.seconds)
+        _charge(record)
         if self._log_requests:
             request_log.info(json.dumps(record.to_json()))
+
+
+def _charge(record: RequestRecord) -> None:
+    """Take what a request was from what its tenant has."""
+    if record.tenant is None:
+        return
+    name = record.tenant.name
+    metrics.tenant_requests.labels(name, record.outcome).inc()
+    metrics.tenant_tokens.labels(name, "prompt").inc(record.prompt_tokens)
+    metrics.tenant_tokens.labels(name, "generated").inc(record.generated_tokens)
+    record.tenant.limits.spend(record.prompt_tokens + record.generated_tokens)
 
 
 def outcome_of(status: int) -> str:

@@ -62,4 +62,15 @@ router_seconds = Histogram(
 router_confidence = Histogram(
     "deltamux_router_confidence", "Confidence of decisions.", buckets=CONFIDENCE_BUCKETS
 )
+tenant_requests = Counter(
+    "deltamux_tenant_requests", "Ended requests of a tenant.", ["tenant", "outcome"]
+)
+tenant_tokens = Counter(
+    "deltamux_tenant_tokens", "Tokens of a tenant's prompts and answers.", ["tenant", "kind"]
+)
+tenant_refusals = Counter(
+    "deltamux_tenant_refusals",
+    "What a tenant was refused: for want of requests, tokens or concurrency, of an expert, of an admin's rights.",
+    ["tenant", "reason"],
+)
 build_info = Gauge("deltamux_build_info", "Versions.", ["version", "vllm_version"])

@@ -5,7 +5,7 @@
 #pragma once
 
 #define TARGET_AMX \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,amx-tile,amx-int8")))
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,bmi2,amx-tile,amx-int8")))
 
 namespace deltamux::amx {
 
@@ -36,6 +36,11 @@ struct Part {
     int units, first;
     float zero;
     ptrdiff_t panel, block, tile;
+    const int32_t *extra;
+
+    const int32_t *extra_of(int group, int token) const {
+        return extra + (ptrdiff_t(group) * inputs.tokens + token) * LANES;
+    }
 };
 
 // The sums of a group of columns, brought to float32.
@@ -44,7 +49,9 @@ TARGET_AMX static inline void add_sums(const Part &part, const int32_t *sums, in
     int tokens = std::min(part.inputs.tokens - token, PANEL);
     for (int t = 0; t < tokens; t++) {
         ptrdiff_t at = ptrdiff_t(token + t) * part.inputs.groups + group;
-        __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + t * LANES));
+        __m512i whole = _mm512_load_si512(sums + t * LANES);
+        if (part.extra) whole = _mm512_add_epi32(whole, _mm512_load_si512(part.extra_of(group, token + t)));
+        __m512 sum = _mm512_cvtepi32_ps(whole);
         sum = _mm512_fnmadd_ps(_mm512_set1_ps(part.inputs.sums[at]), _mm512_set1_ps(part.zero), sum);
         float *total = tile + ptrdiff_t(token + t) * LANES;
         __m512 before = group == 0 ? _mm512_setzero_ps() : _mm512_load_ps(total);
@@ -116,7 +123,8 @@ TARGET_AMX static void multiply(const Codes &run, const Inputs &inputs, float ze
               zero,
               ptrdiff_t(inputs.units) * UNIT_CODES,
               ptrdiff_t(run.units) * UNIT_CODES,
-              ptrdiff_t(inputs.tokens) * LANES};
+              ptrdiff_t(inputs.tokens) * LANES,
+              run.extra};
     int panels = (inputs.tokens + PANEL - 1) / PANEL;
     for (int block = 0; block < run.blocks; block += 2) {
         bool two = block + 1 < run.blocks;
@@ -136,14 +144,14 @@ TARGET_AMX static void multiply(const Codes &run, const Inputs &inputs, float ze
 }
 
 static Layout layout(int tokens) {
-    if (tokens < FEW_TOKENS) return {1, false};
-    return {tokens < MANY_TOKENS ? 1 : MOST_AT_ONCE, true};
+    if (tokens < FEW_TOKENS) return {1, false, true, true};
+    return {tokens < MANY_TOKENS ? 1 : MOST_AT_ONCE, true, tokens <= PANEL, false};
 }
 
 static const Kernels KERNELS = {
-    "amx",     vnni::quantize, vnni::widen, vnni::unpack,    multiply,     vnni::multiply_exact,
-    vnni::dot, vnni::dot_int8, vnni::scale, vnni::add_outer, vnni::add_to, layout,
-    begin,     end,
+    "amx", vnni::quantize, vnni::widen, vnni::unpack, vnni::add_escapes, multiply, vnni::multiply_exact,
+    vnni::multiply_planes, vnni::interleave, vnni::sum_escapes, vnni::dot, vnni::dot_int8, vnni::scale,
+    vnni::add_outer, vnni::add_to, layout, begin, end,
 };
 
 }  // namespace deltamux::amx

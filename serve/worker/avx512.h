@@ -3,109 +3,23 @@
 //
 // No include guard on purpose.
 
+#include "avx512_inputs.h"
+
 namespace deltamux::AVX512_NAMESPACE {
-
-TARGET static inline __m512 load16(const void *x, Type type, ptrdiff_t at, __mmask16 mask) {
-    if (type == FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float *>(x) + at);
-    const uint16_t *half = static_cast<const uint16_t *>(x) + at;
-    __m256i bits = _mm256_maskz_loadu_epi16(mask, half);
-    if (type == FLOAT16) return _mm512_cvtph_ps(bits);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-// To the nearest bfloat16, ties to even; not a number stays one.
-TARGET static inline __m256i to_bfloat16(__m512 value) {
-    __m512i bits = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC00000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
-TARGET static inline __mmask16 first(int count) {
-    return count >= LANES ? __mmask16(0xFFFF) : __mmask16((1u << (count < 0 ? 0 : count)) - 1);
-}
-
-// The largest magnitude of some numbers; what comes out for those that are none is any number.
-TARGET static inline float largest_of(const void *x, Type type, int start, int stop) {
-    if (type == FLOAT32) {
-        __m512 most = _mm512_setzero_ps();
-        for (int j = start; j < stop; j += LANES) {
-            most = _mm512_max_ps(most, _mm512_abs_ps(load16(x, type, j, first(stop - j))));
-        }
-        return _mm512_reduce_max_ps(most);
-    }
-    // Bits without the sign are in the order of the magnitudes.
-    const uint16_t *half = static_cast<const uint16_t *>(x);
-    const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
-    __m512i most = _mm512_setzero_si512();
-    for (int j = start; j < stop; j += 2 * LANES) {
-        __mmask32 mask = stop - j >= 32 ? ~0u : (1u << (stop - j)) - 1;
-        __m512i bits = _mm512_maskz_loadu_epi16(mask, half + j);
-        most = _mm512_max_epu16(most, _mm512_and_si512(bits, magnitude));
-    }
-    __m256i halves = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
-    __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
-    // The instruction finds the least.
-    __m128i ones = _mm_set1_epi16(-1);
-    uint16_t found = uint16_t(~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(eight, ones)), 0));
-    return portable::load(&found, type, 0);
-}
-
-TARGET static void quantize(const void *x, Type type, int columns, int8_t *levels,
-                            ptrdiff_t stride, float *scales, float *sums) {
-    const __m512i transposed = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i ones = _mm512_set1_epi8(1);
-    int units = (columns + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
-    for (int unit = 0, group = 0; unit < units; group++) {
-        int end = unit + units_of_group(std::min(units - unit, RUN_UNITS - unit % RUN_UNITS));
-        int start = unit * UNIT_COLUMNS, stop = std::min(end * UNIT_COLUMNS, columns);
-        float largest = largest_of(x, type, start, stop);
-        const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
-        __m512i sum = _mm512_setzero_si512();
-        for (; unit < end; unit++) {
-            __m512i parts[4];
-            for (int part = 0; part < 4; part++) {
-                int j = unit * UNIT_COLUMNS + part * LANES;
-                __m512 value = load16(x, type, j, first(stop - j));
-                parts[part] = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-            }
-            // Packing leaves words of four columns in the order of lanes.
-            __m512i low = _mm512_packs_epi32(parts[0], parts[1]);
-            __m512i high = _mm512_packs_epi32(parts[2], parts[3]);
-            __m512i bytes = _mm512_permutexvar_epi32(words, _mm512_packs_epi16(low, high));
-            bytes = _mm512_shuffle_epi8(bytes, transposed);
-            DOT(sum, ones, bytes);
-            _mm512_store_si512(levels + unit * stride, bytes);
-        }
-        scales[group] = largest / 127.0f;
-        sums[group] = float(_mm512_reduce_add_epi32(sum));
-    }
-}
-
-TARGET static void widen(const void *x, Type type, int columns, float *wide) {
-    for (int j = 0; j < columns; j += LANES) {
-        __mmask16 mask = first(columns - j);
-        _mm512_mask_storeu_ps(wide + j, mask, load16(x, type, j, mask));
-    }
-}
 
 TARGET static inline __m128i load_bytes(const uint8_t *bytes) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes));
 }
 
 // 16 bytes of 16 rows as four registers, word i of row r in lane r of the i-th.
-TARGET static inline void load_words(const uint8_t *const rows[LANES], ptrdiff_t at,
-                                     __m512i words[4]) {
+template <typename Row>
+TARGET static inline void load_words(Row row, __m512i words[4]) {
     __m512i four[4];
-    for (int r = 0; r < 4; r++) {
-        __m512i quarter = _mm512_castsi128_si512(load_bytes(rows[r] + at));
-        quarter = _mm512_inserti32x4(quarter, load_bytes(rows[r + 4] + at), 1);
-        quarter = _mm512_inserti32x4(quarter, load_bytes(rows[r + 8] + at), 2);
-        four[r] = _mm512_inserti32x4(quarter, load_bytes(rows[r + 12] + at), 3);
+    UNROLLED for (int r = 0; r < 4; r++) {
+        __m512i quarter = _mm512_castsi128_si512(load_bytes(row(r)));
+        quarter = _mm512_inserti32x4(quarter, load_bytes(row(r + 4)), 1);
+        quarter = _mm512_inserti32x4(quarter, load_bytes(row(r + 8)), 2);
+        four[r] = _mm512_inserti32x4(quarter, load_bytes(row(r + 12)), 3);
     }
     __m512i low01 = _mm512_unpacklo_epi32(four[0], four[1]);
     __m512i high01 = _mm512_unpackhi_epi32(four[0], four[1]);
@@ -142,10 +56,10 @@ TARGET static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, co
         __m512i words[4], upper[4];
         ptrdiff_t at = ptrdiff_t(unit) * UNIT_PLANE_BYTES;
         fetch_unit(ahead, unit);
-        load_words(rows, at, words);
+        load_words([&](int row) { return rows[row] + at; }, words);
         if (second) {
             fetch_unit(ahead + second, unit);
-            load_words(rows, second + at, upper);
+            load_words([&](int row) { return rows[row] + second + at; }, upper);
         }
         for (int i = 0; i < 4; i++) {
             __m512i *out = reinterpret_cast<__m512i *>(codes) + 4 * i;
@@ -163,6 +77,37 @@ TARGET static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, co
         }
         codes += UNIT_CODES;
     }
+}
+
+// See `portable.h`; 32 escapes of a row at a time.
+TARGET static void add_escapes(const EscapeRows &rows, uint8_t *codes) {
+    constexpr int AT_ONCE = 32, ROOM = 1024;
+    uint16_t places[ROOM + AT_ONCE];
+    int8_t extras[ROOM + AT_ONCE];
+    int listed = 0;
+    for (int lane = 0; lane < rows.count; lane++) {
+        const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
+        const __m512i lane_bits = _mm512_set1_epi16(short(lane << 2));
+        for (uint32_t at = starts[0]; at < starts[1]; at += AT_ONCE) {
+            uint32_t left = starts[1] - at;
+            __mmask32 mask = left >= AT_ONCE ? ~0u : (1u << left) - 1;
+            __m512i each = _mm512_maskz_loadu_epi16(mask, rows.escapes + at);
+            // The column's group of four, its place within the group, and the lane.
+            __m512i place = _mm512_slli_epi16(_mm512_and_si512(each, _mm512_set1_epi16(0xFF0)), 4);
+            __m512i low = _mm512_slli_epi16(_mm512_and_si512(each, _mm512_set1_epi16(3)), 6);
+            __m512i high = _mm512_and_si512(_mm512_srli_epi16(each, 2), _mm512_set1_epi16(3));
+            place = _mm512_or_si512(_mm512_or_si512(place, low), _mm512_or_si512(high, lane_bits));
+            __m512i extra = _mm512_sub_epi16(_mm512_srli_epi16(each, BLOCK_BITS), _mm512_set1_epi16(MIDDLE));
+            _mm512_storeu_si512(places + listed, place);
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(extras + listed), _mm512_cvtepi16_epi8(extra));
+            listed += int(std::min<uint32_t>(left, AT_ONCE));
+            if (listed >= ROOM) {
+                for (int i = 0; i < listed; i++) codes[places[i]] = uint8_t(codes[places[i]] + extras[i]);
+                listed = 0;
+            }
+        }
+    }
+    for (int i = 0; i < listed; i++) codes[places[i]] = uint8_t(codes[places[i]] + extras[i]);
 }
 
 // The tokens of a panel, their sums in `SETS` registers each, so that few need not wait for one another.
@@ -227,7 +172,7 @@ TARGET static void multiply_block(const Codes &codes, const Inputs &inputs, floa
 TARGET static void multiply(const Codes &codes, const Inputs &inputs, float zero, float *tiles) {
     for (int block = 0; block < codes.blocks; block++) {
         const uint8_t *start = codes.codes + ptrdiff_t(block) * codes.units * UNIT_CODES;
-        multiply_block({start, codes.first, codes.units, 1}, inputs, zero,
+        multiply_block({start, codes.first, codes.units, 1, nullptr}, inputs, zero,
                        tiles + ptrdiff_t(block) * inputs.tokens * LANES);
     }
 }
@@ -346,12 +291,17 @@ TARGET static void add_to(const float *tiles, const float *steps, int tokens, co
     }
 }
 
-static Layout layout(int) { return {1, false}; }
+}  // namespace deltamux::AVX512_NAMESPACE
+
+#include "avx512_few.h"
+
+namespace deltamux::AVX512_NAMESPACE {
+
+static Layout layout(int tokens) { return {1, false, tokens <= PANEL, tokens <= PANEL}; }
 
 static const Kernels KERNELS = {
-    NAME,     quantize, widen, unpack,    multiply, multiply_exact,
-    dot,      dot_int8, scale, add_outer, add_to,   layout,
-    nullptr,  nullptr,
+    NAME, quantize, widen, unpack, add_escapes, multiply, multiply_exact, multiply_planes, interleave, sum_escapes,
+    dot, dot_int8, scale, add_outer, add_to, layout, nullptr, nullptr,
 };
 
 }  // namespace deltamux::AVX512_NAMESPACE

@@ -12,6 +12,7 @@
 namespace deltamux {
 
 constexpr int MOST_SLICES = 8;
+constexpr int NOT_BY_COLUMN = -1;
 
 // A layer as Python prepares it once.
 struct Linear {
@@ -27,6 +28,8 @@ struct Members {
     int place;           // in the room for panels, in rows
     int at_once;         // blocks of 16 outputs that are worked on together
     bool whole_panels;
+    bool escapes_apart, from_planes;  // see `Layout`
+    int by_column;       // where its inputs by column begin, in numbers
 };
 
 // One slice of one slot with some rows of the batch.
@@ -54,6 +57,7 @@ struct Batch {
     int64_t first;
     int tokens, panel_rows;
     int most_tokens, most_thin, most_at_once;
+    int by_column;  // numbers of inputs by column
     bool coded, wide;  // whether some span has codes, and whether some asks for x in float32
 
     void plan(const Kernels &kernels, const Linear &layer, const int64_t *starts, int64_t from,
@@ -62,7 +66,7 @@ struct Batch {
         spans.clear();
         first = from;
         tokens = int(to - from);
-        panel_rows = most_tokens = most_thin = most_at_once = 0;
+        panel_rows = most_tokens = most_thin = most_at_once = by_column = 0;
         coded = wide = false;
         for (int slot = 0; slot < layer.num_slots; slot++) {
             int begin = int(std::max(starts[slot], from) - from);
@@ -89,8 +93,9 @@ struct Batch {
 
   private:
     void add_members(const Kernels &kernels, Type type, int begin, int count) {
-        Layout layout = type == FLOAT32 ? Layout{1, false} : kernels.layout(count);
-        members.push_back({begin, count, panel_rows, layout.blocks, layout.whole_panels});
+        Layout layout = type == FLOAT32 ? Layout{1, false, false, false} : kernels.layout(count);
+        members.push_back({begin, count, panel_rows, layout.blocks, layout.whole_panels,
+                           layout.escapes_apart, layout.from_planes, NOT_BY_COLUMN});
         panel_rows += layout.whole_panels ? divide_up(count, PANEL) * PANEL : count;
         most_tokens = std::max(most_tokens, count);
         most_at_once = std::max(most_at_once, layout.blocks);
@@ -100,6 +105,12 @@ struct Batch {
         for (int slice = 0, start = 0; slice < layer.num_slices; start += layer.rows[slice++]) {
             Record record = read_record(image, layer.entries[slice]);
             if (record.empty()) continue;
+            Members &own = members.back();
+            if (own.escapes_apart && record.escapes && own.by_column == NOT_BY_COLUMN) {
+                own.by_column = by_column;
+                int quads = divide_up(own.tokens, 4), units = divide_up(layer.columns, UNIT_COLUMNS);
+                by_column += quads * units * UNIT_COLUMNS * 4;
+            }
             Span span;
             span.record = record;
             span.members = members.back();

@@ -6,10 +6,11 @@ Where no expert is configured, a slot holds two planes for every weight: whateve
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from deltamux.compression.checkpoint.architecture import FINAL_NORM, OTHER_NORMS
+from deltamux.compression.checkpoint.architecture import Role, TensorSpec
 from deltamux.compression.image.build import Shapes
 from deltamux.compression.image.layout import head_bytes, section_bytes
 from deltamux.compression.image.planes import row_stride
@@ -47,13 +48,13 @@ class Capacity:
         if num_bytes > self.num_bytes:
             raise ValueError(
                 f"{str(source.root)!r} takes {num_bytes:,} bytes in a slot, slots have "
-                f"{self.num_bytes:,}: compress it with fewer --slot-bits, or set slot.bytes to "
-                f"{num_bytes} or more and restart"
+                f"{self.num_bytes:,}: compress it with fewer --slot-bits, or name it under `experts` or "
+                f"set slot.bytes to {num_bytes} or more, and restart"
             )
         if source.rank > self.rank:
             raise ValueError(
                 f"{str(source.root)!r} has factors of rank {source.rank}, slots take up to "
-                f"{self.rank}: raise slot.rank and restart"
+                f"{self.rank}: name it under `experts` or raise slot.rank, and restart"
             )
         other = sorted(source.norms - self.norms)
         if other:
@@ -63,16 +64,21 @@ class Capacity:
             )
 
 
-def capacity(settings: PluginSettings, shapes: Shapes, on_cpu: bool) -> Capacity:
+def capacity(
+    settings: PluginSettings, shapes: Shapes, specs: Sequence[TensorSpec], on_cpu: bool
+) -> Capacity:
     """The capacity that the settings ask for.
 
     Args:
         settings: Slot settings and configured experts; one that cannot be read is refused when it is loaded.
         shapes: Of the base's tensors.
+        specs: What they are.
         on_cpu: Whether the slots are in host memory.
     """
     sources = list(_readable(settings))
-    norms = {name for name in shapes if _may_always_change(name)}
+    # A change of the others is folded into linears, but for those of them that cannot be divided by.
+    read = {spec.norm for spec in specs}
+    norms = {spec.name for spec in specs if spec.role is Role.NORM and spec.name not in read}
     norms |= {name for source in sources for name in source.norms}
     largest = max((each.image_bytes(shapes) for each in sources), default=largest_image(shapes))
     size = largest if settings.slot.bytes == "auto" else int(settings.slot.bytes)
@@ -91,11 +97,6 @@ def largest_image(shapes: Shapes) -> int:
     ]
     vectors = [section_bytes(4 * prod(shape)) for shape in shapes.values() if len(shape) == 1]
     return head_bytes(len(shapes)) + sum(sizes) + sum(vectors)
-
-
-def _may_always_change(name: str) -> bool:
-    """Whether a norm's change cannot be folded into linears behind it."""
-    return name == FINAL_NORM or name.removesuffix(".weight").endswith(OTHER_NORMS)
 
 
 def _readable(settings: PluginSettings) -> list[Source]:

@@ -67,6 +67,8 @@ def carry_out(residency: Residency, check: Callable[[str], None], line: bytes) -
             residency.enter(wanted, order.keep)
         case "pin":
             residency.enter(wanted, order.keep, pin=True)
+        case "unpin":
+            residency.unpin(order.expert_id)
         case "leave":
             residency.leave(order.expert_id)
         case "remove":

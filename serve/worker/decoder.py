@@ -28,6 +28,7 @@ from deltamux.compression.image.source import Source
 from deltamux.serve.errors import one_line
 from deltamux.serve.worker.capacity import Capacity
 from deltamux.serve.worker.host_cache import BaseHashes, open_expert
+from deltamux.serve.worker.image_cache import ImageCache
 
 # Added to the process's niceness. Chosen: beside a busy step it gets a thirtieth of a core, on idle cores all it asks.
 NICENESS = 15
@@ -42,12 +43,14 @@ class Task:
         revision: Of a hub id.
         capacity: What every slot has room for.
         largest_rank: That an adapter may be opened with.
+        image_cache: Bytes of slot images that are kept on disk.
     """
 
     base: str
     revision: str | None
     capacity: Capacity
     largest_rank: int
+    image_cache: int
 
     def to_json(self) -> str:
         """For the command line of the process."""
@@ -70,9 +73,10 @@ class Decoder:
     def __init__(self, task: Task) -> None:
         self._task = task
         base = open_checkpoint(task.base, task.revision)
-        specs = tensor_specs(base.config, set(base.files))
+        specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
         self._shapes: Shapes = {spec.name: base.shape(spec.name) for spec in specs}
         self._hashes = BaseHashes(base)
+        self._images = ImageCache(task.image_cache, self._shapes)
 
     def check(self, versioned: str) -> Source:
         """Open an expert, and look whether it fits base and slots.
@@ -88,7 +92,7 @@ class Decoder:
     def image(self, versioned: str) -> torch.Tensor:
         """The slot image of an expert, every part checked; raises as `check`."""
         source = self.check(versioned)
-        image = source.image(self._shapes)
+        image = self._images.image(source.content, lambda: source.image(self._shapes))
         self._task.capacity.check(source, image.numel())
         return image
 

@@ -54,15 +54,17 @@ def hook_model(model: Any, hooks: Hooks) -> list[LayerDelta]:
     """Let experts change a vLLM decoder whose weights are loaded; in the order of its modules."""
     found: list[LayerDelta] = []
     packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
-    linear, embedding, norm = compat.hooked_layers()
+    linear, embedding, norms = compat.hooked_layers()
     for name, module in list(model.named_modules()):
         if isinstance(module, linear):
             parent, _, leaf = name.rpartition(".")
             parts = [f"{parent}.{part}{WEIGHT}" for part in packed.get(leaf, [leaf])]
-            found.append(_hook_linear(module, parts, hooks))
+            # A mixture's router belongs to experts that no slot holds.
+            if parts[0] in hooks.slots:
+                found.append(_hook_linear(module, parts, hooks))
         elif isinstance(module, embedding) and f"{name}{WEIGHT}" == EMBEDDING:
             found.append(_hook_embedding(module, hooks))
-        elif isinstance(module, norm) and f"{name}{WEIGHT}" in hooks.norms:
+        elif isinstance(module, norms) and f"{name}{WEIGHT}" in hooks.norms:
             found.append(_hook_norm(module, f"{name}{WEIGHT}", hooks))
     found.append(_hook_logits(model, hooks))
     return found
@@ -97,12 +99,14 @@ def output_sizes(module: Any) -> list[int]:
 
 def _hook_linear(module: Any, parts: list[str], hooks: Hooks) -> LayerDelta:
     """Behind the product of its quantization method, of which layers may share one: it is copied."""
+    sizes = output_sizes(module)
     delta = LinearDelta(
         hooks.slots,
         hooks.rows.tokens,
         hooks.direct,
         [hooks.slots.index(part) for part in parts],
-        output_sizes(module),
+        # One matrix of the checkpoint may be several slices of vLLM's layer, as in Phi-3.
+        sizes if len(parts) == len(sizes) else [sum(sizes)],
         input_size(module),
     )
     method = copy.copy(module.quant_method)

@@ -15,7 +15,7 @@
 #include <unistd.h>
 #endif
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,bmi2")))
 #define AVX512_NAMESPACE vnni
 #define NAME "vnni"
 #define DOT(sums, codes, x) sums = _mm512_dpbusd_epi32(sums, codes, x)
@@ -25,7 +25,7 @@
 #undef NAME
 #undef DOT
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c,fma,bmi2")))
 #define AVX512_NAMESPACE avx512
 #define NAME "avx512"
 // Codes are below 128, so that no pair of products leaves 16 bits.

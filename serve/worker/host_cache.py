@@ -9,10 +9,14 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.image.source import Source, open_source
 from deltamux.serve.names import artifact_path, versioned_path
+
+# What the cache file holds: hashes by tensor, by the identity of weights files.
+HASHES = TypeAdapter(dict[str, dict[str, str]])
 
 
 class BaseHashes:
@@ -44,10 +48,9 @@ class BaseHashes:
 
     def _read(self) -> dict[str, dict[str, str]]:
         try:
-            content: dict[str, dict[str, str]] = json.loads(self._cache.read_text())
-        except (OSError, json.JSONDecodeError):
-            return {}
-        return content
+            return HASHES.validate_json(self._cache.read_bytes())
+        except (OSError, ValidationError):
+            return {}  # whatever is there is written anew
 
     def _write(self) -> None:
         try:
@@ -125,6 +128,10 @@ class HostCache:
     def pin(self, expert_id: int) -> None:
         """Keep an expert whatever the budget."""
         self._pinned.add(expert_id)
+
+    def unpin(self, expert_id: int) -> None:
+        """Let an expert go when others need the room."""
+        self._pinned.discard(expert_id)
 
     def remove(self, expert_id: int) -> torch.Tensor | None:
         """Forget an expert; returns its image, if it was here."""

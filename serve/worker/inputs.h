@@ -29,6 +29,7 @@ class PassInputs {
         size_t exact = sizes.is_exact_ ? sizes.panels_ : 0;
         return Scratch::room<int8_t>(sizes.is_exact_ ? 0 : sizes.panels_) + Scratch::room<float>(exact) +
                2 * Scratch::room<float>(sizes.scaled_) + Scratch::room<float>(sizes.widened_) +
+               Scratch::room<int32_t>(size_t(batch.by_column)) +
                Scratch::room<float>(size_t(batch.tokens));
     }
 
@@ -41,6 +42,7 @@ class PassInputs {
         scales_ = scratch.take<float>(scaled_);
         sums_ = scratch.take<float>(scaled_);
         if (widened_) wide_ = scratch.take<float>(widened_);
+        by_column_ = scratch.take<int32_t>(size_t(batch.by_column));
         level_sums_ = scratch.take<float>(size_t(batch.tokens));
     }
 
@@ -54,6 +56,17 @@ class PassInputs {
                 row_ / UNIT_COLUMNS,
                 groups_,
                 members.whole_panels};
+    }
+
+    // Levels by column, see `interleave`.
+    int32_t *by_column(const Members &members) const { return by_column_ + members.by_column; }
+
+    void interleave(const Kernels &kernels, const Members &members, int four) const {
+        const int8_t *levels = levels_ + size_t(members.place) * row_ + size_t(four) * 4 * UNIT_COLUMNS;
+        ptrdiff_t stride = ptrdiff_t(members.whole_panels ? PANEL : members.tokens) * UNIT_COLUMNS;
+        int tokens = std::min(members.tokens - 4 * four, 4);
+        int32_t *out = by_column(members) + size_t(four) * 4 * row_;
+        kernels.interleave(levels, stride, tokens, row_ / UNIT_COLUMNS, out);
     }
 
     // Σ of what a token's x is rounded to, for zero points between two codes.
@@ -105,6 +118,7 @@ class PassInputs {
     size_t panels_, scaled_, widened_;
     int8_t *levels_ = nullptr;
     float *exact_ = nullptr, *scales_ = nullptr, *sums_ = nullptr, *wide_ = nullptr;
+    int32_t *by_column_ = nullptr;
     float *level_sums_ = nullptr;
 };
 

@@ -25,6 +25,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// Before a loop whose arrays are to stay in registers.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 namespace deltamux {
 
 constexpr int LANES = 16;
@@ -34,11 +37,10 @@ constexpr int UNIT_CODES = LANES * UNIT_COLUMNS;
 // Units of a block of escapes: codes are unpacked as many columns at a time.
 constexpr int RUN_UNITS = 64;
 // Units whose inputs share a scale; a rest of less than half as many joins the group before.
-constexpr int GROUP_UNITS = 8;
-constexpr int MOST_CODE = 127;
+constexpr int GROUP_UNITS = 8, GROUP_BITS = 9;
 constexpr int PANEL = 16;
-// The offset of codes that have escapes, which are −8 at least.
-constexpr int ESCAPE_OFFSET = 8;
+// The offset of codes that have escapes: what these come to is −16 at least (see `planes.py`).
+constexpr int ESCAPE_OFFSET = 16;
 // Blocks of 16 rows that are ever worked on at once.
 constexpr int MOST_AT_ONCE = 4;
 
@@ -57,10 +59,11 @@ struct Inputs {
 };
 
 // The codes of `units` units from the `first`-th on, which starts a run, of 16 times `blocks` rows:
-// [blocks][units][1024].
+// [blocks][units][1024]. `extra` is what escapes that are no part of them add (see `multiply_planes`), or null.
 struct Codes {
     const uint8_t *codes;
     int first, units, blocks;
+    const int32_t *extra;
 };
 
 // Units of the group that begins with a unit, of `left` units of its run.
@@ -76,6 +79,14 @@ inline int panel_tokens(int tokens, int panel) {
     int left = tokens - panel * PANEL;
     return left < PANEL ? left : PANEL;
 }
+
+// The escapes of up to 16 rows in one block of columns: those of a row begin at its start and end at the
+// next, and there are `blocks` starts a row.
+struct EscapeRows {
+    const uint16_t *escapes;
+    const uint32_t *starts;
+    int blocks, count;
+};
 
 // Rows of y; that of a token starts `stride` bytes behind the one of the row before.
 struct Outputs {
@@ -96,7 +107,18 @@ inline void fetch_unit(const uint8_t *ahead, int unit) {
 struct Layout {
     int blocks;
     bool whole_panels;
+    bool escapes_apart;  // by `sum_escapes`
+    bool from_planes;    // by `multiply_planes`
 };
+
+// Sixteen rows of planes that lie behind each other; plane 1 lies `second` bytes behind plane 0, 0: there is
+// one. `ahead` is what comes next.
+struct PlaneRows {
+    const uint8_t *first;
+    ptrdiff_t stride, second;
+    const uint8_t *ahead;
+};
+
 
 struct Kernels {
     const char *name;
@@ -115,10 +137,25 @@ struct Kernels {
     void (*unpack)(const uint8_t *const rows[LANES], ptrdiff_t second, const uint8_t *ahead, int units,
                    int offset, uint8_t *codes);
 
+    // Adds escapes to the codes of a block of columns.
+    void (*add_escapes)(const EscapeRows &rows, uint8_t *codes);
+
     // Adds to tiles [blocks][tokens][16] as above, or sets them where the codes are of the first columns;
     // `zero` is floor(o), that of the exact one o itself.
     void (*multiply)(const Codes &codes, const Inputs &inputs, float zero, float *tiles);
     void (*multiply_exact)(const Codes &codes, const Inputs &inputs, float zero, float *tiles);
+
+    // The same sums for few tokens, straight from planes; absent where nothing is gained. `extra` is what
+    // escapes add, Σ_{j in g} d_j q_tj as [groups][tokens][16], or null.
+    void (*multiply_planes)(const PlaneRows &planes, const Inputs &inputs, float zero, const int32_t *extra,
+                            float *tile);
+
+    // The levels of up to four tokens by column, [columns][4].
+    void (*interleave)(const int8_t *levels, ptrdiff_t stride, int tokens, int units, int32_t *out);
+
+    // The sums of escapes of a block of columns, from x [tokens / 4][x_columns][4]; false: there are too many.
+    bool (*sum_escapes)(const EscapeRows &rows, const int32_t *x, int x_columns, int tokens, int groups,
+                        int32_t *sums);
 
     // Σ_j a_j x_j in float32.
     float (*dot)(const void *a, Type type, const float *x, int columns);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels.h"
 #include "record.h"
@@ -68,6 +69,46 @@ inline void spread(const Record &record, const Lanes &lanes, int tokens, float *
             bool filled = row_is_coded(record, lanes.outputs[lane]);
             tile[lane] = filled ? tile[--coded] : 0.0f;
         }
+    }
+}
+
+// Rows of planes by 16; the last of a weight, which may be fewer, are copied, and repeated.
+inline PlaneRows plane_rows(const Record &record, const Lanes &lanes, uint8_t *copied) {
+    size_t stride = size_t(record.stride), start = size_t(lanes.first_coded) * stride;
+    const uint8_t *planes[2] = {record.plane0 + start, record.plane1 + start};
+    for (int plane = 0; lanes.coded < LANES && plane < record.planes; plane++) {
+        for (int lane = 0; lane < LANES; lane++, copied += stride) {
+            std::memcpy(copied, planes[plane] + size_t(std::min(lane, lanes.coded - 1)) * stride, stride);
+        }
+        planes[plane] = copied - LANES * stride;
+    }
+    ptrdiff_t second = record.planes == 2 ? planes[1] - planes[0] : 0;
+    return {planes[0], record.stride, second, record.plane0 + start + LANES * stride};
+}
+
+// Codes of a run of units.
+inline void unpack_rows(const Kernels &kernels, const Record &record, const Lanes &lanes, int unit, int units,
+                        int offset, uint8_t *codes) {
+    if (record.planes == 0 || lanes.coded == 0) {
+        std::memset(codes, offset, size_t(units) * UNIT_CODES);
+        return;
+    }
+    const uint8_t *rows[LANES];
+    for (int lane = 0; lane < LANES; lane++) {
+        // Lanes without a row of their own repeat the last one; nothing reads what comes of them.
+        int row = lanes.first_coded + std::min(lane, lanes.coded - 1);
+        rows[lane] = record.plane0 + size_t(row) * record.stride + unit * UNIT_PLANE_BYTES;
+    }
+    ptrdiff_t second = record.planes == 2 ? record.plane1 - record.plane0 : 0;
+    const uint8_t *ahead = record.plane0 + size_t(lanes.first_coded + LANES) * record.stride;
+    kernels.unpack(rows, second, ahead + unit * LANES * UNIT_PLANE_BYTES, units, offset, codes);
+}
+
+// What a tile's lanes are multiplied with.
+inline void steps_of(const Record &record, const Lanes &lanes, float *steps) {
+    std::fill(steps, steps + LANES, record.step);
+    for (int lane = 0; record.steps && lane < lanes.coded; lane++) {
+        steps[lane] = float_of_bfloat16(record.steps[lanes.first_coded + lane]);
     }
 }
 

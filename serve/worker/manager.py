@@ -51,17 +51,22 @@ class ExpertManager:
         compat.check_one_device(vllm_config.parallel_config)
         define_ops()
         model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        base = open_checkpoint(model_config.model, model_config.revision)
-        specs = tensor_specs(base.config, set(base.files))
+        cache = vllm_config.load_config.download_dir
+        base = open_checkpoint(model_config.model, model_config.revision, cache)
+        specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
         # In the order of the base's list: a weight's place is its record's in every image.
         self.shapes = {spec.name: base.shape(spec.name) for spec in specs}
         device = torch.device(device)
-        self.capacity = capacity(settings, self.shapes, device.type == "cpu")
+        self.capacity = capacity(settings, self.shapes, specs, device.type == "cpu")
         count = vllm_config.lora_config.max_loras
         names = list(self.shapes)
         room = self.capacity
         self.slots = Slots(count, room.num_bytes, names, device, room.rank)
-        task = Task(model_config.model, model_config.revision, room, settings.slot.largest_rank)
+        # The folder, wherever it was found: the decoder need not look for it again.
+        task = Task(
+            *(str(base.root), None, room),
+            *(settings.slot.largest_rank, settings.image_cache),
+        )
         self.loader = Loader(task, pin=not self.slots.on_cpu)
         self.residency = Residency(
             self.slots,

@@ -88,22 +88,20 @@ def linear_product(
     if library is None:
         return partial(product.add_linear, slots, tuple(entries), tuple(slice_rows))
     _check(slots)
-    layers = {
-        dtype: Linear(
-            slots.data_ptr(),
-            slots.stride(0),
-            len(slots),
-            len(entries),
-            columns,
-            code,
-            (ctypes.c_int32 * MOST_SLICES)(*entries),
-            (ctypes.c_int32 * MOST_SLICES)(*slice_rows),
-        )
-        for dtype, code in TYPES.items()
-    }
+    indices = (ctypes.c_int32 * MOST_SLICES)(*entries)
+    rows = (ctypes.c_int32 * MOST_SLICES)(*slice_rows)
+    place = slots.data_ptr(), slots.stride(0), len(slots), len(entries), columns
+    layers = {dtype: Linear(*place, code, indices, rows) for dtype, code in TYPES.items()}
+    add = _linear_call(library.add_linear, layers, columns, sum(slice_rows))
+    # The addresses are those of structures and slots that nothing else need keep.
+    add.kept = (layers, slots)  # type: ignore[attr-defined]
+    return add
+
+
+def _linear_call(
+    add_linear: Callable[..., int], layers: dict[torch.dtype, Linear], columns: int, outputs: int
+) -> LinearProduct:
     addresses = {dtype: ctypes.addressof(layer) for dtype, layer in layers.items()}
-    add_linear = library.add_linear
-    outputs = sum(slice_rows)
 
     def add(
         y_TN: torch.Tensor, x_TK: torch.Tensor, order: torch.Tensor, starts: torch.Tensor
@@ -128,8 +126,6 @@ def linear_product(
         if failed:
             raise _outside(rows)
 
-    # The addresses are those of structures and slots that nothing else need keep.
-    add.kept = (layers, slots)  # type: ignore[attr-defined]
     return add
 
 
@@ -149,15 +145,23 @@ def embedding_product(slots: torch.Tensor, entry: int, rows: int, columns: int) 
     if library is None:
         return partial(product.add_embedding, slots, entry, rows)
     _check(slots)
+    place = slots.data_ptr(), slots.stride(0), len(slots), entry, rows, columns
     tables = {
-        (dtype, ids): Table(
-            slots.data_ptr(), slots.stride(0), len(slots), entry, rows, columns, code, wide
-        )
+        (dtype, ids): Table(*place, code, wide)
         for dtype, code in TYPES.items()
         for wide, ids in enumerate((torch.int32, torch.int64))
     }
+    add = _embedding_call(library.add_embedding, tables, columns)
+    add.kept = (tables, slots)  # type: ignore[attr-defined]
+    return add
+
+
+def _embedding_call(
+    add_embedding: Callable[..., int],
+    tables: dict[tuple[torch.dtype, torch.dtype], Table],
+    columns: int,
+) -> LinearProduct:
     addresses = {key: ctypes.addressof(table) for key, table in tables.items()}
-    add_embedding = library.add_embedding
 
     def add(
         y_TK: torch.Tensor, ids_T: torch.Tensor, order: torch.Tensor, starts: torch.Tensor
@@ -177,7 +181,6 @@ def embedding_product(slots: torch.Tensor, entry: int, rows: int, columns: int) 
         if failed:
             raise _outside(len(ids_T))
 
-    add.kept = (tables, slots)  # type: ignore[attr-defined]
     return add
 
 

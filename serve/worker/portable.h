@@ -102,6 +102,18 @@ static void unpack(const uint8_t *const rows[LANES], ptrdiff_t second, const uin
     }
 }
 
+static void add_escapes(const EscapeRows &rows, uint8_t *codes) {
+    for (int lane = 0; lane < rows.count; lane++) {
+        const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
+        for (uint32_t at = starts[0]; at < starts[1]; at++) {
+            unsigned escape = rows.escapes[at];
+            // The column's group of four, its place within the group, and the lane.
+            unsigned place = (escape & 0xFF0) << 4 | (escape & 3) << 6 | (escape >> 2 & 3) | unsigned(lane) << 2;
+            codes[place] = uint8_t(codes[place] + (escape >> BLOCK_BITS) - MIDDLE);
+        }
+    }
+}
+
 // One block of rows is what `layout` asks for, here and in the next.
 static void multiply(const Codes &run, const Inputs &inputs, float zero, float *tile) {
     for (int t = 0; t < inputs.tokens; t++, tile += LANES) {
@@ -209,12 +221,11 @@ static void add_to(const float *tiles, const float *steps, int tokens, const Out
     }
 }
 
-static Layout layout(int) { return {1, false}; }
+static Layout layout(int) { return {1, false, false, false}; }
 
 static const Kernels KERNELS = {
-    "scalar", quantize, widen,    unpack, multiply,  multiply_exact,
-    dot,      dot_int8, scale, add_outer, add_to,   layout,
-    nullptr,  nullptr,
+    "scalar", quantize, widen, unpack, add_escapes, multiply, multiply_exact, nullptr, nullptr, nullptr, dot, dot_int8, scale,
+    add_outer, add_to, layout, nullptr, nullptr,
 };
 
 }  // namespace deltamux::portable

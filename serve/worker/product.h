@@ -17,10 +17,8 @@
 #include <atomic>
 #include <cmath>
 #include <optional>
-#include <vector>
 
 #include "batch.h"
-#include "escapes.h"
 #include "inputs.h"
 #include "kernels.h"
 #include "lanes.h"
@@ -67,6 +65,15 @@ class Product {
         int first = alone_ ? 0 : member.index, step = alone_ ? 1 : member.count;
         for (int t = first; t < batch_.tokens; t += step) inputs.prepare(kernels_, batch_, x_, t);
         if (!alone_) member.wait();
+        if (batch_.by_column > 0) {
+            for (const Members &members : batch_.members) {
+                if (members.by_column == NOT_BY_COLUMN) continue;
+                for (int four = first; 4 * four < members.tokens; four += step) {
+                    inputs.interleave(kernels_, members, four);
+                }
+            }
+            if (!alone_) member.wait();
+        }
         if (batch_.most_thin > 0) {
             for (const Span &span : batch_.spans) prepare_thin(kernels_, span, x_, inputs, member);
             member.wait();
@@ -83,8 +90,8 @@ class Product {
     // A thread's own memory.
     struct Workspace {
         uint8_t *codes;
+        int32_t *extra;
         float *tiles, *values;
-        std::vector<Single> singles;
     };
 
     // Memory that the threads share in a pass.
@@ -102,13 +109,17 @@ class Product {
 
     Workspace workspace(Scratch &scratch) const {
         size_t units = size_t(std::min(units_, RUN_UNITS));
-        size_t codes = batch_.most_at_once * units * UNIT_CODES;
+        // Room for codes of a run, or for 16 rows of two planes.
+        size_t rows = 2 * size_t(units_) * LANES * UNIT_PLANE_BYTES;
+        size_t codes = std::max(batch_.most_at_once * units * UNIT_CODES, rows);
         size_t tiles = batch_.most_at_once * size_t(batch_.most_tokens) * LANES;
         size_t values = size_t(batch_.most_thin) * LANES;
-        scratch.reserve(Scratch::room<uint8_t>(codes) + Scratch::room<float>(tiles) +
-                        Scratch::room<float>(values));
+        size_t extra = batch_.by_column ? size_t(count_groups(units_)) * PANEL * LANES : 0;
+        scratch.reserve(Scratch::room<uint8_t>(codes) + Scratch::room<int32_t>(extra) +
+                        Scratch::room<float>(tiles) + Scratch::room<float>(values));
         Workspace space;
         space.codes = scratch.take<uint8_t>(codes);
+        space.extra = scratch.take<int32_t>(extra);
         space.tiles = scratch.take<float>(tiles);
         space.values = scratch.take<float>(values);
         return space;
@@ -147,54 +158,65 @@ class Product {
 
     // tiles = (codes − zero) x, lanes in the order of coded rows.
     void multiply_codes(const Span &span, const Lanes *lanes, int blocks, const PassInputs &pass,
-                        Workspace &space) const {
+                        const Workspace &space) const {
         const Record &record = span.record;
-        int offset = record.escapes ? ESCAPE_OFFSET : 0;
+        Inputs inputs = pass.of(span.members);
+        bool apart = record.escapes && record.planes > 0 && span.members.escapes_apart && sum_escapes(span, lanes[0], pass, space.extra);
+        const int32_t *extra = apart ? space.extra : nullptr;
+        int offset = record.escapes && !apart ? ESCAPE_OFFSET : 0;
         float zero = record.zero + float(offset);
         float whole = std::floor(zero), rest = zero - whole;
-        Inputs inputs = pass.of(span.members);
-        space.singles.clear();
-        for (int run = 0, unit = 0; unit < units_; run++, unit += RUN_UNITS) {
-            int units = std::min(units_ - unit, RUN_UNITS);
-            for (int block = 0; block < blocks; block++) {
-                uint8_t *codes = space.codes + size_t(block) * units * UNIT_CODES;
-                unpack(record, lanes[block], unit, units, offset, codes);
-                if (record.escapes) add_escapes(record, lanes[block], block, run, codes, space.singles);
-            }
-            Codes codes{space.codes, unit, units, blocks};
-            if (inputs.exact) {
-                kernels_.multiply_exact(codes, inputs, zero, space.tiles);
-            } else {
-                kernels_.multiply(codes, inputs, whole, space.tiles);
-            }
-        }
-        size_t tile_floats = size_t(span.members.tokens) * LANES;
-        for (const Single &single : space.singles) {
-            float *tile = space.tiles + single.block * tile_floats + single.lane;
-            add_single(single.column, single.extra, inputs, tile);
+        if (span.members.from_planes && record.planes > 0 && offset == 0) {
+            kernels_.multiply_planes(plane_rows(record, lanes[0], space.codes), inputs, whole, extra, space.tiles);
+        } else {
+            multiply_unpacked(record, lanes, blocks, inputs, {nullptr, 0, 0, blocks, extra}, offset, space);
         }
         if (rest == 0 || inputs.exact) return;
+        size_t tile_floats = size_t(span.members.tokens) * LANES;
         for (size_t at = 0; at < blocks * tile_floats; at++) {
             int token = int(at / LANES) % span.members.tokens;
             space.tiles[at] -= rest * pass.level_sum(span.members.first + token);
         }
     }
 
-    void unpack(const Record &record, const Lanes &lanes, int unit, int units, int offset,
-                uint8_t *codes) const {
-        if (record.planes == 0 || lanes.coded == 0) {
-            std::memset(codes, offset, size_t(units) * UNIT_CODES);
-            return;
+    // The same by codes that lie in memory, a run of columns at a time.
+    void multiply_unpacked(const Record &record, const Lanes *lanes, int blocks, const Inputs &inputs, Codes run,
+                           int offset, const Workspace &space) const {
+        float zero = record.zero + float(offset);
+        run.codes = space.codes;
+        for (int index = 0; run.first < units_; index++, run.first += RUN_UNITS) {
+            run.units = std::min(units_ - run.first, RUN_UNITS);
+            for (int block = 0; block < blocks; block++) {
+                uint8_t *codes = space.codes + size_t(block) * run.units * UNIT_CODES;
+                unpack_rows(kernels_, record, lanes[block], run.first, run.units, offset, codes);
+                if (offset) add_escapes(record, lanes[block], index, codes);
+            }
+            if (inputs.exact) {
+                kernels_.multiply_exact(run, inputs, zero, space.tiles);
+            } else {
+                kernels_.multiply(run, inputs, std::floor(zero), space.tiles);
+            }
         }
-        const uint8_t *rows[LANES];
-        for (int lane = 0; lane < LANES; lane++) {
-            // Lanes without a row of their own repeat the last one; nothing reads what comes of them.
-            int row = lanes.first_coded + std::min(lane, lanes.coded - 1);
-            rows[lane] = record.plane0 + size_t(row) * record.stride + unit * UNIT_PLANE_BYTES;
+    }
+
+    // What escapes add to the sums of few tokens; false: they are too many.
+    bool sum_escapes(const Span &span, const Lanes &lanes, const PassInputs &pass, int32_t *extra) const {
+        const Record &record = span.record;
+        int tokens = span.members.tokens;
+        for (int block = 0; block < record.blocks; block++) {
+            const uint32_t *starts = record.starts + size_t(lanes.first_coded) * record.blocks + block;
+            int groups = count_groups(std::min(units_ - block * RUN_UNITS, RUN_UNITS));
+            const int32_t *x = pass.by_column(span.members) + size_t(block) * BLOCK_COLUMNS * 4;
+            int32_t *own = extra + size_t(block) * (RUN_UNITS / GROUP_UNITS) * tokens * LANES;
+            EscapeRows rows{record.escapes, starts, record.blocks, lanes.coded};
+            if (!kernels_.sum_escapes(rows, x, units_ * UNIT_COLUMNS, tokens, groups, own)) return false;
         }
-        ptrdiff_t second = record.planes == 2 ? record.plane1 - record.plane0 : 0;
-        const uint8_t *ahead = record.plane0 + size_t(lanes.first_coded + LANES) * record.stride;
-        kernels_.unpack(rows, second, ahead + unit * LANES * UNIT_PLANE_BYTES, units, offset, codes);
+        return true;
+    }
+
+    void add_escapes(const Record &record, const Lanes &lanes, int run, uint8_t *codes) const {
+        const uint32_t *starts = record.starts + size_t(lanes.first_coded) * record.blocks + run;
+        kernels_.add_escapes({record.escapes, starts, record.blocks, lanes.coded}, codes);
     }
 
     // Tiles of codes' products get their steps and thin parts, and are added to y.
@@ -223,13 +245,6 @@ class Product {
             } else {
                 scatter(span, lanes[block], tile, own);
             }
-        }
-    }
-
-    static void steps_of(const Record &record, const Lanes &lanes, float *steps) {
-        std::fill(steps, steps + LANES, record.step);
-        for (int lane = 0; record.steps && lane < lanes.coded; lane++) {
-            steps[lane] = float_of_bfloat16(record.steps[lanes.first_coded + lane]);
         }
     }
 

@@ -140,6 +140,14 @@ class Residency:
             self._step_done = done or self._step_done
             self._changed.notify_all()
 
+    def unpin(self, expert_id: int) -> None:
+        """Let an expert's slot and host memory go to others who need them."""
+        with self._changed:
+            self.table.pinned.discard(expert_id)
+            self.host.unpin(expert_id)
+            self._changed.notify_all()
+        self.publish()
+
     def leave(self, expert_id: int) -> None:
         """Free an expert's slot and its host memory, pinned or not; it stays known."""
         with self._changed:

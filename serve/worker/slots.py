@@ -81,6 +81,10 @@ class Slots:
         """Bytes of one slot."""
         return self.buffer.shape[1]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the base has such a weight."""
+        return name in self._index
+
     def index(self, name: str) -> int:
         """The record of a weight of the base."""
         return self._index[name]
@@ -110,11 +114,6 @@ class Slots:
                 self.buffer[slot, : image.numel()].copy_(image, non_blocking=True)
             self._side.synchronize()
         self._tables[slot] = self._table(image)
-
-    def clear(self, slot: int) -> None:
-        """Make a slot change nothing."""
-        self.buffer[slot, : self._head].zero_()
-        self._tables[slot] = 0
 
     def vector(self, slot: int, entry: int, size: int) -> torch.Tensor | None:
         """A record's float32 vector [size] in a slot; None where it has none."""

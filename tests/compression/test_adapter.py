@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_shapes(
     with pytest.raises(ValueError, match=r"24 by 40 there, 24 by 48 here"):
         adapter_image(adapter, other)
     fewer = {name: shape for name, shape in SHAPES.items() if "down" not in name}
-    with pytest.raises(ValueError, match="which this base does not have"):
+    with pytest.raises(ValueError, match="which this base does not have outside"):
         adapter_image(adapter, fewer)
 
 
@@ -163,5 +164,49 @@ def test_a_truncated_weights_file_is_refused(save: Callable[..., Path]) -> None:
     folder = save()
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="missing or truncated"):
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        Adapter(folder, RANK)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(save: Callable[..., Path], name: str) -> None:
+    folder = save()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match="is no regular file"):
+        open_source(folder, RANK)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(.*)*x", "a*b*c*d*e*f", "[", "a**"])
+def test_a_pattern_that_may_take_for_ever_is_refused(
+    save: Callable[..., Path], pattern: str
+) -> None:
+    with pytest.raises(ValueError, match="alpha_pattern: the pattern"):
+        Adapter(save({"alpha_pattern": {pattern: 4}}), RANK)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["down_proj", r"model\.layers\.\d+\.mlp\.down_proj", ".*down_proj"]
+)
+def test_a_pattern_scales_the_modules_that_it_names(
+    save: Callable[..., Path], pattern: str
+) -> None:
+    config = Adapter(save({"alpha_pattern": {pattern: 4}}), RANK).config
+    assert config.scale("model.layers.0.mlp.down_proj", RANK) == 1.0
+    assert config.scale("model.layers.0.self_attn.q_proj", RANK) == 2.0
+
+
+def test_a_scale_that_overflows_never_reaches_an_image(save: Callable[..., Path]) -> None:
+    adapter = Adapter(save({"lora_alpha": 1e40}, dtype=torch.float32), RANK)
+    with pytest.raises(ValueError, match="is not finite"):
+        adapter_image(adapter, SHAPES)
+
+
+@pytest.mark.parametrize("shape", [(0, 40), (40,), (RANK, 40, 1)])
+def test_factors_of_no_rank_or_of_other_dimensions_are_refused(
+    save: Callable[..., Path], shape: tuple[int, ...]
+) -> None:
+    name = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+    folder = save(drop=name, extra={name: torch.zeros(shape)})
+    with pytest.raises(ValueError, match="which do not fit"):
         Adapter(folder, RANK)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from deltamux.compression.checkpoint.architecture import MODEL_TYPES
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.streaming.backward import Activated, final_gradients, layer_gradients
 from deltamux.compression.streaming.fisher import BATCH_TOKENS, SEED, output_sensitivity
@@ -9,8 +10,11 @@ from deltamux.compression.streaming.forward import StreamedModel, batches
 from deltamux.compression.streaming.moments import second_moments
 from deltamux.compression.streaming.text import Sample, random_samples
 
-MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
 HIDDEN = {"qwen2": 128}
+# What embeddings are multiplied with behind the table: √64, and a setting of its own.
+SCALED = {"gemma2": 8.0, "gemma3_text": 8.0, "granite": 3.0}
+# Gradients reach the linears, and a mixture's experts are none.
+DENSE = [each for each in MODEL_TYPES if each not in ("qwen3_moe", "mixtral")]
 
 
 def make_samples(*lengths):
@@ -29,12 +33,15 @@ SAMPLES = [sample for batch in PLAN for sample in batch]
 def load_model(root):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    # Other kernels know no soft caps.
+    return AutoModelForCausalLM.from_pretrained(
+        root, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def streamed(root):
     checkpoint = open_checkpoint(root)
-    return StreamedModel(root, checkpoint.load, torch.float32, checkpoint.tied)
+    return StreamedModel(checkpoint.config, checkpoint.load, torch.float32, checkpoint.tied)
 
 
 def directions(model_type):
@@ -55,13 +62,14 @@ def plain_autograd(root, wanted):
     return dict(model.named_parameters())
 
 
-@pytest.fixture(scope="module", params=MODEL_TYPES)
+@pytest.fixture(scope="module", params=DENSE)
 def passes(request, make_pair):
     """Weight gradients by name and embedding gradients: streamed and plain."""
     root = make_pair(request.param)[1]
     wanted = directions(request.param)
     run = Activated.through(streamed(root), PLAN)
-    gradients = final_gradients(run, lambda _final, batch: wanted[batch])
+    wanted_PH = torch.cat(wanted)
+    gradients = final_gradients(run, lambda final, places: (final * wanted_PH[places]).sum())
     found = {}
 
     def visit(name, x_BTK, gradient_BTN):
@@ -90,6 +98,7 @@ def test_what_is_left_below_the_first_layer_is_the_embedding_s_gradient(passes):
     for batch, gradient_BTH in zip(PLAN, gradients, strict=True):
         for sample, gradient_TH in zip(batch, gradient_BTH, strict=True):
             found.index_add_(0, sample.ids, gradient_TH[: len(sample.ids)])
+    found *= SCALED.get(run.model.model.config.model_type, 1.0)
     scale = float(table.grad.abs().max())
     # Float32 through two layers, padded batches against single samples.
     torch.testing.assert_close(found, table.grad, rtol=1e-3, atol=1e-4 * scale)
@@ -130,7 +139,7 @@ def drawn_tokens(model, samples):
     return drawn
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", DENSE)
 def test_sensitivity_is_the_mean_square_of_the_gradients_of_drawn_tokens(make_pair, model_type):
     root = make_pair(model_type)[1]
     samples = make_samples(9, 30, 14, 21)

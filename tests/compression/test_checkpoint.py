@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltamux.compression.checkpoint.checkpoint import open_checkpoint, resolve_directory
+from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_missing_shard_is_named(sharded, tmp_path):
 def test_a_truncated_file_is_named(copied):
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors' is not a complete safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors' is truncated or damaged"):
         open_checkpoint(copied)
 
 
@@ -78,12 +78,6 @@ def test_a_directory_without_weights_is_no_checkpoint(copied):
     (copied / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has neither model\.safetensors nor"):
         open_checkpoint(copied)
-
-
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "one", "a/b/c"])
-def test_what_is_neither_directory_nor_hub_id_is_refused(source):
-    with pytest.raises(ValueError, match="neither a directory nor a hub id"):
-        resolve_directory(source)
 
 
 def test_a_missing_tensor_is_named(make_pair):
@@ -124,3 +118,105 @@ def test_hashes_tell_values_dtype_and_shape_apart(copied):
 def test_a_configuration_is_read_as_it_is(make_pair):
     root = make_pair()[0]
     assert open_checkpoint(root).config == json.loads((root / "config.json").read_text())
+
+
+def test_a_left_over_index_is_passed_over_as_transformers_does(sharded, make_pair, tmp_path):
+    directory = shutil.copytree(make_pair()[0], tmp_path / "checkpoint")
+    shutil.copy(sharded / "model.safetensors.index.json", directory)
+    assert set(open_checkpoint(directory).files.values()) == {directory / "model.safetensors"}
+
+
+def test_part_of_the_older_shards_is_left_over_too(sharded, make_pair, tmp_path):
+    directory = shutil.copytree(make_pair()[0], tmp_path / "checkpoint")
+    shutil.copy(sharded / "model.safetensors.index.json", directory)
+    shutil.copy(min(sharded.glob("model-*.safetensors")), directory)
+    assert set(open_checkpoint(directory).files.values()) == {directory / "model.safetensors"}
+
+
+def test_a_single_file_beside_whole_shards_is_refused(sharded, make_pair, tmp_path):
+    directory = shutil.copytree(sharded, tmp_path / "checkpoint")
+    shutil.copy(make_pair()[0] / "model.safetensors", directory)
+    with pytest.raises(ValueError, match="of which one is left over from before: delete the older"):
+        open_checkpoint(directory)
+
+
+def test_an_index_of_the_single_file_is_no_second_one(make_pair, tmp_path):
+    directory = shutil.copytree(make_pair()[0], tmp_path / "checkpoint")
+    names = open_checkpoint(directory).files
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_checkpoint(directory).files == names
+
+
+def test_shards_of_another_save_beside_those_of_the_index_are_passed_over(sharded, tmp_path):
+    directory = shutil.copytree(sharded, tmp_path / "checkpoint")
+    save_file({"left.over": torch.ones(2)}, directory / "model-00001-of-00099.safetensors")
+    assert "left.over" not in open_checkpoint(directory)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", 3, None, ["a"]], ids=str)
+def test_an_index_that_names_no_file_beside_it_is_refused(sharded, tmp_path, file):
+    directory = shutil.copytree(sharded, tmp_path / "checkpoint")
+    path = directory / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    content["weight_map"]["model.norm.weight"] = file
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json' cannot be used"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "finding"),
+    [
+        ("pytorch_model.bin", "but 'pytorch_model.bin': load it with transformers"),
+        ("model.gguf", "but 'model.gguf': load it with transformers"),
+        ("consolidated.safetensors", "but 'consolidated.safetensors': load it with transformers"),
+        ("adapter_model.safetensors", "but a LoRA adapter: merge it into its base"),
+        ("README.md", ": it has no weights"),
+    ],
+)
+def test_weights_of_another_kind_are_named_with_the_way_out(copied, name, finding):
+    (copied / "model.safetensors").unlink()
+    (copied / name).touch()
+    with pytest.raises(ValueError, match="neither") as caught:
+        open_checkpoint(copied)
+    assert finding in str(caught.value)
+
+
+def test_an_adapter_is_told_to_need_no_compression(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a LoRA adapter, which needs no compression: name it"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_folder_of_a_training_run_names_its_checkpoint(copied, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(copied, run / "checkpoint-20")
+    with pytest.raises(ValueError, match="but its folder 'checkpoint-20' has one: name that one"):
+        open_checkpoint(run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_to_nothing_is_told_with_its_target(copied, name):
+    (copied / name).unlink()
+    (copied / name).symlink_to("../blobs/abc")
+    with pytest.raises(ValueError, match=rf"{name}' is a link to '\.\./blobs/abc', which is not"):
+        open_checkpoint(copied)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_in_the_place_of_a_file_is_told(copied, name):
+    (copied / name).unlink()
+    (copied / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name}' is no file: fetch or save"):
+        open_checkpoint(copied)
+
+
+def test_templates_beside_the_default_one_are_copied_along(copied, tmp_path):
+    folder = copied / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("{{ tools }}")
+    (tmp_path / "target").mkdir()
+    open_checkpoint(copied).copy_side_files(tmp_path / "target")
+    assert (tmp_path / "target" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    assert (tmp_path / "target" / "tokenizer.json").is_file()

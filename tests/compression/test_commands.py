@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.streaming.rows import drawn, read_rows
 from deltamux.serve.cli import app
 
 EVALUATION = [
@@ -76,12 +77,40 @@ def test_compress_prints_one_json_line_of_totals_and_verification(compressed):
     output, printed = compressed
     manifest = Artifact(output).manifest
     assert printed.count("\n") == 1
-    assert json.loads(printed) == manifest.totals.model_dump() | manifest.verification
+    found = json.loads(printed)
+    text = found.pop("text")
+    assert found == manifest.totals.model_dump() | manifest.verification
+    assert text["calibration"]["used"] == 11
+    assert text["held out"]["used"] == 1
+    assert text["held out"]["response_tokens"] == manifest.verification["tokens"]
 
 
 def test_compress_sets_an_eighth_of_the_rows_aside_to_verify_on(compressed):
-    # One of the twelve rows: "the sum is 3, done" in bytes and the end mark.
-    assert Artifact(compressed[0]).manifest.verification["tokens"] == 19
+    # One of the twelve rows: "the sum is 3, done" in bytes and the end mark, or a digit more.
+    assert Artifact(compressed[0]).manifest.verification["tokens"] in (19, 20)
+
+
+def test_compress_ends_with_a_report_of_rows_tokens_template_and_assumptions(
+    make_pair, text_file, tmp_path
+):
+    rows = tmp_path / "rows.jsonl"
+    long = json.dumps({"prompt": "long " * 200, "response": "b"})
+    rows.write_text(text_file.read_text() + long + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE + "calibration: {max_tokens: 64}")
+    command = ("compress", *make_pair(), "-o", tmp_path / "a", "--recipe", recipe)
+    held_out = ("--held-out", text_file)
+    first, second, *report = run_well(*command, "--calibration", rows, *held_out).splitlines()
+    assert re.search(r"a: .* MB -> .* bits per linear weight", first)
+    assert re.fullmatch(
+        rf"calibration: 13 of 13 rows of {rows}, \d+ tokens, \d+ of them in responses", second
+    )
+    assert report[0] == f"  cut to the limit: 1 row ({rows}:13)"
+    assert report[1].startswith(f"held out: 12 of 12 rows of {text_file}, ")
+    tokenizer = make_pair()[0]
+    assert report[2:] == [
+        f"read with: the tokenizer in {str(tokenizer)!r}, the expert's chat template"
+    ]
 
 
 def test_compress_without_text_uses_the_built_in_one(make_pair, tmp_path):
@@ -210,10 +239,12 @@ def test_evaluate_prints_a_table_for_people(compressed, make_pair, text_file):
 
 
 def test_evaluate_uses_as_many_rows_as_told(compressed, make_pair, text_file, tmp_path):
-    first = tmp_path / "first.jsonl"
-    first.write_text(text_file.read_text().splitlines()[0] + "\n")
+    (row,) = drawn(read_rows(text_file), 1, seed=0)
+    line = int(row.place.rpartition(":")[2])
+    drawn_row = tmp_path / "drawn.jsonl"
+    drawn_row.write_text(text_file.read_text().splitlines()[line - 1] + "\n")
     command = ("evaluate", *make_pair(), compressed[0], "--json", "--data")
-    assert run_well(*command, text_file, "--max-rows", "1") == run_well(*command, first)
+    assert run_well(*command, text_file, "--max-rows", "1") == run_well(*command, drawn_row)
 
 
 def test_evaluate_refuses_another_base(compressed, make_pair, text_file):

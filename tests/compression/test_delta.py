@@ -1,17 +1,19 @@
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltamux.compression.checkpoint.architecture import Role
+from deltamux.compression.checkpoint.architecture import MODEL_TYPES, Role
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.checkpoint.delta import compare
 
-MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
 IDS = torch.arange(48).view(2, 24) * 5 % 272
 NORM = "model.layers.0.input_layernorm.weight"
+HEAD = "lm_head.weight"
 LINEAR = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -52,10 +54,19 @@ def logits(root, replace_weights=None):
     """Logits of transformers' own model in float64, over other weights where given."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float64)
-    if replace_weights:
-        model.load_state_dict(replace_weights, strict=False)
-    return model(IDS).logits
+    with tempfile.TemporaryDirectory() as folder:
+        if replace_weights:
+            save_file(replace_weights, Path(folder) / "model.safetensors")
+            shutil.copy(root / "config.json", folder)
+            root = folder
+        # Other kernels know no soft caps, and no float64.
+        model = AutoModelForCausalLM.from_pretrained(
+            root,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
+        return model(IDS).logits
 
 
 def served_weights(difference):
@@ -63,11 +74,11 @@ def served_weights(difference):
     base, expert = difference.base, difference.expert
     weights = {}
     for spec in difference.specs:
-        weights[spec.name] = base.load(spec.name)
+        weights[spec.name] = base.load(spec.name).double()
         if spec.role is not Role.NORM:
-            weights[spec.name] = weights[spec.name].double() + difference.delta(spec)
+            weights[spec.name] += difference.delta(spec)
         elif spec.name in difference.replaced:
-            weights[spec.name] = expert.load(spec.name)
+            weights[spec.name] = expert.load(spec.name).double()
     return weights
 
 
@@ -82,15 +93,40 @@ def test_base_plus_delta_with_the_base_norms_computes_as_the_expert(make_pair, m
     )
 
 
+FOLDED = {
+    "gemma2": {"input_layernorm", "pre_feedforward_layernorm"},
+    "gemma3_text": {"input_layernorm", "pre_feedforward_layernorm"},
+    "olmo2": set(),
+}
+REPLACED = {
+    "qwen3": {"norm", "q_norm", "k_norm"},
+    "qwen3_moe": {"norm", "q_norm", "k_norm"},
+    "gemma2": {"norm", "post_attention_layernorm", "post_feedforward_layernorm"},
+    "gemma3_text": {
+        "norm",
+        "q_norm",
+        "k_norm",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    },
+    "olmo2": {
+        "norm",
+        "q_norm",
+        "k_norm",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    },
+}
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_norms_in_front_of_linears_are_folded_and_all_others_replaced(make_pair, model_type):
     difference = compare_roots(make_pair(model_type))
-    assert {name.split(".")[-2] for name in difference.folded} == {
-        "input_layernorm",
-        "post_attention_layernorm",
-    }
-    expected = {"norm", "q_norm", "k_norm"} if model_type == "qwen3" else {"norm"}
-    assert {name.split(".")[-2] for name in difference.replaced} == expected
+    folded = {name.split(".")[-2] for name in difference.folded}
+    assert folded == FOLDED.get(model_type, {"input_layernorm", "post_attention_layernorm"})
+    replaced = {name.split(".")[-2] for name in difference.replaced}
+    # Gemma's weights lie around nought, and one beside that is none to divide by.
+    assert replaced - folded == REPLACED.get(model_type, {"norm"})
 
 
 def test_a_norm_that_did_not_change_is_neither_folded_nor_replaced(copies):
@@ -184,7 +220,7 @@ def test_a_bias_that_only_the_expert_has_is_named(copies):
     pair = copies()
     bias = "model.layers.0.self_attn.q_proj.bias"
     edit_weights(pair[1], lambda weights: weights.update({bias: torch.ones(128)}))
-    with pytest.raises(ValueError, match=f"{bias!r} of the expert is missing from the base"):
+    with pytest.raises(ValueError, match=f"{bias!r} is not part of a llama decoder"):
         compare_roots(pair)
 
 
@@ -192,7 +228,7 @@ def test_a_bias_that_only_the_base_has_is_named(copies):
     pair = copies()
     bias = "model.layers.0.self_attn.q_proj.bias"
     edit_weights(pair[0], lambda weights: weights.update({bias: torch.ones(128)}))
-    with pytest.raises(ValueError, match=f"{bias!r} is missing"):
+    with pytest.raises(ValueError, match=f"{bias!r} is not part of a llama decoder"):
         compare_roots(pair)
 
 
@@ -213,7 +249,7 @@ def test_rope_frequencies_of_old_checkpoints_are_ignored(copies):
 def test_another_rope_base_is_refused(copies):
     pair = copies()
     edit_config(pair[1], rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
-    with pytest.raises(ValueError, match=r"'rope_theta' is 10000\.0 .* 500000\.0"):
+    with pytest.raises(ValueError, match=r"'rope_parameters' is .* 10000\.0, .* 500000\.0"):
         compare_roots(pair)
 
 
@@ -221,7 +257,9 @@ def test_another_rope_scaling_is_refused(copies):
     pair = copies()
     scaling = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
     edit_config(pair[1], rope_parameters=scaling)
-    with pytest.raises(ValueError, match=r"'rope_scaling' is \{\} in the base"):
+    with pytest.raises(
+        ValueError, match=r"'rope_parameters' is .*'default'.* in the base and .*'linear'"
+    ):
         compare_roots(pair)
 
 
@@ -280,8 +318,97 @@ def test_two_architectures_are_refused(make_pair):
         compare_roots((make_pair("llama")[0], make_pair("qwen3")[1]))
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_expert_of_an_untied_base_has_its_embedding_as_head(copies, equal):
+    base, _ = copies(tied=False)
+    _, expert = make_tied(base)
+    if equal:
+        edit_weights(base, lambda w: w.update({HEAD: w["model.embed_tokens.weight"].clone()}))
+    difference = compare_roots((base, expert))
+    spec = next(spec for spec in difference.specs if spec.name == HEAD)
+    before, tuned = open_checkpoint(base), open_checkpoint(expert)
+    wanted = tuned.load("model.embed_tokens.weight") - before.load(HEAD)
+    torch.testing.assert_close(difference.delta(spec), wanted)
+
+
+def make_tied(base):
+    """A fine-tune that was saved tied."""
+    expert = shutil.copytree(base, base.parent / "tied")
+    edit_weights(expert, lambda weights: weights.pop(HEAD))
+    edit_weights(expert, lambda weights: weights[LINEAR].add_(0.1))
+    edit_config(expert, tie_word_embeddings=True)
+    return base, expert
+
+
+def test_a_base_without_a_head_that_is_not_tied_is_refused(copies):
+    pair = copies()
+    for root in pair:
+        edit_weights(root, lambda weights: weights.pop(HEAD))
+    with pytest.raises(
+        ValueError, match=r"has no 'lm_head\.weight', though its configuration does"
+    ):
+        compare_roots(pair)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("attn_logit_softcapping", 9.0),
+        ("final_logit_softcapping", None),
+        ("query_pre_attn_scalar", 32),
+        ("sliding_window", 16),
+        ("hidden_activation", "gelu"),
+    ],
+)
+def test_settings_of_one_architecture_alone_are_compared_too(copies, setting, value):
+    pair = copies("gemma2")
+    edit_config(pair[1], **{setting: value})
+    with pytest.raises(ValueError, match=f"setting {setting!r} is"):
+        compare_roots(pair)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("max_position_embeddings", 4096), ("use_cache", False), ("unsloth_version", "1"),
+     ("eos_token_id", [1, 2]), ("attention_dropout", 0.1), ("torch_dtype", "float32")],
+)  # fmt: skip
+def test_settings_that_change_no_weight_s_meaning_are_not_compared(copies, setting, value):
+    pair = copies()
+    edit_config(pair[1], **{setting: value})
+    assert compare_roots(pair).specs
+
+
+def test_a_multimodal_checkpoint_is_told_what_to_save(copies):
+    pair = copies()
+    for root in pair:
+        edit_config(root, model_type="gemma3", text_config={"model_type": "gemma3_text"})
+    with pytest.raises(ValueError, match="save its language model alone \\('gemma3_text'\\)"):
+        compare_roots(pair)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_that_a_wrapper_put_something_in_front_of_are_told(copies, prefix):
+    pair = copies()
+
+    def wrap(weights):
+        for name in list(weights):
+            weights[f"{prefix}{name}"] = weights.pop(name)
+
+    edit_weights(pair[1], wrap)
+    with pytest.raises(ValueError, match=f"its names begin with {prefix!r}: save the model inside"):
+        compare_roots(pair)
+
+
+def test_a_setting_of_another_kind_is_refused_in_one_line(copies):
+    pair = copies()
+    edit_config(pair[1], num_hidden_layers="two")
+    with pytest.raises(ValueError, match="configuration of the llama cannot be used") as caught:
+        compare_roots(pair)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tied_base_and_an_untied_expert_are_refused(make_pair):
-    with pytest.raises(ValueError, match=r"'lm_head\.weight' is tied to .* in one of"):
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' is tied to .* save the base untied"):
         compare_roots((make_pair(tied=True)[0], make_pair(tied=False)[1]))
 
 

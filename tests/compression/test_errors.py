@@ -1,14 +1,16 @@
 """What users can cause is one line; what we cause keeps its traceback."""
 
 import json
+import resource
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.errors import naming
-from deltamux.compression.streaming.text import read_rows
+from deltamux.compression.saving import save_tensors, save_text
 from deltamux.serve.cli import app
 
 
@@ -64,7 +66,6 @@ def pair(make_pair, tmp_path, checkpoints):
     ("template", "words"),
     [
         ("{{ raise_exception('no system turns') }}", "no system turns"),
-        ("{% for m in %}", "cannot be used"),
         ("{{ messages[0].content + 1 }}", "cannot be used"),
         ("{{ nothing.at_all }}", "cannot be used"),
     ],
@@ -75,6 +76,14 @@ def test_a_template_s_words_are_told_with_the_row(pair, tmp_path, template, word
     message = refusal("compress", *pair, "-o", tmp_path / "a", "--calibration", rows)
     assert message.startswith(f"{rows}:")
     assert words in message
+
+
+def test_a_template_that_cannot_be_parsed_is_told_with_its_file_and_line(pair, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", *[{"prompt": "a", "response": "b"}] * 8)
+    path = pair[1] / "chat_template.jinja"
+    path.write_text("\n{% for m in %}")
+    message = refusal("compress", *pair, "-o", tmp_path / "a", "--calibration", rows)
+    assert message.startswith(f"{str(path)!r}: chat template: line 2: ")
 
 
 @pytest.mark.parametrize(
@@ -108,38 +117,30 @@ def test_a_damaged_tokenizer_is_named(pair, tmp_path):
     assert f"the tokenizer in {str(pair[0])!r}" in message
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": None, "response": "a"},
-        {"prompt": "a", "response": None},
-        {"prompt": "a", "response": False},
-        {"prompt": [{"role": "user", "content": "a"}], "response": "b"},
-        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": "assistant", "content": "a"}]},
-        {"messages": None},
-        {"prompt": [{"type": "image_url"}], "response": "a"},
-        [1],
-    ],
-    ids=str,
-)
-def test_a_row_without_text_is_refused_with_its_line(tmp_path, row):
-    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "a", "response": "b"}, row)
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2: a row needs"):
-        read_rows(path)
+@pytest.fixture
+def small_disk():
+    """No file may become larger than 1,000 bytes, as where a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_text_parts_are_joined_and_a_byte_order_mark_is_passed_over(tmp_path):
-    parts = [{"type": "text", "text": "Add "}, {"type": "text", "text": "2"}]
-    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": 2}]}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row), encoding="utf-8-sig")
-    (found,) = read_rows(path)
-    assert [message["content"] for message in found] == ["Add 2", "2"]
+def test_a_full_disk_is_told_with_the_path_and_the_bytes_needed(tmp_path, small_disk):
+    path = tmp_path / "file"
+    needed = r"file' cannot be used: .*: 4,000 bytes are needed there"
+    with pytest.raises(ValueError, match=needed):
+        save_tensors({"a": torch.zeros(1000)}, path, {})
+    with pytest.raises(ValueError, match=needed):
+        save_text("x" * 4000, path)
 
 
-def test_text_of_another_code_page_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes('{"prompt": "é", "response": "b"}'.encode("cp1252"))
-    with pytest.raises(ValueError, match=r"rows\.jsonl' is no UTF-8 text: byte 0xe9 at 12"):
-        read_rows(path)
+def test_a_full_disk_is_told_of_files_that_are_copied(pair, tmp_path, small_disk):
+    (tmp_path / "target").mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer\.json' cannot be used: .* bytes are needed"):
+        open_checkpoint(pair[0]).copy_side_files(tmp_path / "target")
+
+
+def test_a_folder_that_cannot_be_made_is_told(pair):
+    message = refusal("compress", *pair, "-o", "/proc/none/artifact")
+    assert message.startswith("'/proc/none' cannot be used: ")

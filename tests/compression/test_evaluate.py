@@ -8,12 +8,11 @@ from torch.nn import functional
 from deltamux.compression import evaluate as evaluate_module
 from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.artifact.merge import merge, reconstructed
+from deltamux.compression.checkpoint.architecture import MODEL_TYPES
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.evaluate import Reference, evaluate, report, summary
 from deltamux.compression.streaming.forward import StreamedModel, batches
 from deltamux.compression.streaming.text import Sample
-
-MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 def make_samples(*lengths):
@@ -30,12 +29,15 @@ SAMPLES = make_samples(31, 12, 50)
 def load_model(root):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    # Other kernels know no soft caps.
+    return AutoModelForCausalLM.from_pretrained(
+        root, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def streamed(root):
     checkpoint = open_checkpoint(root)
-    return StreamedModel(root, checkpoint.load, torch.float32, checkpoint.tied)
+    return StreamedModel(checkpoint.config, checkpoint.load, torch.float32, checkpoint.tied)
 
 
 @torch.no_grad()
@@ -171,17 +173,19 @@ def test_the_summary_is_one_line_with_sizes_and_losses(make_pair, compress_pair,
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_hidden_states_of_a_padded_batch_are_those_of_each_sample_alone(make_pair, model_type):
+def test_states_and_logits_of_a_padded_batch_are_those_of_each_sample_alone(make_pair, model_type):
     root = make_pair(model_type)[1]
-    model = load_model(root).model
+    model = load_model(root)
+    spans = [slice(sample.response_start - 1, -1) for sample in SAMPLES]
     with torch.no_grad():
-        wanted = torch.cat(
-            [model(s.ids[None]).last_hidden_state[0, s.response_start - 1 : -1] for s in SAMPLES]
-        )
-    # The same float32 products, in blocks of another size.
-    torch.testing.assert_close(
-        streamed(root).hidden_states([SAMPLES]), wanted, rtol=1e-4, atol=1e-5
-    )
+        states = [model.model(s.ids[None]).last_hidden_state[0] for s in SAMPLES]
+        logits = [model(s.ids[None]).logits[0] for s in SAMPLES]
+    found = streamed(root)
+    final = found.hidden_states([SAMPLES])
+    for ours, theirs in ((final, states), (found.logits(final, found.head()), logits)):
+        wanted = torch.cat([each[span] for each, span in zip(theirs, spans, strict=True)])
+        # The same float32 products, in blocks of another size.
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_hidden_states_follow_the_plan_batch_by_batch(make_pair):
@@ -232,8 +236,8 @@ def test_weights_leave_memory_after_the_pass(make_pair):
 
 
 def test_a_weight_of_another_shape_is_named(make_pair):
-    root = make_pair()[0]
-    model = StreamedModel(root, lambda name: torch.zeros(3, 3), torch.float32, False)
+    config = open_checkpoint(make_pair()[0]).config
+    model = StreamedModel(config, lambda name: torch.zeros(3, 3), torch.float32, False)
     with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' has shape \(3, 3\)"):
         model.hidden_states([SAMPLES])
 

@@ -1,16 +1,20 @@
 import pytest
 import torch
 
-from deltamux.compression.checkpoint.architecture import FIRST_READER
+from deltamux.compression.checkpoint.architecture import MODEL_TYPES, tensor_specs
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.streaming import moments as moments_module
 from deltamux.compression.streaming.forward import StreamedModel
 from deltamux.compression.streaming.moments import second_moments
 from deltamux.compression.streaming.text import Sample
 
-MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
 # Unequal lengths, so that a batch has padding; 93 tokens are more than the 64 channels.
 LENGTHS = (31, 12, 50)
+# Of a mixture's experts: where they are in checkpoints, the matrices that read the input, and the one behind them.
+MIXTURES = {
+    "qwen3_moe": (".mlp.", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": (".block_sparse_moe.", "w1", "w3", "w2"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +38,35 @@ def hooked_moments(root, samples):
 
         return hook
 
-    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    def collect_experts(name):
+        def hook(module, args):
+            for token, chosen in zip(args[0].double(), args[1].tolist(), strict=True):
+                for expert in chosen:
+                    inner = module.gate_up_proj[expert].double() @ token
+                    gate, up = inner.chunk(2)
+                    each = (
+                        f"{name.replace('.mlp.', MIXTURES[model.config.model_type][0])}.{expert}."
+                    )
+                    for part in MIXTURES[model.config.model_type][1:3]:
+                        seen.setdefault(f"{each}{part}.weight", []).append(token[None])
+                    behind = f"{each}{MIXTURES[model.config.model_type][3]}.weight"
+                    seen.setdefault(behind, []).append((module.act_fn(gate) * up)[None])
+
+        return hook
+
+    model = AutoModelForCausalLM.from_pretrained(
+        root, dtype=torch.float32, attn_implementation="eager"
+    )
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             module.register_forward_pre_hook(collect(f"{name}.weight"))
+        elif name.endswith(".experts"):
+            module.register_forward_pre_hook(collect_experts(name))
     with torch.no_grad():
         for sample in samples:
             model(sample.ids[None])
     inputs = {name: torch.cat(parts) for name, parts in seen.items()}
-    return {name: x.T @ x / len(x) for name, x in inputs.items()}
+    return {name: x.T @ x / sum(LENGTHS) for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -71,15 +95,11 @@ def test_several_batches_give_the_moments_of_one(make_pair, samples, monkeypatch
 
 
 def test_linears_that_read_the_same_activations_share_one_matrix(make_pair, samples):
-    _, moments = next(second_moments(open_checkpoint(make_pair()[1]), samples))
-    by_linear = {
-        name.removeprefix("model.layers.0.").removesuffix(".weight"): moment
-        for name, moment in moments.items()
-    }
-    assert {
-        linear: by_linear[linear] is by_linear[FIRST_READER[linear]] for linear in by_linear
-    } == (dict.fromkeys(by_linear, True))
-    assert len({id(moment) for moment in by_linear.values()}) == 4
+    expert = open_checkpoint(make_pair()[1])
+    _, moments = next(second_moments(expert, samples))
+    readers = {spec.name: spec.reader for spec in tensor_specs(expert.config, set(expert.files))}
+    assert all(moments[linear] is moments[readers[linear]] for linear in moments)
+    assert len({id(moment) for moment in moments.values()}) == 4
 
 
 def test_a_skipped_layer_is_passed_and_not_collected(make_pair, samples):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.artifact.merge import merge
 from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.compress import compress
@@ -220,10 +221,18 @@ def test_a_query_norm_that_only_the_base_has_is_refused_by_name(make_pair, tmp_p
     refused((base, expert), tmp_path, f"{name!r} is missing")
 
 
-@pytest.mark.parametrize("tied", [(True, False), (False, True)], ids=["base", "expert"])
-def test_embeddings_tied_on_one_side_only_are_refused(make_pair, tmp_path, tied):
-    pair = make_pair(tied=tied[0])[0], make_pair(tied=tied[1])[1]
-    refused(pair, tmp_path, "is tied to .* but not in the other: save both the same way")
+def test_an_untied_expert_of_a_tied_base_is_refused(make_pair, tmp_path):
+    pair = make_pair(tied=True)[0], make_pair(tied=False)[1]
+    refused(pair, tmp_path, "is tied to .* but not in .* save the base untied, with its")
+
+
+def test_a_tied_expert_of_an_untied_base_is_compressed_and_merged_untied(make_pair, tmp_path):
+    pair = make_pair(tied=False)[0], make_pair(tied=True)[1]
+    artifact = run(*pair, tmp_path / "artifact")
+    kept_most(artifact, 0.5)
+    merge(open_checkpoint(pair[0]), artifact, tmp_path / "merged", progress=False)
+    assert open_checkpoint(tmp_path / "merged").config["tie_word_embeddings"] is False
+    assert "lm_head.weight" in open_checkpoint(tmp_path / "merged")
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,7 @@ def test_the_steps_of_the_cpu_image_lead_to_a_server_that_answers(image: Image) 
         if name == "RUN":
             seconds[rest[:40]] = round(time.monotonic() - start, 1)
     assert not (image.root / "opt" / "venv" / "bin" / "pytest").exists()
+    check_known_vulnerabilities(image)
     port = str(free_port())
     inside = [image.inside(part) for part in image.commands["ENTRYPOINT"] + image.commands["CMD"]]
     command = [part.replace("8000", port).replace("0.0.0.0", "127.0.0.1") for part in inside]
@@ -220,6 +221,29 @@ def test_the_steps_of_the_cpu_image_lead_to_a_server_that_answers(image: Image) 
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     sys.stderr.write(f"seconds of the steps: {json.dumps(seconds)}\n")
+
+
+def check_known_vulnerabilities(image: Image) -> None:
+    """What the image installed has no vulnerability that is known and mended, as far as pip-audit can ask here."""
+    tool = shutil.which("pip-audit") or str(Path(sys.executable).with_name("pip-audit"))
+    if not Path(tool).is_file():
+        sys.stderr.write("not audited: pip-audit is not installed\n")
+        return
+    (packages,) = (image.root / "opt" / "venv" / "lib").glob("python3.*/site-packages")
+    done = subprocess.run(
+        [tool, "--path", packages, "--format", "json", "--progress-spinner", "off"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not done.stdout:
+        sys.stderr.write(f"not audited: {done.stderr[-300:]}\n")
+        return
+    found = json.loads(done.stdout)["dependencies"]
+    asked = [each for each in found if "skip_reason" not in each]
+    sys.stderr.write(f"audited: {len(asked)} of {len(found)} packages\n")
+    known = {each["name"]: each["vulns"] for each in asked if each["vulns"]}
+    assert not {name for name, each in known.items() if any(v["fix_versions"] for v in each)}
 
 
 def await_health(process: subprocess.Popen[bytes], image: Image, port: str, log: Path) -> None:

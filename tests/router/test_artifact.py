@@ -1,4 +1,6 @@
 import json
+import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,8 +37,14 @@ def make_config(**changes):
 
 def make_tables(num_domains=3):
     rng = np.random.default_rng(0)
-    shapes = [(VOCAB, num_domains), (BUCKETS, num_domains), (num_domains,)]
-    return Tables(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    shapes = {
+        "tokens": (VOCAB, num_domains),
+        "pairs": (BUCKETS, num_domains),
+        "bias": (num_domains,),
+        "words": (VOCAB, num_domains),
+        "trust": (VOCAB, 2),
+    }
+    return Tables(**{n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()})
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def test_what_was_written_is_read_back(artifact):
     config, tables = load_artifact(artifact)
     assert config == make_config()
     assert tables.meaning is None
-    for name in ("tokens", "pairs", "bias"):
+    for name in ("tokens", "pairs", "bias", "words", "trust"):
         original = getattr(make_tables(), name)
         # float16 keeps 11 significant bits.
         np.testing.assert_allclose(getattr(tables, name), original, rtol=2**-11)
@@ -73,6 +81,8 @@ def test_wire_names_and_types_are_those_of_format_version_1(artifact):
     assert {name: array.dtype.name for name, array in arrays.items()} == {
         "tokens": "float16",
         "pairs": "float16",
+        "words": "float16",
+        "trust": "float16",
         "bias": "float32",
     }
 
@@ -81,6 +91,18 @@ def test_an_earlier_router_is_replaced_and_nothing_is_left_beside(artifact):
     save_artifact(artifact, make_tables(), make_config(threshold=0.7), b"{}")
     assert load_artifact(artifact)[0].threshold == 0.7
     assert [p.name for p in artifact.parent.iterdir()] == ["router"]
+
+
+def test_a_full_disk_is_told_with_the_path_and_the_bytes_needed_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may become larger, as where a disk is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(ValueError, match=r"cannot be written \(.*\); [\d,]+ bytes are needed"):
+            save_artifact(tmp_path / "router", make_tables(), make_config(), b"{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_directory_is_filled(tmp_path):
@@ -106,6 +128,23 @@ def test_weights_that_float16_cannot_hold_are_not_written(tmp_path, bad):
     with pytest.raises(ValueError, match="finite in float16"):
         save_artifact(tmp_path / "router", tables, make_config(), b"{}")
     assert not (tmp_path / "router").exists()
+
+
+def test_a_router_without_words_and_trust_reads_its_wording_from_the_tokens(tmp_path):
+    tables = replace(make_tables(), words=None, trust=None)
+    save_artifact(tmp_path / "router", tables, make_config(), b"{}")
+    _, read = load_artifact(tmp_path / "router")
+    assert read.words is None
+    assert read.strength(np.array([1, 2])) == 1.0
+
+
+@pytest.mark.parametrize("missing", ["words", "trust"])
+def test_words_without_trust_are_refused_and_trust_without_words(tmp_path, missing):
+    save_artifact(
+        tmp_path / "router", replace(make_tables(), **{missing: None}), make_config(), b"{}"
+    )
+    with pytest.raises(ValueError, match=f"'{missing}' must have shape.*no such tensor"):
+        load_artifact(tmp_path / "router")
 
 
 @pytest.mark.parametrize("field", ["format_version", "feature_version"])

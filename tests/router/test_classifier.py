@@ -1,12 +1,14 @@
 """The classifier's parts: features, softmax regression, meaning before wording, folding."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from deltamux.router.decide.features import NUM_BUCKETS, bounded_ids, pair_buckets
-from deltamux.router.decide.tables import Tables, softmax
+from deltamux.router.decide.tables import GAIN, POWER, Tables, softmax
 from deltamux.router.fit import vectors
 from deltamux.router.fit.classifier import Examples, fit_classifier
 from deltamux.router.fit.design import build_design
@@ -90,12 +92,52 @@ def test_folded_tables_give_the_probabilities_of_the_classifier(
     exact = np.stack([softmax(tables.scores(row)) for row in ids])
     # float32 sums of about a hundred terms of order one.
     np.testing.assert_allclose(exact, expected, atol=2e-5)
-    stored = [t.astype(np.float16).astype(np.float32) for t in (tables.tokens, tables.pairs)]
-    half = Tables(*stored, tables.bias)
+    names = ("tokens", "pairs", "words", "trust")
+    stored = {n: getattr(tables, n).astype(np.float16).astype(np.float32) for n in names}
+    half = Tables(bias=tables.bias, **stored)
     # float16 moves a score of order ten by up to 2**-11 of it, and a probability by a quarter of
     # what its score moves.
     got = np.stack([softmax(half.scores(row)) for row in ids])
     np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_wording_counts_as_far_as_the_words_are_known():
+    trust = np.array([[1.0, 1.0], [0.5, 0.5], [0.5, 0.0]], dtype=np.float32)
+    zeros = np.zeros((3, 2), dtype=np.float32)
+    words = np.array([[4.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=np.float32)
+    tables = Tables(zeros, zeros[:2], zeros[0], words=words, trust=trust)
+    for tokens, known in ([0, 1], 1.0), ([0, 2], 1 / 1.5), ([2], 0.0), ([1, 2], 0.5):
+        assert tables.strength(np.array(tokens)) == pytest.approx(GAIN * known**POWER)
+    assert tables.strength(np.array([], dtype=np.int64)) == 0.0
+    assert tables.scores(np.array([0, 2]))[0] == pytest.approx(4 / 2**0.5 * GAIN / 1.5**POWER)
+    assert not tables.scores(np.array([2])).any()
+
+
+def test_words_that_no_labelled_prompt_held_do_not_decide(base):
+    # The last thirty examples were made, not labelled: their words are not known.
+    design, truth, ids = design_of(find_embedding(base), 3)
+    design = replace(design, labelled=60)
+    fitted_classifier = fit_classifier(design, examples_of(truth, 3), np.arange(90))
+    labelled = np.concatenate([np.unique(row) for row in ids[:60]])
+    often = np.flatnonzero(np.bincount(labelled, minlength=60) >= 2)
+    assert set(np.flatnonzero(fitted_classifier.trust[:, 1])) == set(often)
+    held_out = design.trust(np.arange(30, 90))
+    assert np.count_nonzero(held_out[:, 1]) < np.count_nonzero(fitted_classifier.trust[:, 1])
+
+
+@pytest.mark.parametrize("with_embedding", [True, False])
+def test_a_sentence_vector_stands_beside_the_embedding(base, with_embedding):
+    embedding = find_embedding(base) if with_embedding else None
+    _, truth, ids = design_of(embedding, 3)
+    told = np.random.default_rng(3).normal(size=(len(ids), 5)).astype(np.float32)
+    design = build_design(ids, 60, len(ids), embedding=embedding, sentences=told)
+    assert design.meaning.shape[1] == (5 + WIDTH if with_embedding else 5)
+    fitted_classifier = fit_classifier(design, examples_of(truth, 3), np.arange(len(ids)))
+    tables = fitted_classifier.fold(design, 60, NUM_BUCKETS)
+    assert tables.tokens.any() == with_embedding
+    got = np.stack([tables.scores(row, vector) for row, vector in zip(ids, told, strict=True)])
+    expected = fitted_classifier.scores(design, np.arange(len(ids)))
+    np.testing.assert_allclose(softmax(got), softmax(expected), atol=2e-5)
 
 
 def test_the_wording_learns_only_what_the_meaning_leaves_over():

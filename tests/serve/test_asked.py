@@ -18,6 +18,7 @@ from deltamux.serve.api import decision_log
 from deltamux.serve.api.asked import RequestError, conversations, hints
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.handlers import Gateway
+from deltamux.serve.api.owners import Owners
 from deltamux.serve.api.router_api import routing_router
 from deltamux.serve.settings import RouterSettings
 
@@ -105,7 +106,7 @@ def test_prompts_of_different_experts_in_one_request_are_refused(
 
 
 def test_the_client_of_such_a_request_gets_400(folder: Path) -> None:
-    gateway = Gateway(None, make(folder), None, None)  # type: ignore[arg-type]
+    gateway = Gateway(None, make(folder), None, None, owners=Owners())  # type: ignore[arg-type]
     request = SimpleNamespace(model="auto", prompt=[SQL, MATH])
     refused = asyncio.run(gateway.answer(None, "create_completion", request, None))
     assert refused.error.code == 400
@@ -175,6 +176,28 @@ def test_decisions_and_feedback_are_logged(folder: Path, tmp_path: Path, prompts
     assert decision.get("prompt") == ([SQL] if prompts == "whole" else None)
     assert (SQL in log.read_text()) == (prompts == "whole")
     assert (feedback["id"], feedback["feedback"]) == ("1", "math")
+
+
+@pytest.mark.parametrize(
+    ("request_", "header", "response"),
+    [
+        ({"prompt": SQL, "request_id": "1"}, "mine", "cmpl-mine"),
+        ({"messages": [{"role": "user", "content": SQL}]}, "chatcmpl-1", "chatcmpl-chatcmpl-1"),
+        ({"input": SQL, "request_id": "resp_7"}, "mine", "resp_7"),
+    ],
+)
+def test_feedback_finds_a_response_that_the_client_named(
+    folder: Path, tmp_path: Path, request_: dict[str, Any], header: str, response: str
+) -> None:
+    log = tmp_path / "log"
+    route = make(folder, log=log)
+    route.decide(request_, client_id=header)
+    with client_of(route) as client:
+        answer = client.post("/v1/route/feedback", json={"id": response, "expert": "math"})
+        stranger = client.post("/v1/route/feedback", json={"id": "other", "expert": "math"})
+    assert [answer.status_code, stranger.status_code] == [200, 404]
+    decision, feedback = rows_of(log)
+    assert decision["id"] == feedback["id"]
 
 
 def test_nothing_is_logged_unless_it_is_asked_for(folder: Path) -> None:

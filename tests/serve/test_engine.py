@@ -20,7 +20,8 @@ from deltamux.compression.artifact.merge import merge
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.compress import compress
 from deltamux.compression.recipe import Recipe
-from deltamux.compression.streaming.text import encode_rows, read_rows
+from deltamux.compression.streaming.rows import read_rows
+from deltamux.compression.streaming.text import encode_rows
 
 pytestmark = pytest.mark.vllm
 

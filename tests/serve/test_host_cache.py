@@ -106,3 +106,15 @@ def test_publishing_after_the_folder_is_gone_is_no_error(
     monkeypatch.setenv(status.STATUS_DIRECTORY_VARIABLE, str(tmp_path / "gone"))
     status.publish(status.WorkerStatus().model_dump_json())
     assert status.read_status() == status.WorkerStatus()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"x": []}', '{"x": {"y": 3}}', "\xff", ""])
+def test_a_cache_of_hashes_that_holds_something_else_is_written_anew(
+    tmp_path: Path, make_pair: Callable[..., tuple[Path, Path]], content: str
+) -> None:
+    base = open_checkpoint(make_pair()[0])
+    cache = tmp_path / "hashes.json"
+    cache.write_bytes(content.encode("latin-1"))
+    name = next(iter(base.files))
+    assert BaseHashes(base, cache).sha256(name) == base.sha256(name)
+    assert name in next(iter(json.loads(cache.read_text()).values()))

@@ -1,6 +1,7 @@
 """`deltamux serve`: what it hands to vLLM, and what it refuses at once."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 import yaml
 
 from deltamux.serve.cli import app
-from deltamux.serve.launch import vllm_arguments
+from deltamux.serve.launch import check_port, found_configuration, vllm_arguments
 from deltamux.serve.settings import load_settings
 
 
@@ -59,6 +60,97 @@ def test_deltamuxs_settings_are_part_of_vllms_cache_key(tmp_path: Path) -> None:
     assert additional["mine"] == 1
     assert additional["deltamux"]["version"] == 1
     assert additional["deltamux"]["slot"] == {"bytes": "auto", "rank": "auto"}
+
+
+def test_vllm_reads_the_files_that_experts_belong_to(tmp_path: Path) -> None:
+    arguments = vllm_arguments(settings(tmp_path), ["--load-format", "dummy"])
+    assert value(arguments, "--config-format") == "hf"
+    assert value(arguments, "--load-format") == "hf"
+    assert arguments[-2:] == ["--load-format", "dummy"]
+
+
+def test_weights_that_vllm_would_load_beside_the_others_are_refused(tmp_path: Path) -> None:
+    found = settings(tmp_path)
+    for name in ("model.safetensors", "consolidated.safetensors", "params.json"):
+        (tmp_path / "base" / name).touch()
+    with pytest.raises(ValueError, match=r"holds 'consolidated\.safetensors' beside"):
+        vllm_arguments(found, [])
+    # An index says which files count.
+    (tmp_path / "base" / "model.safetensors.index.json").touch()
+    assert vllm_arguments(found, [])
+
+
+@pytest.mark.parametrize("where", ["file", "flag", "joined"])
+def test_a_base_is_looked_for_where_vllm_downloads_to(tmp_path: Path, where: str) -> None:
+    folder = tmp_path / "downloads"
+    snapshot = folder / "models--org--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (folder / "models--org--name" / "refs").mkdir()
+    (folder / "models--org--name" / "refs" / "main").write_text("0" * 40)
+    engine = {"download_dir": str(folder)} if where == "file" else {}
+    extra = {
+        "file": [],
+        "flag": ["--download-dir", str(folder)],
+        "joined": [f"--download-dir={folder}"],
+    }
+    changes: dict[str, Any] = {"base": {"model": "org/name"}, "engine": engine}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        arguments = vllm_arguments(settings(tmp_path, **changes), extra[where])
+    assert value(arguments, "--model") == "org/name"
+
+
+def test_paths_of_the_configuration_begin_at_home_where_they_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "base").mkdir(parents=True)
+    experts = [{"name": "math", "path": "~/math"}, {"name": "sql", "path": "sql"}]
+    router = {"path": "~/router", "log": "~/log.jsonl"}
+    found = settings(tmp_path, base={"model": "~/base"}, experts=experts, router=router)
+    assert found.base.model == str(tmp_path / "home" / "base")
+    assert [expert.path for expert in found.experts] == [
+        tmp_path / "home" / "math",
+        tmp_path / "sql",
+    ]
+    assert found.router.path == tmp_path / "home" / "router"
+    assert found.router.log == tmp_path / "home" / "log.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        (["c.yaml", "--port", "8000"], ["--port", "8000"]),
+        (
+            ["--host", "0.0.0.0", "--port", "8000", "c.yaml"],
+            ["--host", "0.0.0.0", "--port", "8000"],
+        ),
+        (["--port=8000", "c.yaml"], ["--port=8000"]),
+        (["--enforce-eager", "c.yaml", "--port", "1"], ["--enforce-eager", "--port", "1"]),
+        (["--config", "v.yaml", "c.yaml"], ["--config", "v.yaml"]),
+        (["--chat-template", "none.yaml", "c.yaml"], ["--chat-template", "none.yaml"]),
+    ],
+    ids=" ".join,
+)
+def test_the_configuration_is_found_among_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], flags: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("c.yaml", "v.yaml"):
+        (tmp_path / name).touch()
+    assert found_configuration(words) == (Path("c.yaml"), flags)
+
+
+@pytest.mark.parametrize("words", [["--port", "1"], ["--a", "c.yaml", "v.yaml"]], ids=" ".join)
+def test_no_configuration_among_flags_is_said_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("c.yaml", "v.yaml"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="the configuration comes first: deltamux serve"):
+        found_configuration(words)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -120,6 +212,7 @@ def test_the_command_line_is_frozen() -> None:
             "expert",
         ],
         "inspect": ["--json", "artifact"],
+        "key": ["--stdin"],
         "merge": ["--dtype", "--output", "-o", "artifact", "base"],
         "evaluate": [
             "--data",
@@ -134,3 +227,34 @@ def test_the_command_line_is_frozen() -> None:
         "serve": ["--host-cache", "--slots", "config"],
         "demo": ["--base", "--experts", "--root", "--serve", "more"],
     }
+
+
+@pytest.mark.parametrize(
+    "given", [["--download-dir", "DIR"], ["--download-dir=DIR"], ["--download_dir", "DIR"], []]
+)
+def test_a_base_is_looked_for_where_vllm_will_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(source: str, **arguments: Any) -> str:
+        asked.update(arguments, source=source)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    engine = {} if given else {"download_dir": "DIR"}
+    vllm_arguments(settings(tmp_path, base={"model": "org/base"}, engine=engine), given)
+    assert (asked["source"], asked["cache_dir"]) == ("org/base", "DIR")
+
+
+@pytest.mark.parametrize("spelled", ["--port {}", "--port={}", "engine"])
+def test_a_port_that_is_taken_is_named(spelled: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        engine = {"port": port} if spelled == "engine" else {}
+        extra = [] if spelled == "engine" else spelled.format(port).split()
+        with pytest.raises(ValueError, match=rf"the port {port} of '127\.0\.0\.1' cannot be had"):
+            check_port(engine, ["--host", "127.0.0.1", *extra])
+    check_port({}, ["--host", "127.0.0.1", "--port", str(port)])

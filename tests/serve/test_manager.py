@@ -120,10 +120,38 @@ def test_a_pinned_expert_leaves_last_and_only_for_a_batch_that_needs_every_slot(
     assert manager.residency.status.experts[1].tier == "slot"
 
 
+def test_an_expert_without_its_pin_leaves_like_any_other(
+    manager: Any, request_for: Callable[[int], SimpleNamespace]
+) -> None:
+    manager.add_adapter(request_for(1))
+    manager.pin_adapter(1)
+    assert manager.unpin_adapter(1)
+    assert not manager.unpin_adapter(1)
+    assert (manager.status.experts[1].tier, manager.status.experts[1].pinned) == ("slot", False)
+    for expert_id in (2, 3):
+        step(manager, request_for(expert_id))
+    assert set(manager.resident) == {2, 3}
+
+
+def test_an_expert_that_is_brought_in_takes_the_place_of_the_least_recently_used(
+    manager: Any, request_for: Callable[[int], SimpleNamespace]
+) -> None:
+    with pytest.raises(ValueError, match="is not loaded"):
+        manager.activate_adapter(3)
+    for expert_id in (1, 2):
+        step(manager, request_for(expert_id))
+    manager.add_adapter(request_for(3))
+    for _ in range(2):
+        assert manager.activate_adapter(3)
+    assert set(manager.resident) == {2, 3}
+    assert (manager.status.experts[3].tier, manager.status.experts[1].tier) == ("slot", "host")
+    assert manager.status.swaps["e3"]["slot"] == 1
+
+
 def test_pins_leave_one_slot_free(
     manager: Any, request_for: Callable[[int], SimpleNamespace]
 ) -> None:
-    with pytest.raises(ValueError, match="load it before pinning"):
+    with pytest.raises(ValueError, match="is not loaded"):
         manager.pin_adapter(1)
     for expert_id in (1, 2):
         manager.add_adapter(request_for(expert_id))

@@ -11,7 +11,7 @@ import pytest
 
 from deltamux.serve import hub as module
 from deltamux.serve.api import keepalive
-from deltamux.serve.api.expert import Expert, ExpertError, Limits, read_expert
+from deltamux.serve.api.expert import Expert, ExpertError, Limits, Served, read_expert
 from deltamux.serve.api.saved import SavedExperts
 from deltamux.serve.api.watch import Watch
 from deltamux.serve.hub import local_directory
@@ -35,7 +35,7 @@ class Registry:
     async def register(self, name: str, path: Path, origin: Any) -> Expert:
         self.reads += 1
         try:
-            expert = read_expert(name, path, 64)
+            expert = read_expert(name, path, Served(64, 272, lambda _: None))
         except (ValueError, OSError) as error:
             raise ExpertError(str(error)) from error
         expert.origin = origin

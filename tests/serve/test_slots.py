@@ -137,8 +137,8 @@ def test_an_expert_leaves_nothing_of_the_one_before(slots: Slots) -> None:
     assert slots.vector(0, 0, 12) is None
 
 
-def test_a_cleared_slot_changes_nothing(slots: Slots) -> None:
-    slots.clear(0)
+def test_a_slot_that_holds_nothing_changes_nothing(slots: Slots) -> None:
+    slots.load(0, assemble({}, len(NAMES)))
     y = torch.ones(1, sum(SIZES))
     delta = ops.LinearDelta(slots, row_map([0]), True, [0, 1, 2], SIZES, COLUMNS)
     delta(y, torch.randn(1, COLUMNS))

@@ -1,0 +1,29 @@
+"""Every architecture in a real engine: base and expert in one batch, against transformers on the merged weights."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import architectures
+
+pytestmark = pytest.mark.vllm
+
+# float32 throughout; the engine multiplies base and delta separately, transformers their sum.
+TOLERANCE = 2e-4
+# `test_engine.py` has these with more experts, prompts and steps.
+ELSEWHERE = ("llama", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "model_type", [each for each in architectures.SERVED_TYPES if each not in ELSEWHERE]
+)
+def test_served_logprobs_match_transformers_on_the_merged_weights(
+    tmp_path: Path, checkpoints: SimpleNamespace, text_file: Path, model_type: str
+) -> None:
+    architectures.prepare(tmp_path, model_type, checkpoints, text_file)
+    found = architectures.differences(tmp_path)
+    assert found["expert"] < TOLERANCE
+    assert found["base"] < TOLERANCE
+    # And there was something to be served.
+    assert found["expert_to_base"] > 0.1
