@@ -13,7 +13,7 @@ from deltamux.compression.artifact.manifest import content_hash
 from deltamux.compression.image.layout import HEADER_BYTES, head_bytes
 from deltamux.serve.names import versioned_path
 from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE
-from deltamux.serve.worker.residency import Wanted
+from deltamux.serve.worker.table import Wanted
 
 pytestmark = pytest.mark.vllm
 
