@@ -35,7 +35,6 @@ def config(base: Path, slots: int = 2, **parallel: int) -> SimpleNamespace:
         load_config=SimpleNamespace(download_dir=None),
         model_config=SimpleNamespace(dtype=torch.float32, model=str(base), revision=None),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
-        load_config=SimpleNamespace(download_dir=None),
         lora_config=SimpleNamespace(max_loras=slots),
     )
 
