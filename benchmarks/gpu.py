@@ -1,11 +1,13 @@
 """The GPU's products at Mistral-7B's shapes, with random weights: unattended, a few minutes on one GPU.
 
-    python -m benchmarks.gpu              with vLLM's engine last (see gpu_engine.py), where vLLM is installed
-    python -m benchmarks.gpu --kernels    without
+    python -m benchmarks.gpu              all of it, as far as what it needs is installed
+    python -m benchmarks.gpu --kernels    the kernels alone
 
 Correctness on real layers first; then each linear's product against the bytes it must read and against
 the base's own product; a decode step's linears in one CUDA graph; a prompt of 4,096 tokens; an expert's
-copy into a slot, alone and beside decoding. Ends with one table and one JSON line.
+copy into a slot, alone and beside decoding: one table and one JSON line. Then, each in a process of its own
+with a line of its own: vLLM's engine (gpu_engine.py), one layer compressed (layer_cost.py), and Humming's
+kernels beside ours (gpu_humming.py).
 """
 
 import argparse
@@ -20,22 +22,25 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.gpu_images import Matrix, dense, pack, random_escapes, random_plane, rows_by_slot
+from benchmarks.gpu_checks import CUDA, SLOTS, check_layers, launch, tensors
+from benchmarks.gpu_images import rows_by_slot
 from benchmarks.gpu_model import LAYERS, MISTRAL, Batch, Experts, Linear, batch_of, random_experts
 from benchmarks.gpu_step import Step
 from benchmarks.gpu_timing import copy_bandwidth, graph_milliseconds, graph_of, milliseconds
 from benchmarks.record import record
 from deltamux.serve.worker import triton_product
-from deltamux.serve.worker.triton_launch import Tiling, launch_product
+from deltamux.serve.worker.triton_launch import Tiling
 
-SLOTS = 16
 # Active slots, rows of each.
 BATCHES = ((1, 1), (4, 1), (16, 1), (1, 4), (1, 16), (4, 4), (16, 4))
 STEPS = ((1, 1), (4, 1), (16, 1), (1, 16), (4, 4), (16, 4))
 PROMPT = 4096
-# bfloat16 rounds y once: its last place is 2^-8 of a value, half of it the error.
-BOUND = 2**-8
-CUDA = torch.device("cuda")
+# What else is run, and the package that each needs.
+OTHERS = {
+    "benchmarks.gpu_engine": "vllm",
+    "benchmarks.layer_cost": "pydantic",
+    "benchmarks.gpu_humming": "humming",
+}
 
 
 @dataclass(frozen=True)
@@ -48,21 +53,6 @@ class Product:
     microseconds: float
     floor_microseconds: float
     base_microseconds: float
-
-
-def launch(  # noqa: PLR0917
-    linear: Linear, batch: Batch, slots: torch.Tensor, entries: tuple[int, ...],
-    x: torch.Tensor, y: torch.Tensor, tiling: Tiling | None = None,
-) -> None:  # fmt: skip
-    launch_product(
-        y, x, batch.slot_of_row, batch.order, batch.starts, slots, entries, linear.sizes, 0, False,
-        triton_product.capabilities(CUDA), tiling,
-    )  # fmt: skip
-
-
-def tensors(linear: Linear, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(batch.rows, linear.columns, dtype=torch.bfloat16, device=CUDA)
-    return x, torch.zeros(batch.rows, linear.outputs, dtype=torch.bfloat16, device=CUDA)
 
 
 def compile_one(job: tuple[int, int, Tiling | None]) -> str | None:
@@ -85,47 +75,6 @@ def compile_ahead(tilings: list[Tiling | None]) -> None:
         for problem in pool.imap_unordered(compile_one, jobs):
             if problem:
                 print(problem)
-
-
-def check_layers() -> float:
-    """Largest error of random layers against dense products; raises where it is too large."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    worst = 0.0
-    for linear in (MISTRAL[0], MISTRAL[3]):
-        experts = [expert(linear, kind, generator) for kind in range(3)]
-        images = [pack(each) for each in experts]
-        slots = torch.zeros(SLOTS, max(map(len, images)), dtype=torch.uint8, device=CUDA)
-        for slot, image in zip(slots, images, strict=False):
-            slot[: len(image)] = image
-        deltas = [torch.cat([dense(matrix) for matrix in each]).double() for each in experts]
-        for rows in ([2], [0, 0, 2, -1, 1, 2, 2, 1, 1, -1, 0], [1] * 21 + [-1, 2]):
-            batch = Batch(len(rows), *rows_by_slot(rows, SLOTS, CUDA))
-            x, y = tensors(linear, batch)
-            launch(linear, batch, slots, tuple(range(len(linear.sizes))), x, y)
-            expected = torch.stack(
-                [
-                    deltas[slot] @ row.double() if slot >= 0 else torch.zeros_like(deltas[0][:, 0])
-                    for slot, row in zip(rows, x, strict=True)
-                ]
-            )
-            worst = max(worst, float((y - expected).norm() / expected.norm()))
-    if not worst < BOUND:
-        raise SystemExit(f"products are wrong: error {worst:.2e}, at most {BOUND:.2e}")
-    return worst
-
-
-def expert(linear: Linear, kind: int, generator: torch.Generator) -> list[Matrix | None]:
-    """One plane with escapes; two planes; one plane with row steps and escapes."""
-    made: list[Matrix | None] = []
-    for rows in linear.sizes:
-        planes = [random_plane(rows, linear.columns, generator) for _ in range(1 + (kind == 1))]
-        matrix = Matrix(rows, linear.columns, planes, 8.0 if kind == 1 else 1.0, 0.01)
-        if kind != 1:
-            matrix.escapes = random_escapes(rows, linear.columns, 0.007, generator)
-        if kind == 2:
-            matrix.steps = (torch.rand(rows, device=CUDA, generator=generator) * 0.01).bfloat16()
-        made.append(matrix)
-    return made
 
 
 def product_microseconds(
@@ -261,7 +210,7 @@ def measure() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernels", action="store_true", help="leave vLLM's engine out")
+    parser.add_argument("--kernels", action="store_true", help="leave the rest out")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu needs an NVIDIA GPU that torch sees")
@@ -270,11 +219,14 @@ def main() -> None:
     result = measure()
     table(result)
     record("gpu-kernels", result)
-    if not options.kernels and find_spec("vllm") is None:
-        print("vLLM is not installed: its engine is left out")
-    elif not options.kernels:
-        torch.cuda.empty_cache()
-        subprocess.run([sys.executable, "-m", "benchmarks.gpu_engine"], check=True)
+    if options.kernels:
+        return
+    torch.cuda.empty_cache()
+    for module, needed in OTHERS.items():
+        if find_spec(needed) is None:
+            print(f"{module}: left out, {needed} is not installed")
+        else:
+            subprocess.run([sys.executable, "-m", module], check=True)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Kernel:
     constants: dict[str, Any]
     warps: int
     stages: int = 3
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def product(name: str, cut: Tiling, columns: int, many: bool, early: bool) -> Ke
         "STAGES_MANY": cut.stages_many, "WIDTH_MANY": cut.width_many, "MANY": many,
         "MAPPED": False, "FETCH": cut.fetch, "ASSEMBLY": True, "WAIT": early,
     }  # fmt: skip
-    return Kernel(name, triton_kernel.product_kernel, constants, cut.warps)
+    return Kernel(name, triton_kernel.product_kernel, constants, cut.warps, registers=cut.registers)
 
 
 def kernels(architecture: int) -> Iterator[Kernel]:
@@ -99,7 +100,10 @@ def kernels(architecture: int) -> Iterator[Kernel]:
         }  # fmt: skip
         warps = triton_digits.warps_for(columns)
         yield Kernel(f"digits, K {columns}", triton_digits.digits_kernel, constants, warps)
-    merge = {"K": 4096, "BN": 4, "BK": 1024, "MAPPED": False, "HAS_BASE": True, "HAS_BIAS": True}
+    merge = {
+        "K": 4096, "BN": 4, "BK": 1024, "WIDTH": 32, "MAPPED": False, "HAS_BASE": True,
+        "HAS_BIAS": True, "HAS_RANK": False,
+    }  # fmt: skip
     yield Kernel("merged weight", triton_dense.dense_kernel, merge, 4)
     table = {"K": 4096, "BK": 1024, "MAPPED": True}
     yield Kernel("embedding", triton_rows.embedding_kernel, table, 4)
@@ -130,6 +134,7 @@ def make(kernel: Kernel, architecture: int) -> Any:
         "num_warps": kernel.warps,
         "num_stages": kernel.stages,
         "enable_fp_fusion": True,
+        "maxnreg": kernel.registers,
     }
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 

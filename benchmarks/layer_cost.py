@@ -93,18 +93,14 @@ def _peaks(device: torch.device) -> dict[str, float]:
     return peaks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=14336)
-    arguments = parser.parse_args()
+def layer(tokens: int, hidden: int = 4096, intermediate: int = 14336) -> dict[str, object]:
+    """Seconds and bytes of one layer's groups, printed as they come, and of 32 such layers."""
     torch.manual_seed(0)
     device = best_device()
-    result: dict[str, object] = {"tokens": arguments.tokens, "threads": torch.get_num_threads()}
+    result: dict[str, object] = {"tokens": tokens, "threads": torch.get_num_threads()}
     total = cpu = 0.0
-    for group in groups(arguments.hidden, arguments.intermediate):
-        found = run(group, arguments.tokens, device)
+    for group in groups(hidden, intermediate):
+        found = run(group, tokens, device)
         total, cpu = total + found["total"], cpu + found["cpu"]
         result[group.name] = found
         print(
@@ -112,12 +108,21 @@ def main() -> None:
             f"ladders {found['ladders']:>7.1f} s  peak {found['peak_bytes'] / 1e9:.1f} GB",
             flush=True,
         )
-    result |= {"layer_seconds": total, "layer_cpu_seconds": cpu, "model_seconds": total * LAYERS}
     print(
         f"one layer {total:.0f} s ({cpu:.0f} s of all cores), "
         f"{LAYERS} layers {total * LAYERS / 60:.0f} min"
     )
-    record("layer-cost", result)
+    seconds = {"layer_seconds": total, "layer_cpu_seconds": cpu, "model_seconds": total * LAYERS}
+    return result | seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=14336)
+    arguments = parser.parse_args()
+    record("layer-cost", layer(arguments.tokens, arguments.hidden, arguments.intermediate))
 
 
 if __name__ == "__main__":

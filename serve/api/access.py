@@ -120,14 +120,9 @@ _GONE = (
     "DELETE /adapters/{adapter_name}",
 )
 _OPEN = (
-    "GET /health",
-    "GET /ping",
-    "POST /ping",
-    "GET /v1/ready",
-    # Files of a page, which hold nothing of the server: what it shows it asks for with a key.
-    "GET /console",
-    "GET /console/",
-    "GET /console/{name}",
+    *("GET /health", "GET /ping", "POST /ping", "GET /v1/ready"),
+    # Files of a page that hold nothing of the server; it asks for a key itself.
+    *("GET /console", "GET /console/", "GET /console/{name}"),
 )
 
 ROUTES: dict[str, Access] = {

@@ -32,7 +32,7 @@ from deltamux.serve.worker.triton_image import (
     steps_of,
     vector_of,
 )
-from deltamux.serve.worker.triton_rest import escape_table
+from deltamux.serve.worker.triton_rest import escape_spans, escape_table
 
 
 @triton.jit
@@ -43,36 +43,30 @@ def level_of(image, record, planes, zero, row, column, STRIDE: tl.constexpr, mas
     level = tl.zeros_like(at).to(tl.float32)
     if planes > 0:
         plane = section(image, record, PLANE0, tl.uint8)
-        code = (tl.load(plane + at, mask=mask, other=0).to(tl.int32) >> shift) & 3
+        code = (
+            tl.load(tl.max_contiguous(plane + at, (1, 2)), mask=mask, other=0).to(tl.int32) >> shift
+        ) & 3
         level += code.to(tl.float32) - zero
     if planes > 1:
         plane = section(image, record, PLANE1, tl.uint8)
-        code = (tl.load(plane + at, mask=mask, other=0).to(tl.int32) >> shift) & 3
+        code = (
+            tl.load(tl.max_contiguous(plane + at, (1, 2)), mask=mask, other=0).to(tl.int32) >> shift
+        ) & 3
         level += 4.0 * code.to(tl.float32)
     return level
 
 
 @triton.jit
-def _codes(plane, row_N, b_B, STRIDE: tl.constexpr):
-    """The codes of bytes `b_B` of rows, four of each byte: float32 [N, 4 B]."""
-    at = plane + row_N[:, None].to(tl.int64) * STRIDE + b_B[None, :]
-    bytes = tl.load(at, mask=(b_B < STRIDE)[None, :], other=0).to(tl.int32)
-    even = tl.interleave(bytes & 3, (bytes >> 4) & 3)
-    odd = tl.interleave((bytes >> 2) & 3, (bytes >> 6) & 3)
-    return tl.interleave(even, odd).to(tl.float32)
-
-
-@triton.jit
-def _levels(image, record, row_N, b_B, STRIDE: tl.constexpr):
-    """Codes minus zero of bytes `b_B` of rows, float32 [N, 4 B]; nought without planes."""
-    planes = tl.load(record + PLANES)
-    level = tl.zeros([row_N.shape[0], 4 * b_B.shape[0]], tl.float32)
-    if planes > 0:
-        plane = section(image, record, PLANE0, tl.uint8)
-        level = _codes(plane, row_N, b_B, STRIDE) - number(record, ZERO)
-    if planes > 1:
-        level += 4.0 * _codes(section(image, record, PLANE1, tl.uint8), row_N, b_B, STRIDE)
-    return level
+def _codes(plane, row_N, k, STRIDE: tl.constexpr, BK: tl.constexpr):
+    """Codes of BK columns from `k` on, float32 [N, K]; eight of them are two bytes of one lane."""
+    half: tl.constexpr = STRIDE // 2
+    h_H = k // 8 + tl.arange(0, BK // 8)
+    at_NH = plane.to(tl.pointer_type(tl.int16)) + row_N[:, None].to(tl.int64) * half + h_H[None, :]
+    pair_NH = tl.load(at_NH, mask=(h_H < half)[None, :], other=0).to(tl.int32)
+    code_NH8 = (pair_NH[:, :, None] >> (2 * tl.arange(0, 8))[None, None, :]) & 3
+    # 2^23 + code, less 2^23: cheaper than a conversion.
+    number_NH8 = (code_NH8 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return tl.reshape(number_NH8, (row_N.shape[0], BK))
 
 
 @triton.jit
@@ -120,42 +114,58 @@ def low_rank(image, record, n_N, known_N, k_K, inside_K, K: tl.constexpr):
 
 
 @triton.jit
+def _entry_at(escapes, place, inside):
+    """Escapes [N, E], nought outside; lanes along the row."""
+    at = tl.max_contiguous(escapes + place, (1, 2))
+    return tl.load(at, mask=inside, other=0).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def _first_of_columns(escapes, entry, place, begin_N, end_N):
+    """Whether escapes are their column's first [N, E], and the sum of all of the column."""
+    inside = place < end_N[:, None]
+    prior = inside & (place > begin_N[:, None])
+    before = _entry_at(escapes, place - 1, prior)
+    first = inside & ~(prior & (((before ^ entry) & 4095) == 0))
+    d = (entry >> 12) - 8
+    step = 1
+    same = first
+    while step > 0:
+        ahead = same & (place + step < end_N[:, None])
+        after = _entry_at(escapes, place + step, ahead)
+        same = ahead & (((after ^ entry) & 4095) == 0)
+        d += tl.where(same, (after >> 12) - 8, 0)
+        step = tl.where(tl.max(tl.max(same.to(tl.int32), 1), 0) > 0, step + 1, 0)
+    return first, d
+
+
+@triton.jit
 def _write_escapes(
-    out, base, image, record, n_N, row_N, known_N, block, K: tl.constexpr, HAS_BASE: tl.constexpr
-):
-    """Weights that have escapes, once more, with them: the first escape of a column writes all."""
-    blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    out, base, image, record, n_N, row_N, begin_N, end_N, entry, block, K: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_RANK: tl.constexpr,
+):  # fmt: skip
+    """Weights that have escapes, once more, with them; the first escapes are given."""
     stride: tl.constexpr = (K + 63) // 64 * 16
-    starts, escapes, present = escape_table(image, record)
+    width: tl.constexpr = entry.shape[1]
+    _, escapes, _ = escape_table(image, record)
     planes, zero = tl.load(record + PLANES), number(record, ZERO)
     step_N = steps_of(image, record, row_N)
-    if present:
-        begin_N = tl.load(starts + row_N * blocks + block)
-        end_N = tl.load(starts + row_N * blocks + block + 1)
-        end_N = tl.where(known_N, end_N, begin_N)
-        for e in tl.range(0, tl.max(end_N - begin_N, 0), 32):
-            place = begin_N[:, None] + (e + tl.arange(0, 32))[None, :]
-            inside = place < end_N[:, None]
-            entry = tl.load(escapes + place, mask=inside, other=0).to(tl.int32) & 0xFFFF
-            column = (entry & 4095) + block * BLOCK
-            prior = inside & (place > begin_N[:, None])
-            before = tl.load(escapes + place - 1, mask=prior, other=0).to(tl.int32)
-            first = inside & ~(prior & (((before ^ entry) & 4095) == 0))
-            d = (entry >> 12) - 8
-            step, same = 1, first
-            while tl.max(tl.max(same.to(tl.int32), 1), 0) > 0:
-                ahead = same & (place + step < end_N[:, None])
-                after = tl.load(escapes + place + step, mask=ahead, other=0).to(tl.int32) & 0xFFFF
-                same = ahead & (((after ^ entry) & 4095) == 0)
-                d += tl.where(same, (after >> 12) - 8, 0)
-                step += 1
-            level = level_of(image, record, planes, zero, row_N[:, None], column, stride, first)
-            value = (level + d.to(tl.float32)) * step_N[:, None]
-            at = n_N[:, None].to(tl.int64) * K + column
-            if HAS_BASE:
-                value += tl.load(base + at, mask=first, other=0.0).to(tl.float32)
+    place = begin_N[:, None] + tl.arange(0, width)[None, :]
+    for _ in tl.range(0, tl.max(end_N - begin_N, 0), width):
+        column = (entry & 4095) + block * BLOCK
+        first, d = _first_of_columns(escapes, entry, place, begin_N, end_N)
+        level = level_of(image, record, planes, zero, row_N[:, None], column, stride, first)
+        value = (level + d.to(tl.float32)) * step_N[:, None]
+        at = n_N[:, None].to(tl.int64) * K + column
+        if HAS_BASE:
+            base_at = tl.max_contiguous(base + at, (1, 2))
+            value += tl.load(base_at, mask=first, other=0.0).to(tl.float32)
+        if HAS_RANK:
             value += _rank_at(image, record, n_N, column, first, K)
-            tl.store(out + at, value.to(out.dtype.element_ty), mask=first)
+        out_at = tl.max_contiguous(out + at, (1, 2))
+        tl.store(out_at, value.to(out.dtype.element_ty), mask=first)
+        place += width
+        entry = _entry_at(escapes, place, place < end_N[:, None])
 
 
 @triton.jit
@@ -174,28 +184,44 @@ def _rank_at(image, record, n_N, column, mask, K: tl.constexpr):
 @triton.jit(do_not_specialize=["slot", "entry", "rows"])
 def dense_kernel(
     out, base, bias_out, bias, slots, slot_bytes, slot, entry, rows,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MAPPED: tl.constexpr,
-    HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, MAPPED: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANK: tl.constexpr,
 ):  # fmt: skip
     """out = base + Δ̂ [rows, K], bias_out = bias + vector [rows]; grid (row tiles, blocks)."""
     stride: tl.constexpr = (K + 63) // 64 * 16
+    blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     block = tl.program_id(1)
     image, record = record_of(slots, slot_bytes, slot, entry)
     n_N = tl.program_id(0) * BN + tl.arange(0, BN)
     row_N, known_N = coded_row(image, record, n_N, rows, MAPPED)
     step_N = tl.where(known_N, steps_of(image, record, row_N), 0.0)
+    planes, zero = tl.load(record + PLANES), number(record, ZERO)
+    # What the weights with escapes need is on its way while the others are made.
+    starts, escapes, present = escape_table(image, record)
+    begin_N, end_N = escape_spans(starts + block, row_N * blocks, known_N, present, 1)
+    place = begin_N[:, None] + tl.arange(0, WIDTH)[None, :]
+    first_entry = _entry_at(escapes, place, place < end_N[:, None])
     for k in tl.range(block * BLOCK, min(K, block * BLOCK + BLOCK), BK):
         k_K = k + tl.arange(0, BK)
         mask = (n_N < rows)[:, None] & (k_K < K)[None, :]
-        value = _levels(image, record, row_N, k // 4 + tl.arange(0, BK // 4), stride)
-        value *= step_N[:, None]
-        value += low_rank(image, record, n_N, known_N, k_K, k_K < K, K)
         at = n_N[:, None].to(tl.int64) * K + k_K[None, :]
+        value = tl.zeros([BN, BK], tl.float32)
         if HAS_BASE:
             value += tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+        if planes > 0:
+            level = _codes(section(image, record, PLANE0, tl.uint8), row_N, k, stride, BK) - zero
+            if planes > 1:
+                plane = section(image, record, PLANE1, tl.uint8)
+                level += 4.0 * _codes(plane, row_N, k, stride, BK)
+            value += level * step_N[:, None]
+        if HAS_RANK:
+            value += low_rank(image, record, n_N, known_N, k_K, k_K < K, K)
         tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
     tl.debug_barrier()
-    _write_escapes(out, base, image, record, n_N, row_N, known_N, block, K, HAS_BASE)
+    _write_escapes(
+        out, base, image, record, n_N, row_N, begin_N, end_N, first_entry, block, K, HAS_BASE,
+        HAS_RANK,
+    )  # fmt: skip
     tl.debug_barrier()
     _add_channels(out, image, record, n_N, n_N < rows, block, K)
     if HAS_BIAS and block == 0:
@@ -227,6 +253,7 @@ def launch_dense(
     base_NK: torch.Tensor | None = None,
     bias: tuple[torch.Tensor, torch.Tensor] | None = None,
     row_map: bool = False,
+    rank: bool = True,
 ) -> None:
     """out = base + Δ̂ of one record.
 
@@ -238,6 +265,7 @@ def launch_dense(
         base_NK: Added, contiguous; None: nothing.
         bias: Written and base's bias [N]: written = base's + the record's vector.
         row_map: Whether the record may lack rows.
+        rank: Whether the record may have factors.
     """
     rows, columns = out_NK.shape
     tile = 4
@@ -245,6 +273,7 @@ def launch_dense(
     written, given = (out_NK, out_NK) if bias is None else bias
     dense_kernel[grid](
         out_NK, out_NK if base_NK is None else base_NK, written, given, slots, slots.stride(0),
-        slot, entry, rows, K=columns, BN=tile, BK=1024, MAPPED=row_map,
-        HAS_BASE=base_NK is not None, HAS_BIAS=bias is not None, num_warps=4,
+        slot, entry, rows, K=columns, BN=tile, BK=1024, WIDTH=32, MAPPED=row_map,
+        HAS_BASE=base_NK is not None, HAS_BIAS=bias is not None, HAS_RANK=rank,
+        num_warps=4,
     )  # fmt: skip

@@ -33,6 +33,16 @@ def _power(exponent):
     return (field << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _shift_of(x, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The power of two that takes a row's largest value below `_LARGEST`, and that value."""
+    k_K = tl.arange(0, BLOCK)
+    largest = tl.max(tl.abs(tl.load(x + k_K, mask=k_K < K, other=0.0).to(tl.float32)), 0)
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    shift = 14 - exponent
+    return shift - tl.where(largest * _power(shift) > _LARGEST, 1, 0), largest
+
+
 @triton.jit(do_not_specialize=["most", "skipped"])
 def digits_kernel(
     digits, levels, columns, meta, x, x_stride, order, starts, most, skipped,
@@ -53,9 +63,12 @@ def digits_kernel(
         most: Slots with more rows are left out.
         skipped: Groups in front of the first.
         SINGLE: Whether the batch has one row, which then is taken for a slot's.
-        EARLY: Whether the next launch may begin before this one has ended.
+        EARLY: Whether this launch may begin before the one ahead of it has ended, and the next one
+            before this one has.
     """
     if EARLY:
+        # What is ahead has ended before the next launch begins: that one may read its output at once.
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     m, group = tl.program_id(1), tl.program_id(2)
     if SINGLE:
@@ -66,11 +79,7 @@ def digits_kernel(
             return
         row = tl.load(order + first + m).to(tl.int64)
     x += row * x_stride
-    k_K = tl.arange(0, BLOCK)
-    largest = tl.max(tl.abs(tl.load(x + k_K, mask=k_K < K, other=0.0).to(tl.float32)), 0)
-    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    shift = 14 - exponent
-    shift -= tl.where(largest * _power(shift) > _LARGEST, 1, 0)
+    shift, largest = _shift_of(x, K, BLOCK)
     b_B, q_4 = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), tl.arange(0, 4)
     k_B4 = b_B[:, None] * 4 + q_4[None, :]
     scaled_B4 = tl.load(x + k_B4, mask=k_B4 < K, other=0.0).to(tl.float32) * _power(shift)
@@ -132,20 +141,21 @@ def launch_digits(
         starts: Where each slot's begin.
         slots: S.
         groups: Groups of the launch, groups in front of them, most rows of a slot.
-        early: Whether the next launch may begin before this one has ended.
+        early: Whether launches may begin before those ahead of them have ended.
     """
     rows, columns = x_TK.shape
     count, skipped, most = groups
     made = Digits(count, columns, rows > 1, x_TK.device)
+    options: dict[str, object] = {"launch_pdl": True} if early else {}
     digits_kernel[(made.chunks, min(rows, GROUP), count)](
         made.digits, made.levels, made.columns, made.meta, x_TK, x_TK.stride(0), order, starts,
         most, skipped, SLOTS=slots, SLOTS_WIDTH=triton.next_power_of_2(slots), K=columns,
         BYTES=made.bytes, BLOCK=triton.next_power_of_2(columns), CHUNK=CHUNK, SINGLE=rows == 1,
-        EARLY=early, num_warps=warps_for(columns),
+        EARLY=early, num_warps=warps_for(columns), **options,
     )  # fmt: skip
     return made
 
 
 def warps_for(columns: int) -> int:
     """Warps of a program that reads a row of this length."""
-    return 1 if columns < 1024 else 4 if columns < 4096 else 8
+    return 1 if columns < 1024 else 4 if columns < 4096 else 8 if columns < 8192 else 16

@@ -169,6 +169,24 @@ def _tile_many(
     return (codes_NM * step_N[:, None] + rest_NM) * scale_M[None, :] + bias_N[:, None]
 
 
+@triton.jit
+def _changes(record):
+    """Whether a record adds anything to its rows, factors apart."""
+    planes_and_escapes = tl.load(record + PLANES) | tl.load(record + ESCAPES)
+    return (planes_and_escapes | tl.load(record + CHANNELS) | tl.load(record + VECTOR)) != 0
+
+
+@triton.jit
+def _add_group(y, y_stride, column, order, first, count, n_N, known_N, delta_NM):
+    """Add a group's delta to its rows of y."""
+    m_M = tl.arange(0, _WIDTH)
+    mask = known_N[:, None] & (m_M < count)[None, :]
+    row_M = tl.load(order + first + m_M, mask=m_M < count, other=0).to(tl.int64)
+    at_NM = y + row_M[None, :] * y_stride + column + n_N[:, None]
+    delta_NM += tl.load(at_NM, mask=mask, other=0.0).to(tl.float32)
+    tl.store(at_NM, delta_NM.to(y.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3", "most", "skipped"])
 def product_kernel(
     y, y_stride, digits, levels, columns, meta, slot_of_row, order, starts, slots, slot_bytes,
@@ -209,13 +227,7 @@ def product_kernel(
             return
         row = tl.zeros_like(slot).to(tl.int64)
     image, record = record_of(slots, slot_bytes, slot, entry)
-    present = (
-        tl.load(record + PLANES)
-        | tl.load(record + ESCAPES)
-        | tl.load(record + CHANNELS)
-        | tl.load(record + VECTOR)
-    )
-    if present == 0:
+    if not _changes(record):
         return
     n_N = start + tl.arange(0, BN)
     row_N, known_N = coded_row(image, record, n_N, rows, MAPPED)
@@ -235,9 +247,4 @@ def product_kernel(
             image, record, digits, columns + place * (4 * bytes), meta, count, n_N,
             row_N, known_N, K, BN, BB_MANY, SPLIT, STAGES_MANY, WIDTH_MANY, ASSEMBLY, WAIT,
         )  # fmt: skip
-        m_M = tl.arange(0, _WIDTH)
-        mask = known_N[:, None] & (m_M < count)[None, :]
-        row_M = tl.load(order + first + m_M, mask=m_M < count, other=0).to(tl.int64)
-        at_NM = y + row_M[None, :] * y_stride + column + n_N[:, None]
-        delta_NM += tl.load(at_NM, mask=mask, other=0.0).to(tl.float32)
-        tl.store(at_NM, delta_NM.to(y.dtype.element_ty), mask=mask)
+        _add_group(y, y_stride, column, order, first, count, n_N, known_N, delta_NM)

@@ -71,23 +71,23 @@ LATENCY = Tiling(rows=16, split=4, width=32, warps=4, fetch=True)
 SINGLE = Tiling(rows=32)
 # More rows: few instructions a weight, or enough programs where that leaves too few.
 MIDDLE = Tiling(rows=32, width_many=4)
-THROUGHPUT = Tiling(rows=64, unroll=2, stages=3)
-FEW_PROGRAMS, MANY_PROGRAMS = 264, 2048
+# Without a limit the compiler aims at 168 registers and spills a few.
+THROUGHPUT = Tiling(rows=64, unroll=2, stages=3, registers=232)
+FEW_PROGRAMS, MANY_TILES, MANY_ROWS = 264, 256, 16
 
 
-def choose_tiling(sizes: tuple[int, ...], groups: int, rows: int) -> Tiling:
+def choose_tiling(sizes: tuple[int, ...], rows: int) -> Tiling:
     """How to cut a launch up, from shapes alone.
 
     Args:
         sizes: Rows of each slice.
-        groups: Groups of the launch.
         rows: Rows of the batch.
     """
     if rows == 1:
         programs = sum(-(-size // 32) for size in sizes)
         return LATENCY if programs < FEW_PROGRAMS else SINGLE
-    programs = sum(-(-size // THROUGHPUT.rows) for size in sizes) * groups
-    return MIDDLE if programs < MANY_PROGRAMS else THROUGHPUT
+    tiles = sum(-(-size // THROUGHPUT.rows) for size in sizes)
+    return THROUGHPUT if tiles >= MANY_TILES or rows > MANY_ROWS else MIDDLE
 
 
 def launch_product(
@@ -131,7 +131,7 @@ def launch_product(
     total = groups_of(rows, count)
     for skipped in range(0, total, MOST_GROUPS):
         groups = min(MOST_GROUPS, total - skipped)
-        cut = tiling or choose_tiling(slice_rows, groups, rows)
+        cut = tiling or choose_tiling(slice_rows, rows)
         part = (groups, skipped, places.most)
         _launch(
             y_TN, x_TK, slot_of_row, order, starts, slots, places, part, row_map, capabilities, cut

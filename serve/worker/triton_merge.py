@@ -33,6 +33,7 @@ def by_merged_weights(
     slots: torch.Tensor,
     entries: Sequence[int],
     sizes: Sequence[int],
+    rank: int,
 ) -> tuple[torch.Tensor, bool]:
     """y = x Wᵀ + bias, with the deltas of the slots in `heavy`.
 
@@ -46,6 +47,7 @@ def by_merged_weights(
         slots: uint8 [S, bytes], images of experts.
         entries: The record of each slice.
         sizes: Rows of each slice.
+        rank: The largest rank of factors that a record may have.
 
     Returns:
         y [T, N], and whether other slots have rows.
@@ -53,7 +55,7 @@ def by_merged_weights(
     rows = x_TK.shape[0]
     if spans[heavy[0] + 1] - spans[heavy[0]] == rows:
         return functional.linear(
-            x_TK, *_merged(weight_NK, bias_N, heavy[0], slots, entries, sizes)
+            x_TK, *_merged(weight_NK, bias_N, heavy[0], slots, entries, sizes, rank)
         ), False
     light = [slot for slot in range(len(spans) - 1) if slot not in set(heavy)]
     # Rows behind the batch, which pad it, are computed like the base's.
@@ -66,7 +68,7 @@ def by_merged_weights(
         y_TN[others] = functional.linear(x_TK[others], weight_NK, bias_N)
     for slot in heavy:
         members = order[spans[slot] : spans[slot + 1]]
-        merged = _merged(weight_NK, bias_N, slot, slots, entries, sizes)
+        merged = _merged(weight_NK, bias_N, slot, slots, entries, sizes, rank)
         y_TN[members] = functional.linear(x_TK[members], *merged)
     return y_TN, any(spans[slot] < spans[slot + 1] for slot in light)
 
@@ -78,6 +80,7 @@ def _merged(
     slots: torch.Tensor,
     entries: Sequence[int],
     sizes: Sequence[int],
+    rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias with a slot's deltas."""
     from deltamux.serve.worker.triton_dense import launch_dense
@@ -90,7 +93,7 @@ def _merged(
         bias = None
         if bias_N is not None and bias_out_N is not None:
             bias = bias_out_N[part], bias_N[part]
-        launch_dense(out_NK[part], slots, slot, entry, weight_NK[part], bias)
+        launch_dense(out_NK[part], slots, slot, entry, weight_NK[part], bias, rank=rank > 0)
         start += outputs
     if start < len(weight_NK):
         out_NK[start:] = weight_NK[start:]

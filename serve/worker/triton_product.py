@@ -105,7 +105,8 @@ def linear(
     """y = x Wᵀ + bias, and for the rows of slots the delta too.
 
     Slots with at least `MERGE_ROWS` rows multiply by W + Δ̂_s, rounded to W's type, instead of W: a
-    long prompt costs one product. Their rows differ from those of `add_linear` by that rounding.
+    long prompt costs one product. Their rows differ from those of `add_linear` by that rounding, so
+    that none is merged where vLLM is to be batch-invariant (VLLM_BATCH_INVARIANT).
 
     Args:
         x: [..., K].
@@ -123,25 +124,48 @@ def linear(
     Returns:
         y [..., N].
     """
-    from deltamux.serve.worker.triton_merge import by_merged_weights
-
     x_TK = x.reshape(-1, x.shape[-1])
-    rows = x_TK.shape[0]
-    layer = slots, entries, sizes
-    mergeable = rows >= MERGE_ROWS and usable(x.device) and weight.is_contiguous()
-    if mergeable and not torch_path.captured(x.device):
+    where, layer = (slot_of_row, order, starts), (slots, entries, sizes)
+    mergeable = len(x_TK) >= MERGE_ROWS and usable(x.device) and weight.is_contiguous()
+    if mergeable and not torch_path.captured(x.device) and not _batch_invariant():
         spans: list[int] = starts_host.tolist()
         heavy = [s for s, end in enumerate(spans[1:]) if end - spans[s] >= MERGE_ROWS]
         if heavy:
-            y_TN, rest = by_merged_weights(x_TK, weight, bias, order, spans, heavy, *layer)
-            if rest:
-                where = slot_of_row, order, starts
-                _add(y_TN, x_TK, *where, *layer, rank, False, MERGE_ROWS - 1)
+            y_TN = _merged(x_TK, weight, bias, spans, heavy, *where, *layer, rank)
             return y_TN.view(*x.shape[:-1], -1)
     y = functional.linear(x, weight, bias)
     y_TN = y.view(-1, y.shape[-1])
-    add_linear(y_TN, x_TK, slot_of_row, order, starts, *layer, rank, False)
+    add_linear(y_TN, x_TK, *where, *layer, rank, False)
     return y
+
+
+def _merged(
+    x_TK: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    spans: Sequence[int],
+    heavy: Sequence[int],
+    slot_of_row: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    slots: torch.Tensor,
+    entries: Sequence[int],
+    sizes: Sequence[int],
+    rank: int,
+) -> torch.Tensor:
+    """y of a batch in which slots have many rows: theirs by merged weights, the others' added."""
+    from deltamux.serve.worker.triton_merge import by_merged_weights
+
+    layer = slots, entries, sizes
+    y_TN, rest = by_merged_weights(x_TK, weight, bias, order, spans, heavy, *layer, rank)
+    if rest:
+        _add(y_TN, x_TK, slot_of_row, order, starts, *layer, rank, False, MERGE_ROWS - 1)
+    return y_TN
+
+
+def _batch_invariant() -> bool:
+    """Whether vLLM is told to make a row's bits independent of its batch."""
+    return os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
 
 
 def add_embedding(

@@ -34,7 +34,6 @@ def config(base: Path, slots: int = 2, **parallel: int) -> SimpleNamespace:
         parallel_config=SimpleNamespace(**(sizes | parallel)),
         model_config=SimpleNamespace(dtype=torch.float32, model=str(base), revision=None),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
-        load_config=SimpleNamespace(download_dir=None),
         lora_config=SimpleNamespace(max_loras=slots),
     )
 

@@ -8,6 +8,6 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_real_layers_products_are_those_of_the_dense_deltas() -> None:
-    from benchmarks.gpu import BOUND, check_layers
+    from benchmarks.gpu_checks import BOUND, check_layers
 
     assert check_layers() < BOUND

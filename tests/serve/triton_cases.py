@@ -181,18 +181,26 @@ def merged_weights() -> dict[str, object]:
     """W + Δ̂ in one matrix, rounded once, and a bias with its difference."""
     generator = torch.Generator().manual_seed(2)
     errors = []
-    for content in (
-        {"share": 0.3}, {"planes": 2, "zero": 8.0}, {"factors": torch.float32}, {"channels": 4}
+    for rows, columns, content in (
+        (10, 330, {"share": 0.3}), (10, 330, {"planes": 2, "zero": 8.0}), (10, 330, {"channels": 4}),
+        (10, 330, {"planes": 0, "share": 0.1}), (10, 330, {"factors": torch.float32}),
+        (6, 4200, {"share": 0.02, "steps": True}),
     ):  # fmt: skip
-        matrix = random_matrix(10, 330, generator, vector=True, **content)
+        matrix = random_matrix(rows, columns, generator, vector=True, **content)
         slots = slots_of([[matrix]])
-        weight = torch.randn(10, 330, generator=generator).bfloat16()
-        bias = torch.randn(10, generator=generator).bfloat16()
-        out, bias_out = torch.empty_like(weight), torch.empty_like(bias)
-        launch_dense(out, slots, 0, 1, weight, (bias_out, bias))
+        weight = torch.randn(rows, columns, generator=generator).bfloat16()
+        bias = torch.randn(rows, generator=generator).bfloat16()
         assert matrix.vector is not None
-        errors.append(relative_error(out, weight.double() + dense(matrix, torch.float64)))
-        errors.append(relative_error(bias_out[None], (bias.double() + matrix.vector)[None]))
+        # A kernel without factors merges all records that have none.
+        for rank in {True, "factors" in content}:
+            out, bias_out = torch.empty_like(weight), torch.empty_like(bias)
+            launch_dense(out, slots, 0, 1, weight, (bias_out, bias), rank=rank)
+            # A channel is added to the rounded weight.
+            roundings = 2 if "channels" in content else 1
+            expected = weight.double() + dense(matrix, torch.float64)
+            errors.append(relative_error(out, expected) / roundings)
+            expected = bias.double() + matrix.vector
+            errors.append(relative_error(bias_out[None], expected[None]))
     return {"error": max(errors)}
 
 
