@@ -33,6 +33,7 @@ def config(base: Path, slots: int = 2, **parallel: int) -> SimpleNamespace:
         additional_config={"deltamux": {"version": 1}},
         parallel_config=SimpleNamespace(**(sizes | parallel)),
         model_config=SimpleNamespace(dtype=torch.float32, model=str(base), revision=None),
+        load_config=SimpleNamespace(download_dir=None),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
         lora_config=SimpleNamespace(max_loras=slots),
     )
