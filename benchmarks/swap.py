@@ -305,19 +305,23 @@ def plot(result: Figures, path: Path) -> None:
     """Distributions: gaps by window, first tokens of the trace by server."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    if "gaps" in result:
-        for label, values in result["gaps"]["gaps"].items():
-            _curve(axes[0], values, label.replace("_", " "))
-        axes[0].axvline(3e3 * result["gaps"]["step_seconds"], color="grey", linestyle=":")
-        axes[0].set_title("gaps of running requests (dotted: 3 steps)")
-    if "zipf" in result:
-        for label, found in result["zipf"].items():
-            if isinstance(found, dict):
-                _curve(axes[1], found["ttfts"], label)
-        axes[1].set_title("first tokens, Zipf trace over 16 experts")
-    for axis in axes:
+    shown = [part for part in ("gaps", "zipf") if part in result]
+    if not shown:
+        return
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False)
+    for part, axis in zip(shown, axes[0], strict=True):
+        if part == "gaps":
+            for label, values in result["gaps"]["gaps"].items():
+                _curve(axis, values, label.replace("_", " "))
+            axis.axvline(3e3 * result["gaps"]["step_seconds"], color="grey", linestyle=":")
+            axis.set_title("gaps of running requests (dotted: 3 steps)")
+        else:
+            for label, found in result["zipf"].items():
+                if isinstance(found, dict):
+                    _curve(axis, found["ttfts"], label)
+            axis.set_title("first tokens, Zipf trace over 16 experts")
         axis.set(xlabel="ms", ylabel="share of gaps or requests above", yscale="log", xscale="log")
+        axis.set_xlim(left=10)
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

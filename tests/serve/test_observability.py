@@ -504,7 +504,11 @@ def test_a_server_stays_ready_while_others_need_the_slot_of_a_pinned_expert(
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "reasons": []})
     moves = Growth(before, settled(live, no_request_is_open))
     assert moves.of("deltamux_swaps_total", expert="math", tier="slot") == 0
-    assert moves.of("deltamux_swaps_total", expert="sql", tier="slot") >= 1
+    # One of the two may be in the other slot already.
+    moved = [
+        moves.of("deltamux_swaps_total", expert=each, tier="slot") for each in ("sql", "shell")
+    ]
+    assert sum(moved) >= 1
     assert httpx.get(f"{live.server.url}/health").status_code == 200
     assert httpx.get(f"{live.server.url}/v1/ready").status_code == 401
 
