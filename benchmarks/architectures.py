@@ -28,6 +28,8 @@ from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 ROOT = Path(__file__).parent.parent
 # vLLM multiplies all experts of a mixture in one kernel, which takes no delta a token.
 MIXTURES = ("qwen3_moe", "mixtral")
+# As they are published, and as vLLM takes them.
+TIED_TYPES = ("gemma2", "gemma3_text", "smollm3")
 SERVED_TYPES = tuple(each for each in MODEL_TYPES if each not in MIXTURES)
 LENGTH, NEW_TOKENS = 30, 6
 NAMES = ("expert", "base", "expert", "base")
@@ -35,7 +37,7 @@ NAMES = ("expert", "base", "expert", "base")
 
 def prepare(folder: Path, model_type: str, make: Any, text_file: Path) -> None:
     """Write base, expert, artifact and merged checkpoint below a folder."""
-    base = make.save_base(folder / "base", model_type)
+    base = make.save_base(folder / "base", model_type, tied=model_type in TIED_TYPES)
     tuned = make.save_expert(base, folder / "tuned")
     make.compress_tiny(base, tuned, folder / "artifact", text_file)
     artifact = Artifact(folder / "artifact")

@@ -265,6 +265,13 @@ def hooked_layers() -> tuple[type, type, tuple[type, ...]]:
     return linear, embedding, tuple(norms)
 
 
+def is_of_transformers(model: Any) -> bool:
+    """Whether vLLM runs transformers' own class of a model, with its layers put into it."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model.model, PreTrainedModel)
+
+
 def is_unquantized(method: Any) -> bool:
     """Whether a layer's product is with its `weight` as it is."""
     return isinstance(method, symbol(*UNQUANTIZED))

@@ -77,6 +77,8 @@ _ADMIN = (
     "POST /v1/experts",
     "DELETE /v1/experts/{name}",
     "POST /v1/experts/{name}/pin",
+    "DELETE /v1/experts/{name}/pin",
+    "POST /v1/experts/{name}/slot",
     "POST /v1/tenants/reload",
     "POST /abort_requests",
     "POST /inference/v1/abort_requests",
@@ -117,7 +119,11 @@ _GONE = (
     "POST /adapters",
     "DELETE /adapters/{adapter_name}",
 )
-_OPEN = ("GET /health", "GET /ping", "POST /ping", "GET /v1/ready")
+_OPEN = (
+    *("GET /health", "GET /ping", "POST /ping", "GET /v1/ready"),
+    # Files of a page that hold nothing of the server; it asks for a key itself.
+    *("GET /console", "GET /console/", "GET /console/{name}"),
+)
 
 ROUTES: dict[str, Access] = {
     **dict.fromkeys(_OPEN, Access.OPEN),

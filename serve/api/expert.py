@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from deltamux.compression.checkpoint.settings import read_side_settings
 from deltamux.compression.image.source import open_source
+from deltamux.serve import compat
 from deltamux.serve.hub import local_directory
+from deltamux.serve.names import versioned_name, versioned_path
 
 Origin = Literal["configured", "added", "watched"]
 
@@ -172,4 +174,20 @@ def read_expert(name: str, path: Path, served: Served) -> Expert:
         sampling=settings.sampling,
         stop_ids=settings.stop_ids,
         chat_template=settings.template,
+    )
+
+
+def lora_request(expert: Expert, models: Any) -> Any:
+    """How vLLM is asked for one version of an expert.
+
+    Args:
+        expert: The version.
+        models: vLLM's `openai_serving_models`, which counts the ids.
+    """
+    lora_id = models.lora_id_counter.inc(1)
+    return compat.symbol(*compat.LORA_REQUEST)(
+        lora_name=versioned_name(expert.name, expert.content, lora_id),
+        lora_int_id=lora_id,
+        lora_path=versioned_path(expert.path.absolute(), expert.content),
+        base_model_name=models.base_model_paths[0].name,
     )

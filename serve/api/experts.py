@@ -9,34 +9,25 @@ beside the old one, swaps the name, and drops the old one when its last request 
 import asyncio
 import copy
 import logging
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from deltamux.serve import compat
 from deltamux.serve.api.expert import (
     Expert,
     ExpertError,
     Limits,
     Origin,
     Served,
+    lora_request,
     read_expert,
 )
 from deltamux.serve.api.gate import Gate
-from deltamux.serve.api.worker import Worker
-from deltamux.serve.names import (
-    artifact_path,
-    check_expert_name,
-    versioned_name,
-    versioned_path,
-)
+from deltamux.serve.api.worker import Worker, answered
+from deltamux.serve.names import artifact_path, check_expert_name
 from deltamux.serve.settings import ExpertSettings
 from deltamux.serve.status import ExpertStatus, read_status
 
 logger = logging.getLogger("vllm.deltamux")
-
-# Between looks at whether the engine is still there, while it is waited for. Chosen, not measured.
-ENGINE_POLL_SECONDS = 0.5
 
 
 class ExpertRegistry:
@@ -182,7 +173,7 @@ class ExpertRegistry:
                 previous.take_over(expert)
                 expert, previous = previous, None
             else:
-                expert.request = self._request(expert)
+                expert.request = lora_request(expert, self._models)
                 expert.on_end = self.gate.moved
                 expert.origin = previous.origin if previous else origin
                 expert.limits = previous.limits if previous else Limits(ttl=self._ttl)
@@ -215,7 +206,7 @@ class ExpertRegistry:
         if was_bad:
             try:
                 # What ran while it was gone left the base's keys in the cache under its name.
-                await self._asked(self._engine.reset_prefix_cache())
+                await answered(self._engine, self._engine.reset_prefix_cache())
             except BaseException:
                 self.gate.leave(expert)
                 raise
@@ -277,30 +268,6 @@ class ExpertRegistry:
             raise ExpertError(f"there is no expert {name!r}")
         return expert
 
-    def _request(self, expert: Expert) -> Any:
-        lora_id = self._models.lora_id_counter.inc(1)
-        return compat.symbol(*compat.LORA_REQUEST)(
-            lora_name=versioned_name(expert.name, expert.content, lora_id),
-            lora_int_id=lora_id,
-            lora_path=versioned_path(expert.path.absolute(), expert.content),
-            base_model_name=self._models.base_model_paths[0].name,
-        )
-
-    async def _asked(self, call: Coroutine[Any, Any, Any]) -> Any:
-        """The engine's answer to a call; an engine that has ended gives none, and vLLM would wait for it.
-
-        Raises:
-            ExpertError: The engine has ended meanwhile.
-        """
-        task = asyncio.ensure_future(call)
-        try:
-            while not (await asyncio.wait({task}, timeout=ENGINE_POLL_SECONDS))[0]:
-                if self._engine.errored:
-                    raise ExpertError("the engine has ended: ask again when the server is back")
-            return task.result()
-        finally:
-            task.cancel()
-
     async def _succeed(self, previous: Expert, expert: Expert) -> None:
         """Retire a version; then its successor can have its pin."""
         await self._drop(previous)
@@ -309,7 +276,7 @@ class ExpertRegistry:
 
     async def _drop(self, expert: Expert) -> None:
         await expert.drained()
-        self.gate.drop(expert)
+        await self.gate.drop(expert)
         await self._worker.remove(expert)
         self._versions.pop(expert.request.lora_int_id, None)
 

@@ -20,7 +20,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from deltamux.serve.api.expert import Expert, ExpertError
@@ -159,10 +159,12 @@ class Gate:
         expert.pinned = False
         self.moved()
 
-    def drop(self, expert: Expert) -> None:
-        """An expert is about to leave the worker: nothing of it is kept."""
+    async def drop(self, expert: Expert) -> None:
+        """An expert is about to leave the worker: nothing of it is kept, and what moves comes to its end."""
         place = self._places.pop(expert.request.lora_int_id, None)
         if place is not None:
+            if place.task is not None:
+                await asyncio.wait({place.task})
             self._fail(place, ExpertError(f"expert {expert.name!r} was removed"))
         self._advance()
 
@@ -256,13 +258,15 @@ class Gate:
         if ahead:
             self._timer = self._loop.call_later(min(ahead), self._advance)
 
-    def _start(self, place: Place, work: object) -> None:
+    def _start(self, place: Place, work: Awaitable[None]) -> None:
         async def run() -> None:
             try:
-                await work  # type: ignore[misc]
+                await work
             except ExpertError as error:
-                place.is_member = place.ready = False
                 self._fail(place, error)
+            except Exception as error:
+                logger.exception("deltamux: expert %r could not be moved", place.expert.name)
+                self._fail(place, ExpertError(f"{type(error).__name__}: {error}"))
             finally:
                 place.task = None
             self._advance()
@@ -279,7 +283,7 @@ class Gate:
         place.ready, place.draining = True, False
 
     def _fail(self, place: Place, error: ExpertError) -> None:
-        place.in_host = False
+        place.is_member = place.ready = place.in_host = False
         while place.waiting:
             _, turn = place.waiting.popleft()
             if not turn.done():

@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+from collections.abc import Coroutine
 from typing import Any
 
 from deltamux.serve.api.expert import Expert, ExpertError
 from deltamux.serve.control import LONGEST_LINE, Order, encode, socket_path
+
+# Between looks at whether the engine is still there, while it is waited for. Chosen, not measured.
+ENGINE_POLL_SECONDS = 0.5
 
 
 class Worker:
@@ -88,3 +92,19 @@ async def _answer(order: Order) -> dict[str, Any]:
         raise ExpertError("the engine's worker ended before it answered")
     reply: dict[str, Any] = json.loads(line)
     return reply
+
+
+async def answered(engine: Any, call: Coroutine[Any, Any, Any]) -> Any:
+    """The engine's answer to a call; an engine that has ended gives none, and vLLM would wait for it.
+
+    Raises:
+        ExpertError: The engine has ended meanwhile.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        while not (await asyncio.wait({task}, timeout=ENGINE_POLL_SECONDS))[0]:
+            if engine.errored:
+                raise ExpertError("the engine has ended: ask again when the server is back")
+        return task.result()
+    finally:
+        task.cancel()

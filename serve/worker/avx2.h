@@ -317,8 +317,8 @@ TARGET_AVX2 static void add_to(const float *tiles, const float *steps, int token
 static Layout layout(int) { return {1, false, false, false}; }
 
 static const Kernels KERNELS = {
-    "avx2", quantize, widen, unpack, portable::add_escapes, multiply, multiply_exact, nullptr, nullptr, nullptr, dot,
-    dot_int8, scale, add_outer, add_to, layout, nullptr, nullptr,
+    "avx2", quantize, widen, unpack, portable::add_escapes, multiply, multiply_exact, nullptr, nullptr,
+    nullptr, dot, dot_int8, scale, add_outer, add_to, layout, nullptr, nullptr,
 };
 
 }  // namespace deltamux::avx2

@@ -97,7 +97,8 @@ TARGET static void add_escapes(const EscapeRows &rows, uint8_t *codes) {
             __m512i low = _mm512_slli_epi16(_mm512_and_si512(each, _mm512_set1_epi16(3)), 6);
             __m512i high = _mm512_and_si512(_mm512_srli_epi16(each, 2), _mm512_set1_epi16(3));
             place = _mm512_or_si512(_mm512_or_si512(place, low), _mm512_or_si512(high, lane_bits));
-            __m512i extra = _mm512_sub_epi16(_mm512_srli_epi16(each, BLOCK_BITS), _mm512_set1_epi16(MIDDLE));
+            __m512i extra = _mm512_srli_epi16(each, BLOCK_BITS);
+            extra = _mm512_sub_epi16(extra, _mm512_set1_epi16(MIDDLE));
             _mm512_storeu_si512(places + listed, place);
             _mm256_storeu_si256(reinterpret_cast<__m256i *>(extras + listed), _mm512_cvtepi16_epi8(extra));
             listed += int(std::min<uint32_t>(left, AT_ONCE));
@@ -300,7 +301,8 @@ namespace deltamux::AVX512_NAMESPACE {
 static Layout layout(int tokens) { return {1, false, tokens <= PANEL, tokens <= PANEL}; }
 
 static const Kernels KERNELS = {
-    NAME, quantize, widen, unpack, add_escapes, multiply, multiply_exact, multiply_planes, interleave, sum_escapes,
+    NAME, quantize, widen, unpack, add_escapes, multiply, multiply_exact, multiply_planes, interleave,
+    sum_escapes,
     dot, dot_int8, scale, add_outer, add_to, layout, nullptr, nullptr,
 };
 

@@ -113,7 +113,8 @@ struct EscapeList {
         for (int at = 0; at < size; at += LANES) {
             __m512i each = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(size - at), escapes + at));
             __m512i column = _mm512_and_si512(each, _mm512_set1_epi32(BLOCK_COLUMNS - 1));
-            __m512i extra = _mm512_sub_epi32(_mm512_srli_epi32(each, BLOCK_BITS), _mm512_set1_epi32(MIDDLE));
+            __m512i extra = _mm512_srli_epi32(each, BLOCK_BITS);
+            extra = _mm512_sub_epi32(extra, _mm512_set1_epi32(MIDDLE));
             // The upper half is a factor of nothing.
             extra = _mm512_and_si512(extra, _mm512_set1_epi32(0xFFFF));
             _mm512_storeu_si512(places + count + at, _mm512_slli_epi32(column, 2));
@@ -130,33 +131,44 @@ TARGET static inline int escapes_before(const uint16_t *escapes, int size, int c
         __mmask32 mask = _bzhi_u32(~0u, unsigned(std::min(size - at, 2 * LANES)));
         __m512i each = _mm512_maskz_loadu_epi16(mask, escapes + at);
         each = _mm512_and_si512(each, _mm512_set1_epi16(BLOCK_COLUMNS - 1));
-        found += __builtin_popcount(_mm512_mask_cmplt_epu16_mask(mask, each, _mm512_set1_epi16(short(column))));
+        __mmask32 before = _mm512_mask_cmplt_epu16_mask(mask, each, _mm512_set1_epi16(short(column)));
+        found += __builtin_popcount(before);
     }
     return found;
 }
 
-// One token: inputs are gathered.
+// One token: products of 16 escapes of a row at a time, whose inputs are gathered, and their columns.
+TARGET static inline __m512i gather_products(const uint16_t *escapes, int count, const int32_t *x,
+                                             __m512i *column) {
+    __mmask16 mask = first(count);
+    __m512i each = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, escapes));
+    *column = _mm512_and_si512(each, _mm512_set1_epi32(BLOCK_COLUMNS - 1));
+    __m512i extra = _mm512_sub_epi32(_mm512_srli_epi32(each, BLOCK_BITS), _mm512_set1_epi32(MIDDLE));
+    __m512i place = _mm512_slli_epi32(*column, 2);
+    __m512i inputs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, place, x, sizeof(int32_t));
+    // Factors have 16 bits: the upper half of one is a factor of nothing.
+    return _mm512_madd_epi16(_mm512_and_si512(extra, _mm512_set1_epi32(0xFFFF)), inputs);
+}
+
 TARGET static void sum_escapes_of_one(const EscapeRows &rows, const int32_t *x, int groups, int32_t *sums) {
-    for (int group = 0; group < groups; group++) _mm512_store_si512(sums + group * LANES, _mm512_setzero_si512());
+    std::fill(sums, sums + groups * LANES, 0);
     for (int lane = 0; lane < rows.count; lane++) {
         const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
         const uint16_t *escapes = rows.escapes + starts[0];
         int size = int(starts[1] - starts[0]);
+        __m512i column, sum = _mm512_setzero_si512();
         for (int at = 0; at < size; at += LANES) {
-            __mmask16 mask = first(size - at);
-            __m512i each = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, escapes + at));
-            __m512i column = _mm512_and_si512(each, _mm512_set1_epi32(BLOCK_COLUMNS - 1));
-            __m512i extra = _mm512_sub_epi32(_mm512_srli_epi32(each, BLOCK_BITS), _mm512_set1_epi32(MIDDLE));
-            __m512i inputs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, _mm512_slli_epi32(column, 2), x, 4);
-            // Neither factor has more than 16 bits: what the upper ones add is nought times the sign.
-            extra = _mm512_and_si512(extra, _mm512_set1_epi32(0xFFFF));
-            __m512i product = _mm512_madd_epi16(extra, inputs);
-            __m512i own = _mm512_min_epi32(_mm512_srli_epi32(column, GROUP_BITS), _mm512_set1_epi32(groups - 1));
+            __m512i product = gather_products(escapes + at, size - at, x, &column);
+            sum = _mm512_add_epi32(sum, product);
+            if (groups == 1) continue;
+            __m512i own = _mm512_srli_epi32(column, GROUP_BITS);
+            own = _mm512_min_epi32(own, _mm512_set1_epi32(groups - 1));
             for (int group = 0; group < groups; group++) {
                 __mmask16 here = _mm512_cmpeq_epi32_mask(own, _mm512_set1_epi32(group));
                 sums[group * LANES + lane] += _mm512_mask_reduce_add_epi32(here, product);
             }
         }
+        if (groups == 1) sums[lane] = _mm512_reduce_add_epi32(sum);
     }
 }
 
@@ -178,8 +190,9 @@ struct Levels<2> {
     using type = __m256i;
     TARGET static type zero() { return _mm256_setzero_si256(); }
     TARGET static type add(type sum, int32_t extra, const int32_t *x, ptrdiff_t next) {
-        const __m128i *low = reinterpret_cast<const __m128i *>(x), *high = reinterpret_cast<const __m128i *>(x + next);
-        type eight = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(low)), _mm_load_si128(high), 1);
+        __m128i low = _mm_load_si128(reinterpret_cast<const __m128i *>(x));
+        __m128i high = _mm_load_si128(reinterpret_cast<const __m128i *>(x + next));
+        type eight = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
         return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_set1_epi32(extra), eight));
     }
     TARGET static type less(type a, type b) { return _mm256_sub_epi32(a, b); }
@@ -188,8 +201,8 @@ struct Levels<2> {
 // Sums up to every escape are kept, and those between two ends are their difference: so no loop ends with a
 // row, of which most have few. The levels of four more tokens lie `next` behind.
 template <int QUADS>
-TARGET static void sum_list(const EscapeList &list, const int32_t *x, ptrdiff_t next, int tokens, int all_tokens,
-                            int groups, int32_t *sums) {
+TARGET static void sum_list(const EscapeList &list, const int32_t *x, ptrdiff_t next, int tokens,
+                            int all_tokens, int groups, int32_t *sums) {
     using Each = typename Levels<QUADS>::type;
     alignas(64) Each before[EscapeList::ROOM + 1];
     Each sum = Levels<QUADS>::zero();
@@ -217,7 +230,8 @@ TARGET static void sum_list(const EscapeList &list, const int32_t *x, ptrdiff_t 
 
 // All escapes of 16 rows.
 TARGET static void list_escapes(const EscapeRows &rows, int groups, EscapeList &list) {
-    if (rows.blocks == 1) list.add(rows.escapes + rows.starts[0], int(rows.starts[rows.count] - rows.starts[0]));
+    const uint32_t first = rows.starts[0];
+    if (rows.blocks == 1) list.add(rows.escapes + first, int(rows.starts[rows.count] - first));
     int end = 0;
     for (int lane = 0; lane < rows.count; lane++) {
         const uint32_t *starts = rows.starts + ptrdiff_t(lane) * rows.blocks;
@@ -235,8 +249,8 @@ TARGET static void list_escapes(const EscapeRows &rows, int groups, EscapeList &
 }
 
 // See `kernels.h`.
-TARGET static bool sum_escapes(const EscapeRows &rows, const int32_t *x, int x_columns, int tokens, int groups,
-                               int32_t *sums) {
+TARGET static bool sum_escapes(const EscapeRows &rows, const int32_t *x, int x_columns, int tokens,
+                               int groups, int32_t *sums) {
     if (tokens == 1) {
         sum_escapes_of_one(rows, x, groups, sums);
         return true;

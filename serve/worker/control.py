@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from deltamux.compression.validation import problems
 from deltamux.serve.control import LONGEST_LINE, Order, encode, socket_path
-from deltamux.serve.worker.residency import Residency, Wanted
+from deltamux.serve.worker.residency import Residency
+from deltamux.serve.worker.table import Wanted
 
 logger = logging.getLogger("vllm.deltamux")
 

@@ -127,19 +127,16 @@ def answer(decoder: Decoder, channel: socket.socket, question: dict[str, Any]) -
         os.close(memory)
 
 
-def use_spare_time() -> None:
-    """Lower the process's priority, and let it run on every core.
-
-    The CPU build of vLLM binds its worker's threads to cores, and a child inherits that.
-    """
+def use_spare_time(cores: list[int]) -> None:
+    """Lower the process's priority, and let it run on these cores."""
     os.nice(NICENESS)
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    os.sched_setaffinity(0, cores)
 
 
 def main() -> None:
     """Decode what is asked for until the worker has gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    use_spare_time()
+    use_spare_time(json.loads(sys.argv[3]))
     torch.set_num_threads(1)
     channel = socket.socket(fileno=int(sys.argv[1]))
     decoder = Decoder(Task.from_json(sys.argv[2]))

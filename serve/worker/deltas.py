@@ -55,6 +55,7 @@ def hook_model(model: Any, hooks: Hooks) -> list[LayerDelta]:
     found: list[LayerDelta] = []
     packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
     linear, embedding, norms = compat.hooked_layers()
+    batched = compat.is_of_transformers(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, linear):
             parent, _, leaf = name.rpartition(".")
@@ -65,7 +66,7 @@ def hook_model(model: Any, hooks: Hooks) -> list[LayerDelta]:
         elif isinstance(module, embedding) and f"{name}{WEIGHT}" == EMBEDDING:
             found.append(_hook_embedding(module, hooks))
         elif isinstance(module, norms) and f"{name}{WEIGHT}" in hooks.norms:
-            found.append(_hook_norm(module, f"{name}{WEIGHT}", hooks))
+            found.append(_hook_norm(module, f"{name}{WEIGHT}", hooks, batched))
     found.append(_hook_logits(model, hooks))
     return found
 
@@ -141,7 +142,8 @@ def _hook_embedding(module: Any, hooks: Hooks) -> LayerDelta:
     return delta
 
 
-def _hook_norm(module: Any, name: str, hooks: Hooks) -> LayerDelta:
+def _hook_norm(module: Any, name: str, hooks: Hooks, batched: bool) -> LayerDelta:
+    """Over the norm's output; transformers' models have a batch of one around the tokens."""
     delta = NormDelta(
         hooks.slots,
         hooks.rows.tokens,
@@ -154,7 +156,7 @@ def _hook_norm(module: Any, name: str, hooks: Hooks) -> LayerDelta:
     def with_own_weight(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         if residual is None:
             output = forward(x)
-            delta(output, x)
+            delta(output.squeeze(0), x.squeeze(0)) if batched else delta(output, x)
             return output
         output, summed = forward(x, residual)
         delta(output, summed)

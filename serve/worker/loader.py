@@ -22,6 +22,9 @@ logger = logging.getLogger("vllm.deltamux")
 # Linux 5.14 and later; where it is not known, pages are mapped one by one by the first copy.
 MADV_POPULATE_READ = 22
 LONGEST_MESSAGE = 2**16
+# Where the server may run: the plugin is imported before vLLM's CPU build binds its worker's threads to cores of
+# their own, which a child would inherit.
+CORES = sorted(os.sched_getaffinity(0))
 
 
 class Loader:
@@ -95,9 +98,8 @@ class Loader:
         # Decoding has threads of its own; a pool of OpenMP's in each would only disturb the engine.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment.pop("LD_PRELOAD", None)
-        self._process = subprocess.Popen(
-            [*command, self._task.to_json()], pass_fds=[theirs.fileno()], env=environment
-        )
+        command += [self._task.to_json(), json.dumps(CORES)]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         self._channel = mine
         return mine

@@ -27,9 +27,10 @@ from deltamux.serve.worker.deltas import Hooks, Rows, base_bytes, hook_model
 from deltamux.serve.worker.host_cache import HostCache
 from deltamux.serve.worker.loader import Loader
 from deltamux.serve.worker.ops import define_ops
-from deltamux.serve.worker.residency import Residency, Wanted
+from deltamux.serve.worker.residency import Residency
 from deltamux.serve.worker.rows import BASE_ROW, RowMap
 from deltamux.serve.worker.slots import Slots
+from deltamux.serve.worker.table import Wanted
 
 logger = init_logger("vllm.deltamux")
 

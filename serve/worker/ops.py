@@ -120,8 +120,14 @@ class LinearDelta(LayerDelta):
 
     def add_for(self, rows: RowMap, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add for rows that another map describes."""
-        if rows.active:
-            self._add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), rows)
+        if not rows.active:
+            return
+        # Rows are what vLLM mostly has already, and a view costs as much as the call.
+        if y.dim() != 2:
+            y = y.view(-1, y.shape[-1])
+        if x.dim() != 2:
+            x = x.reshape(-1, x.shape[-1])
+        self._add(y, x, rows)
 
     @property
     def multiplies(self) -> bool:

@@ -108,7 +108,8 @@ static void add_escapes(const EscapeRows &rows, uint8_t *codes) {
         for (uint32_t at = starts[0]; at < starts[1]; at++) {
             unsigned escape = rows.escapes[at];
             // The column's group of four, its place within the group, and the lane.
-            unsigned place = (escape & 0xFF0) << 4 | (escape & 3) << 6 | (escape >> 2 & 3) | unsigned(lane) << 2;
+            unsigned place = (escape & 0xFF0) << 4 | (escape & 3) << 6 | (escape >> 2 & 3);
+            place |= unsigned(lane) << 2;
             codes[place] = uint8_t(codes[place] + (escape >> BLOCK_BITS) - MIDDLE);
         }
     }
@@ -224,7 +225,8 @@ static void add_to(const float *tiles, const float *steps, int tokens, const Out
 static Layout layout(int) { return {1, false, false, false}; }
 
 static const Kernels KERNELS = {
-    "scalar", quantize, widen, unpack, add_escapes, multiply, multiply_exact, nullptr, nullptr, nullptr, dot, dot_int8, scale,
+    "scalar", quantize, widen, unpack, add_escapes, multiply, multiply_exact, nullptr, nullptr, nullptr,
+    dot, dot_int8, scale,
     add_outer, add_to, layout, nullptr, nullptr,
 };
 

@@ -161,13 +161,15 @@ class Product {
                         const Workspace &space) const {
         const Record &record = span.record;
         Inputs inputs = pass.of(span.members);
-        bool apart = record.escapes && record.planes > 0 && span.members.escapes_apart && sum_escapes(span, lanes[0], pass, space.extra);
+        bool apart = record.escapes && record.planes > 0 && span.members.escapes_apart &&
+                     sum_escapes(span, lanes[0], pass, space.extra);
         const int32_t *extra = apart ? space.extra : nullptr;
         int offset = record.escapes && !apart ? ESCAPE_OFFSET : 0;
         float zero = record.zero + float(offset);
         float whole = std::floor(zero), rest = zero - whole;
         if (span.members.from_planes && record.planes > 0 && offset == 0) {
-            kernels_.multiply_planes(plane_rows(record, lanes[0], space.codes), inputs, whole, extra, space.tiles);
+            PlaneRows planes = plane_rows(record, lanes[0], space.codes);
+            kernels_.multiply_planes(planes, inputs, whole, extra, space.tiles);
         } else {
             multiply_unpacked(record, lanes, blocks, inputs, {nullptr, 0, 0, blocks, extra}, offset, space);
         }
@@ -180,8 +182,8 @@ class Product {
     }
 
     // The same by codes that lie in memory, a run of columns at a time.
-    void multiply_unpacked(const Record &record, const Lanes *lanes, int blocks, const Inputs &inputs, Codes run,
-                           int offset, const Workspace &space) const {
+    void multiply_unpacked(const Record &record, const Lanes *lanes, int blocks, const Inputs &inputs,
+                           Codes run, int offset, const Workspace &space) const {
         float zero = record.zero + float(offset);
         run.codes = space.codes;
         for (int index = 0; run.first < units_; index++, run.first += RUN_UNITS) {

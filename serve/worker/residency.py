@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 from threading import Condition, Lock
-from typing import NamedTuple
 
 import torch
 
@@ -22,20 +21,12 @@ from deltamux.serve.status import WorkerStatus, publish
 from deltamux.serve.worker.host_cache import HostCache
 from deltamux.serve.worker.once import Once
 from deltamux.serve.worker.slots import Slots
-from deltamux.serve.worker.table import SlotTable
+from deltamux.serve.worker.table import SlotTable, Wanted
 
 logger = logging.getLogger("vllm.deltamux")
 
 # Seconds that an order waits for a slot to become free before it gives up.
 PATIENCE = 30.0
-
-
-class Wanted(NamedTuple):
-    """One version of an expert, as a LoRA request names it."""
-
-    expert_id: int
-    name: str
-    path: str
 
 
 class Residency:

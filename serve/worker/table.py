@@ -2,6 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Collection
+from typing import NamedTuple
+
+
+class Wanted(NamedTuple):
+    """One version of an expert, as a LoRA request names it."""
+
+    expert_id: int
+    name: str
+    path: str
 
 
 class SlotTable:

@@ -80,3 +80,13 @@ def test_a_script_is_short_and_so_are_its_functions(path: Path) -> None:
     starts = [i for i, line in enumerate(lines) if re.match(r"(export )?(async )?function", line)]
     ends = [next(i for i in range(start, len(lines)) if lines[i] == "}") for start in starts]
     assert max((end - start + 1 for start, end in zip(starts, ends, strict=True)), default=0) <= 40
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.parametrize("view", ["experts", "playground", "bench", "router", "memory"])
+def test_every_view_has_its_picture(view: str, width: int, scheme: str) -> None:
+    picture = ROOT / "docker" / "preview" / f"console-{view}-{width}-{scheme}.png"
+    content = picture.read_bytes()
+    assert int.from_bytes(content[16:20], "big") == width
+    assert len(content) < MOST_BYTES

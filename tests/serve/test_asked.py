@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from starlette.datastructures import Headers
 
 from deltamux.router.decide.tokenizer import load_tokenizer
 from deltamux.router.fit.data import read_dataset
@@ -198,6 +199,25 @@ def test_feedback_finds_a_response_that_the_client_named(
     assert [answer.status_code, stranger.status_code] == [200, 404]
     decision, feedback = rows_of(log)
     assert decision["id"] == feedback["id"]
+
+
+def test_a_request_is_logged_by_the_name_that_its_client_gave_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    class NotServed(Exception):
+        """Ends the request after its decision."""
+
+    def get(_name: str) -> None:
+        raise NotServed
+
+    log = tmp_path / "log"
+    registry: Any = SimpleNamespace(get=get)
+    gateway = Gateway(registry, make(folder, log=log), None, None)  # type: ignore[arg-type]
+    request = SimpleNamespace(model="auto", prompt=SQL, request_id="1")
+    raw = SimpleNamespace(headers=Headers({"x-request-id": "mine"}))
+    with pytest.raises(NotServed):
+        asyncio.run(gateway.answer(None, "create_completion", request, raw))
+    assert rows_of(log)[0]["id"] == "mine"
 
 
 def test_nothing_is_logged_unless_it_is_asked_for(folder: Path) -> None:

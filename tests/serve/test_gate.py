@@ -272,8 +272,39 @@ def test_a_version_that_is_removed_gives_its_slot_to_who_waits() -> None:
         waiting = asyncio.create_task(gate.enter(new))
         await settle()
         old.entered -= 1
-        gate.drop(old)
+        await gate.drop(old)
         await waiting
         assert worker.slots == {"e2"}
+
+    run(scene)
+
+
+def test_a_version_leaves_only_after_what_moves_of_it_has_arrived() -> None:
+    async def scene() -> None:
+        worker = Orders()
+        gate, going = gate_of(worker), expert(1)
+        worker.loadable.clear()
+        waiting = asyncio.create_task(gate.enter(going))
+        await settle()
+        waiting.cancel()
+        await settle()
+        dropping = asyncio.create_task(gate.drop(going))
+        await settle()
+        assert not dropping.done()
+        worker.loadable.set()
+        await dropping
+        assert worker.given == [("load", "e1")]
+
+    run(scene)
+
+
+def test_whatever_fails_in_a_move_its_requests_do_not_wait_for_ever() -> None:
+    class Broken(Orders):
+        async def load(self, expert: Expert) -> None:
+            raise RuntimeError("no memory today")
+
+    async def scene() -> None:
+        with pytest.raises(ExpertError, match="no memory today"):
+            await gate_of(Broken()).enter(expert(1))
 
     run(scene)

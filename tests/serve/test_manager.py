@@ -13,6 +13,7 @@ from deltamux.compression.artifact.manifest import content_hash
 from deltamux.compression.image.layout import HEADER_BYTES, head_bytes
 from deltamux.serve.names import versioned_path
 from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE
+from deltamux.serve.worker.table import Wanted
 
 pytestmark = pytest.mark.vllm
 
@@ -31,6 +32,7 @@ def config(base: Path, slots: int = 2, **parallel: int) -> SimpleNamespace:
     return SimpleNamespace(
         additional_config={"deltamux": {"version": 1}},
         parallel_config=SimpleNamespace(**(sizes | parallel)),
+        load_config=SimpleNamespace(download_dir=None),
         model_config=SimpleNamespace(dtype=torch.float32, model=str(base), revision=None),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
         lora_config=SimpleNamespace(max_loras=slots),
@@ -125,27 +127,28 @@ def test_an_expert_without_its_pin_leaves_like_any_other(
 ) -> None:
     manager.add_adapter(request_for(1))
     manager.pin_adapter(1)
-    assert manager.unpin_adapter(1)
-    assert not manager.unpin_adapter(1)
-    assert (manager.status.experts[1].tier, manager.status.experts[1].pinned) == ("slot", False)
+    manager.residency.unpin(1)
+    manager.residency.unpin(1)
+    seen = manager.residency.status.experts[1]
+    assert (seen.tier, seen.pinned) == ("slot", False)
     for expert_id in (2, 3):
         step(manager, request_for(expert_id))
-    assert set(manager.resident) == {2, 3}
+    assert set(manager.residency.table.resident) == {2, 3}
 
 
 def test_an_expert_that_is_brought_in_takes_the_place_of_the_least_recently_used(
     manager: Any, request_for: Callable[[int], SimpleNamespace]
 ) -> None:
-    with pytest.raises(ValueError, match="is not loaded"):
-        manager.activate_adapter(3)
     for expert_id in (1, 2):
         step(manager, request_for(expert_id))
-    manager.add_adapter(request_for(3))
+    manager.step_ended()
+    third = request_for(3)
     for _ in range(2):
-        assert manager.activate_adapter(3)
-    assert set(manager.resident) == {2, 3}
-    assert (manager.status.experts[3].tier, manager.status.experts[1].tier) == ("slot", "host")
-    assert manager.status.swaps["e3"]["slot"] == 1
+        manager.residency.enter(Wanted(3, third.lora_name, third.lora_path), keep=())
+    assert set(manager.residency.table.resident) == {2, 3}
+    status = manager.residency.status
+    assert (status.experts[3].tier, status.experts[1].tier) == ("slot", "host")
+    assert status.swaps["e3"]["slot"] == 1
 
 
 def test_pins_leave_one_slot_free(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -493,20 +494,49 @@ def test_the_router_tells_the_mix_that_it_was_fitted_on(live: Any) -> None:
     assert samples["deltamux_router_fit_abstention_ratio",] == pytest.approx(expected)
 
 
-def test_ready_follows_the_pinned_experts_and_names_what_is_missing(
+def test_a_server_stays_ready_while_others_need_the_slot_of_a_pinned_expert(
     live: Any, client: Client
 ) -> None:
-    # Two experts at once need both slots, so the pinned one has to leave its slot.
-    both = [(name, {"max_tokens": 400}) for name in ("sql", "shell") for _ in range(3)]
+    before = live.samples()
+    both = [(name, {"max_tokens": 100}) for name in ("sql", "shell") for _ in range(3)]
     client.run(both)
-    missing = live.http("GET", "/v1/ready")
-    reason = "the pinned expert 'math' is not in a slot: host"
-    assert (missing.status_code, missing.json()) == (503, {"ready": False, "reasons": [reason]})
-    assert httpx.get(f"{live.server.url}/health").status_code == 200
-    client.run([("math", {"max_tokens": 2})])
     ready = live.http("GET", "/v1/ready")
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "reasons": []})
+    moves = Growth(before, settled(live, no_request_is_open))
+    assert moves.of("deltamux_swaps_total", expert="math", tier="slot") == 0
+    assert moves.of("deltamux_swaps_total", expert="sql", tier="slot") >= 1
+    assert httpx.get(f"{live.server.url}/health").status_code == 200
     assert httpx.get(f"{live.server.url}/v1/ready").status_code == 401
+
+
+def test_a_server_that_is_not_ready_says_what_is_missing() -> None:
+    from deltamux.serve.api.ready import not_ready
+
+    class Engine:
+        async def check_health(self) -> None:
+            raise RuntimeError("the core has gone")
+
+    class Registry(dict[str, SimpleNamespace]):
+        def __iter__(self) -> Any:
+            return iter(self.values())
+
+        def status_of(self, expert: SimpleNamespace) -> SimpleNamespace:
+            return expert.status
+
+    names = {"math": "host", "sql": "slot", "shell": "disk"}
+    experts = Registry()
+    for name, tier in names.items():
+        status = SimpleNamespace(tier=tier)
+        pinned = name != "shell"
+        experts[name] = SimpleNamespace(name=name, pinned=pinned, error=None, status=status)
+    settings = SimpleNamespace(router=object(), experts=())
+    route = SimpleNamespace(error="not for this tokenizer")
+    server: Any = SimpleNamespace(engine=Engine(), registry=experts, settings=settings, route=route)
+    assert asyncio.run(not_ready(server)) == [
+        "the engine is not alive: the core has gone",
+        "the router is not loaded: not for this tokenizer",
+        "the pinned expert 'math' is not in a slot: host",
+    ]
 
 
 def test_the_sizing_tool_knows_what_the_server_allocates(live: Any) -> None:

@@ -2,12 +2,14 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deltamux.serve import hub as module
 from deltamux.serve.api import keepalive
 from deltamux.serve.api.expert import Expert, ExpertError, Limits, Served, read_expert
 from deltamux.serve.api.saved import SavedExperts
@@ -149,15 +151,39 @@ def test_a_state_that_cannot_be_read_is_left_alone(
     SavedExperts(None).write([])
 
 
-def test_a_hub_id_that_the_hub_does_not_give_is_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+@pytest.fixture(params=["silent", "refusing", "offline"])
+def hub(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Path]:
+    """A hub that gives nothing: the folder of the cache."""
+    from huggingface_hub import constants
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    if request.param == "refusing":
+        listener.close()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", request.param == "offline")
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.1)
+    yield tmp_path
+    listener.close()
+
+
+def test_a_hub_that_gives_nothing_is_one_line(hub: Path) -> None:
     with pytest.raises(
         ValueError, match=r"^'nobody/here@main' .* the hub does not give it: [^\n]+$"
     ):
         local_directory(Path("nobody/here@main"))
+
+
+def test_what_was_fetched_before_is_served_though_the_hub_gives_nothing(hub: Path) -> None:
+    repository = hub / "models--nobody--here"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert local_directory(Path("nobody/here@main")) == snapshot
 
 
 def test_a_directory_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

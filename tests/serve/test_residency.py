@@ -23,8 +23,9 @@ from deltamux.serve.worker.decoder import Decoder, Task
 from deltamux.serve.worker.host_cache import HostCache
 from deltamux.serve.worker.loader import Loader
 from deltamux.serve.worker.once import Once
-from deltamux.serve.worker.residency import Residency, Wanted
+from deltamux.serve.worker.residency import Residency
 from deltamux.serve.worker.slots import Slots
+from deltamux.serve.worker.table import Wanted
 
 NAMES = ["a", "b"]
 CAPACITY = Capacity(2**22, 64, frozenset({"model.norm.weight"}))
@@ -160,7 +161,7 @@ def test_what_fails_fails_for_all_who_wait_and_can_be_tried_again() -> None:
 
 @pytest.fixture(scope="module")
 def loader(make_pair: Callable[..., tuple[Path, Path]]) -> Iterator[tuple[Loader, Task]]:
-    task = Task(str(make_pair()[0]), None, CAPACITY, 64)
+    task = Task(str(make_pair()[0]), None, CAPACITY, 64, image_cache=0)
     loader = Loader(task, pin=False)
     loader.start()
     yield loader, task

@@ -26,9 +26,8 @@ def large_image(num_bytes: int) -> torch.Tensor:
 
 
 def test_an_image_of_the_decoders_process_is_pinned_and_arrives_whole() -> None:
-    task = Task(
-        str(GOLDEN / "base"), None, Capacity(2**24, 64, frozenset({"model.norm.weight"})), 64
-    )
+    room = Capacity(2**24, 64, frozenset({"model.norm.weight"}))
+    task = Task(str(GOLDEN / "base"), None, room, 64, image_cache=0)
     loader = Loader(task, pin=True)
     image = loader.image(str(GOLDEN / "artifact"))
     loader.stop()
