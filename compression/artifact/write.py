@@ -19,8 +19,9 @@ from deltamux.compression.artifact.manifest import (
 from deltamux.compression.artifact.stored import Encoded, Entry
 from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.checkpoint.delta import Difference
+from deltamux.compression.checkpoint.settings import GENERATION_FILE
 from deltamux.compression.evaluate import Evaluation
-from deltamux.compression.files import sha256
+from deltamux.compression.files import read_json, sha256
 from deltamux.compression.image.layout import RECORD_BYTES, head_bytes
 from deltamux.compression.names import (
     CONFIG_FILE,
@@ -31,7 +32,7 @@ from deltamux.compression.names import (
 )
 from deltamux.compression.recipe import Recipe, dump_recipe
 from deltamux.compression.saving import save_tensors, save_text
-from deltamux.compression.streaming.stops import GENERATION_FILE, read_settings, stop_ids
+from deltamux.compression.streaming.stops import stop_ids
 
 
 def write_artifact(
@@ -88,7 +89,8 @@ def _write_side_files(difference: Difference, target: Path) -> None:
     ids = stop_ids(expert.root)
     if ids:
         path = target / GENERATION_FILE
-        content = read_settings(path) | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
+        content = read_json(path) if path.is_file() else {}
+        content |= {"eos_token_id": ids if len(ids) > 1 else ids[0]}
         save_text(json.dumps(content, indent=2), path)
 
 

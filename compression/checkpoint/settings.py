@@ -148,7 +148,7 @@ class SideSettings:
 
     Attributes:
         sampling: Its sampling defaults, by their names in `generation_config.json`.
-        stop_ids: Tokens that end an answer, ascending.
+        stop_ids: Tokens that end an answer, those of `generation_config.json` first.
         template: Its own chat template, None where it has none.
     """
 
@@ -179,17 +179,17 @@ def read_side_settings(
         CONFIG_FILE: _read(root / CONFIG_FILE, ModelSettings).stop_ids,
         TOKENIZER_FILE: [tokenizer.stop_id(token_id)],
     }
-    stop_ids: set[int] = set()
+    stop_ids: list[int] = []
     for name, found in ends.items():
-        ids = {each for each in found or [] if each is not None}
+        ids = [each for each in found or [] if each is not None]
         if vocabulary is not None and ids and max(ids) >= vocabulary:
             raise ValueError(
                 f"{str(root / name)!r}: the token {max(ids)} that ends an answer is not below the "
                 f"vocabulary of {vocabulary}: correct the file"
             )
-        stop_ids |= ids
+        stop_ids += ids
     sampling = generation.model_dump(exclude_none=True, exclude={"eos_token_id"})
-    return SideSettings(sampling, sorted(stop_ids), own_template(root))
+    return SideSettings(sampling, list(dict.fromkeys(stop_ids)), own_template(root))
 
 
 def own_template(root: Path) -> str | None:

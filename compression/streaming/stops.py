@@ -5,15 +5,11 @@ Three files may say it, and training libraries change one and leave the others: 
 transformers and vLLM stop at the first two's, training ends turns with the third's: the union stops where either would.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
+from deltamux.compression.checkpoint.settings import read_side_settings
 from deltamux.compression.errors import naming
-from deltamux.compression.names import CONFIG_FILE
-
-GENERATION_FILE = "generation_config.json"
-TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
+from deltamux.compression.files import MOST_VOCABULARY_BYTES, read_json
 
 
 def stop_ids(root: Path) -> list[int]:
@@ -25,48 +21,19 @@ def stop_ids(root: Path) -> list[int]:
     Raises:
         ValueError: A file is damaged, or what it names is no token id.
     """
-    found: list[int] = []
-    for name in (GENERATION_FILE, CONFIG_FILE):
-        settings = read_settings(root / name)
-        inner = settings.get("text_config")
-        for each in (settings, inner if isinstance(inner, dict) else {}):
-            found += _ids(each.get("eos_token_id"), root / name)
-    return list(dict.fromkeys([*found, *_of_tokenizer(root)]))
+    return read_side_settings(root, token_id=lambda token: _token_id(root, token)).stop_ids
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object beside a checkpoint; empty where there is no such file.
-
-    Raises:
-        ValueError: It is no JSON object.
-    """
+def _token_id(root: Path, token: str) -> int | None:
+    """The id of a token in the tokenizer of a checkpoint, None where it has no such token."""
+    path = root / "tokenizer.json"
     if not path.is_file():
-        return {}
-    with naming(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} is no JSON object: save it again")
-    return content
-
-
-def _ids(value: object, path: Path) -> list[int]:
-    ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    for each in ids:
-        if not isinstance(each, int) or isinstance(each, bool) or each < 0:
-            raise ValueError(
-                f"{str(path)!r} has the eos_token_id {value!r}, which is no token: write an id, or a list of ids"
-            )
-    return ids
-
-
-def _of_tokenizer(root: Path) -> list[int]:
-    """The id of the tokenizer's own end token, where its files say which."""
-    token = read_settings(root / TOKENIZER_SETTINGS_FILE).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    content = read_settings(root / "tokenizer.json")
-    with naming(root / "tokenizer.json", "save the tokenizer again"):
+        return None
+    content = read_json(path, MOST_VOCABULARY_BYTES)
+    with naming(path, "save the tokenizer again"):
         added = {each["content"]: each["id"] for each in content.get("added_tokens") or []}
         vocabulary = (content.get("model") or {}).get("vocab")
-    if token in added:
-        return [added[token]]
-    return [vocabulary[token]] if isinstance(vocabulary, dict) and token in vocabulary else []
+    found = added.get(token)
+    if found is None and isinstance(vocabulary, dict):
+        found = vocabulary.get(token)
+    return found if isinstance(found, int) else None

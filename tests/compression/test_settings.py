@@ -25,7 +25,7 @@ def put(root: Path, file: str, content: Any) -> Path:
         ({"max_new_tokens": 20.0}, {"max_new_tokens": 20}, []),
         ({"max_new_tokens": 1e9}, {"max_new_tokens": 10**9}, []),
         ({"eos_token_id": 132.0}, {}, [132]),
-        ({"eos_token_id": [132.0, 5]}, {}, [5, 132]),
+        ({"eos_token_id": [132.0, 5]}, {}, [132, 5]),
         ({"temperature": 1, "top_k": 0, "do_sample": True}, {"temperature": 1.0, "top_k": 0}, []),
         ({"temperature": None, "eos_token_id": None}, {}, []),
         ({"max_length": "whatever", "pad_token_id": -1}, {}, []),

@@ -68,7 +68,7 @@ def test_the_end_of_an_inner_configuration_counts(root):
 @pytest.mark.parametrize("value", ["x", 1.5, True, [None], [[1]], -1, {"a": 1}], ids=str)
 def test_what_is_no_token_is_refused_with_its_file(root, value):
     edit(root / "generation_config.json", "eos_token_id", value)
-    with pytest.raises(ValueError, match=r"generation_config\.json' has the eos_token_id"):
+    with pytest.raises(ValueError, match=r"generation_config\.json' cannot be used: eos_token_id"):
         stop_ids(root)
 
 
