@@ -14,6 +14,7 @@ from deltamux.router.decide.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from deltamux.router.fit.fit import FitReport
+    from deltamux.router.fit.suggest import Cluster
     from deltamux.router.fit.usage import Changes
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
@@ -136,14 +137,7 @@ def suggest(
     with user_errors():
         clusters = find(read_unlabelled(log), count)
         if output is not None:
-            output.mkdir(parents=True)
-            for number, cluster in enumerate(clusters, start=1):
-                rows = [
-                    {"messages": [{"role": "user", "content": turn} for turn in turns]}
-                    for turns in cluster.prompts
-                ]
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                (output / f"cluster-{number}.jsonl").write_text(lines, encoding="utf-8")
+            _write_clusters(clusters, output)
     if as_json:
         shown = [
             {"prompts": len(c.prompts), "words": c.words, "examples": c.examples} for c in clusters
@@ -157,3 +151,15 @@ def suggest(
     if output is not None:
         typer.echo(f"\nwrote {output}: rename each file to its domain, delete what is none, then\n"
                    f"deltamux router fit {output} -o DIR --tokenizer BASE")  # fmt: skip
+
+
+def _write_clusters(clusters: "list[Cluster]", folder: Path) -> None:
+    """One file a cluster, as `router fit` reads it."""
+    folder.mkdir(parents=True)
+    for number, cluster in enumerate(clusters, start=1):
+        rows = [
+            {"messages": [{"role": "user", "content": turn} for turn in turns]}
+            for turns in cluster.prompts
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"cluster-{number}.jsonl").write_text(lines, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every vLLM symbol that deltamux replaces or wraps, and the versions it was checked with.
+"""Every vLLM symbol that deltamux replaces or wraps (`patches.py` does it), and the versions it was checked with.
 
 Replaced (general plugin): the LoRA manager class that model runners create; an expert travels
 through vLLM as a LoRA request, so that scheduling, slot limits, per-token indices and prefix-cache
@@ -14,9 +14,7 @@ copies of the handlers, template, sampling defaults and engine client (`handlers
 
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache, wraps
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -223,36 +221,6 @@ def error_status(error: BaseException) -> int:
     return 400 if CLIENT_ERRORS & {cls.__name__ for cls in type(error).__mro__} else 500
 
 
-def keep_compilation() -> None:
-    """Let the CPU build compile models that experts change; a second call does nothing.
-
-    vLLM's CPU platform turns torch.compile off where LoRA is on, because of its own LoRA layers. Ours are opaque
-    ops, so the platform is asked as if LoRA were off; that is all that it does with the answer.
-    """
-    if not symbol("vllm.platforms", "current_platform").is_cpu():
-        return
-    platform = symbol(*CPU_PLATFORM)
-    method = platform.check_and_update_config
-    if getattr(method, "__name__", "") == _without_lora.__name__:
-        return
-
-    def check_and_update_config(config: Any) -> None:
-        with _without_lora(config):
-            method(config)
-
-    check_and_update_config.__name__ = _without_lora.__name__
-    platform.check_and_update_config = staticmethod(check_and_update_config)
-
-
-@contextmanager
-def _without_lora(config: Any) -> Iterator[None]:
-    lora, config.lora_config = config.lora_config, None
-    try:
-        yield
-    finally:
-        config.lora_config = lora
-
-
 @lru_cache
 def tells_loaded_adapters(metric: str) -> bool:
     """Whether this vLLM exports a metric of its own about loaded adapters."""
@@ -305,40 +273,3 @@ def device_memory() -> tuple[int, int]:
     nvml, handle = _device_handle()
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     return int(memory.used), int(memory.total)
-
-
-def replace_manager(manager: type) -> None:
-    """Make vLLM's model runners create deltamux's manager."""
-    symbol(*MANAGER)
-    module, name = MANAGER
-    setattr(import_module(module), name, manager)
-
-
-def tell_ends_of_steps() -> None:
-    """Let the worker tell the manager when a step has ended; a second call does nothing.
-
-    vLLM says when a step begins (it sets the batch's adapters) but not when it is over. `execute_model` returns
-    None where `sample_tokens` is to finish the step.
-    """
-    worker = symbol(*WORKER)
-    for name in STEP_METHODS:
-        method = getattr(worker, name, None)
-        if method is not None and not hasattr(method, "deltamux"):
-            setattr(worker, name, _telling(method))
-
-
-def _telling(method: Any) -> Any:
-    @wraps(method)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        finished = True
-        try:
-            output = method(self, *args, **kwargs)
-            finished = output is not None
-        finally:
-            tell = getattr(getattr(self.model_runner, "lora_manager", None), "step_ended", None)
-            if finished and tell is not None:
-                tell()
-        return output
-
-    run.deltamux = True  # type: ignore[attr-defined]
-    return run

@@ -14,15 +14,15 @@ def register() -> None:
     """Install deltamux's manager; cheap, and harmless when called again."""
     if PLUGIN_NAME not in os.environ.get("VLLM_PLUGINS", "").split(","):
         return
-    from deltamux.serve import compat
+    from deltamux.serve import compat, patches
     from deltamux.serve.status import status_directory
     from deltamux.serve.threads import watch_threads
 
     compat.check_vllm()
-    compat.keep_compilation()
+    patches.keep_compilation()
     watch_threads()
     status_directory()
     from deltamux.serve.worker.manager import ExpertManager
 
-    compat.replace_manager(ExpertManager)
-    compat.tell_ends_of_steps()
+    patches.replace_manager(ExpertManager)
+    patches.tell_ends_of_steps()

@@ -83,11 +83,7 @@ def evolve(
     Raises:
         ValueError: The population or the number of generations is too small.
     """
-    if population <= ELITE or generations < 0:
-        raise ValueError(
-            f"'population' must be above {ELITE} and 'generations' not negative, got {population} "
-            f"and {generations}: the defaults are {POPULATION} and {GENERATIONS}"
-        )
+    _check_sizes(population, generations)
     if not curves:
         return []
     genomes = _Genomes(curves, budget_bytes)
@@ -106,6 +102,14 @@ def evolve(
         while len(alive) < population:
             alive.append(born(operator(*_two_winners(parents, chance), chance)))
     return list(min(alive, key=lambda candidate: candidate.loss).choice)
+
+
+def _check_sizes(population: int, generations: int) -> None:
+    if population <= ELITE or generations < 0:
+        raise ValueError(
+            f"'population' must be above {ELITE} and 'generations' not negative, got {population} "
+            f"and {generations}: the defaults are {POPULATION} and {GENERATIONS}"
+        )
 
 
 class _Genomes:

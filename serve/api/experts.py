@@ -152,22 +152,9 @@ class ExpertRegistry:
         Raises:
             ExpertError: The artifact is refused, or the name is taken by a base model.
         """
-        if self._models.is_base_model(name):
-            raise ExpertError(f"{name!r} is the base model's name: choose another")
-        try:
-            check_expert_name(name)
-        except ValueError as error:
-            raise ExpertError(str(error)) from error
+        self._check_name(name)
         async with self._lock:
-            try:
-                expert = await asyncio.to_thread(read_expert, name, path, self._served)
-            except (ValueError, OSError) as error:
-                raise ExpertError(str(error)) from error
-            except Exception as error:
-                # Not foreseen: a fault of ours, which must keep neither the server nor the others from serving.
-                logger.exception("deltamux: expert %r cannot be read", name)
-                reason = f"{str(path)!r} cannot be read: {type(error).__name__}: {error}"
-                raise ExpertError(reason) from error
+            expert = await self._read(name, path)
             previous = self._experts.get(name)
             if previous and previous.request and previous.same_weights(expert):
                 previous.take_over(expert)
@@ -189,6 +176,25 @@ class ExpertRegistry:
         elif pin:
             await self.pin(name)
         return expert
+
+    def _check_name(self, name: str) -> None:
+        if self._models.is_base_model(name):
+            raise ExpertError(f"{name!r} is the base model's name: choose another")
+        try:
+            check_expert_name(name)
+        except ValueError as error:
+            raise ExpertError(str(error)) from error
+
+    async def _read(self, name: str, path: Path) -> Expert:
+        try:
+            return await asyncio.to_thread(read_expert, name, path, self._served)
+        except (ValueError, OSError) as error:
+            raise ExpertError(str(error)) from error
+        except Exception as error:
+            # Not foreseen: a fault of ours, which must keep neither the server nor the others from serving.
+            logger.exception("deltamux: expert %r cannot be read", name)
+            reason = f"{str(path)!r} cannot be read: {type(error).__name__}: {error}"
+            raise ExpertError(reason) from error
 
     async def admit(self, expert: Expert) -> float:
         """Let a request of an expert into the engine once the expert is in a slot; it leaves by the gate.

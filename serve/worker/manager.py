@@ -111,7 +111,7 @@ class ExpertManager:
             self._mapped = mapped
 
     def step_ended(self) -> None:
-        """The step's work is done, or, on a GPU, is on its way (see `compat.tell_ends_of_steps`)."""
+        """The step's work is done, or, on a GPU, is on its way (see `patches.tell_ends_of_steps`)."""
         done = None
         if not self.slots.on_cpu:
             done = torch.cuda.Event()
