@@ -20,6 +20,8 @@ from deltamux.serve.demo.server import Server, deltamux_serve, free_port, runnin
 
 BUILD = Path(__file__).parents[2] / "build"
 KEY = "secret"
+# What the tests of the playground ask.
+PROMPT = "select the column where rows join"
 PATIENCE_MS = 60_000.0
 # Of the Mozilla Public License 2.0; fetched for these tests alone and no part of any package.
 AXE = "axe-core@4.14.1"
@@ -172,6 +174,16 @@ class Site:
         answer = self.http("POST", "/v1/experts", json=body)
         assert answer.status_code == 201, answer.text
 
+    def add_silent(self) -> None:
+        """An expert that answers PROMPT with nothing: what `sql` would say first ends its turn."""
+        body = {"model": "sql", "messages": [{"role": "user", "content": PROMPT}], "temperature": 0}
+        body |= {"max_tokens": 1, "return_token_ids": True}
+        answer = self.http("POST", "/v1/chat/completions", json=body).json()
+        ends = {"eos_token_id": answer["choices"][0]["token_ids"]}
+        shutil.copytree(self.folder / "sql", self.folder / "silent")
+        (self.folder / "silent" / "generation_config.json").write_text(json.dumps(ends))
+        self.add("silent", "silent")
+
     def remove(self, name: str) -> None:
         assert self.http("DELETE", f"/v1/experts/{name}").status_code == 200
 
@@ -200,10 +212,7 @@ def site(
     words = checkpoints.words | {DOMAIN: "rain snow cloud wind storm sun fog hail"}
     checkpoints.write_parts(folder, text_file, words=words, routed={DOMAIN: "absent"})
     (folder / "broken").rename(folder / MARKED)
-    shutil.copytree(folder / "sql", folder / "silent")
-    every_token = {"eos_token_id": list(range(checkpoints.vocabulary))}
-    (folder / "silent" / "generation_config.json").write_text(json.dumps(every_token))
-    paths = {name: name for name in ("math", "sql", "shell", "silent")}
+    paths = {name: name for name in ("math", "sql", "shell")}
     paths |= {LONG_NAME: "shell", "broken": MARKED}
     experts = [{"name": name, "path": path} for name, path in paths.items()]
     config = checkpoints.write_config(
@@ -212,7 +221,9 @@ def site(
     command = [*deltamux_serve(config), "--api-key", KEY]
     with running_server(command, folder / "server.log", checkpoints.environment) as server:
         relay = Relay(int(server.url.rpartition(":")[2]))
-        yield Site(folder, server, relay)
+        site = Site(folder, server, relay)
+        site.add_silent()
+        yield site
         relay.down()
 
 

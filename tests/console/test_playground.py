@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from tests.console.conftest import PROMPT
+
 pytestmark = pytest.mark.vllm
 Visit = Callable[..., Any]
-PROMPT = "select the column where rows join"
 
 
 def answer(page: Any, which: str) -> Any:
