@@ -7,6 +7,7 @@ import signal
 import struct
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_a_step_goes_on_while_another_expert_is_loaded(residency: Residency, dis
     with ThreadPoolExecutor(1) as pool:
         entering = pool.submit(residency.enter, wanted(2), [1])
         while len(disk.reads) < 2:
-            pass
+            time.sleep(0.001)
         for _ in range(3):
             assert residency.begin([wanted(1)]) == {1: 0}
             residency.end()
@@ -90,7 +91,7 @@ def test_an_expert_that_many_want_is_loaded_once(residency: Residency, disk: Dis
     with ThreadPoolExecutor(4) as pool:
         loads = [pool.submit(residency.load, wanted(1)) for _ in range(4)]
         while not disk.reads:
-            pass
+            time.sleep(0.001)
         disk.open.set()
         for load in loads:
             load.result(60)
@@ -106,7 +107,7 @@ def test_the_slot_of_an_open_step_is_not_given_away_before_the_step_ends(
     with ThreadPoolExecutor(1) as pool:
         entering = pool.submit(residency.enter, wanted(3), [1])
         while not residency.host.bytes_of(3):
-            pass
+            time.sleep(0.001)
         assert not entering.done()
         assert set(residency.table.resident) == {1, 2}
         residency.end()
@@ -151,7 +152,7 @@ def test_what_fails_fails_for_all_who_wait_and_can_be_tried_again() -> None:
         assert begun.wait(60)
         second = pool.submit(once.run, "key", lambda: None)
         while not second.running():
-            pass
+            time.sleep(0.001)
         go.set()
         with pytest.raises(ValueError, match="no"):
             first.result(60)
@@ -204,7 +205,7 @@ def test_a_decoder_that_dies_is_named_and_started_again(
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(loader[0].image, str(make_artifact()))
         while not unread(loader[0]):
-            pass
+            time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(ValueError, match=r"the decoder ended with status -9"):
             reading.result(60)
