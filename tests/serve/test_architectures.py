@@ -13,10 +13,13 @@ pytestmark = pytest.mark.vllm
 TOLERANCE = 2e-4
 # `test_engine.py` has these with more experts, prompts and steps.
 ELSEWHERE = ("llama", "qwen2", "qwen3")
+# vLLM 0.32 and transformers differ by 0.15 for the base alone, whose queries are scaled with YaRN.
+DIFFERENT_IN_VLLM = ("ministral3",)
 
 
 @pytest.mark.parametrize(
-    "model_type", [each for each in architectures.SERVED_TYPES if each not in ELSEWHERE]
+    "model_type",
+    sorted({*architectures.SERVED_TYPES} - {*ELSEWHERE, *DIFFERENT_IN_VLLM}),
 )
 def test_served_logprobs_match_transformers_on_the_merged_weights(
     tmp_path: Path, checkpoints: SimpleNamespace, text_file: Path, model_type: str

@@ -212,7 +212,8 @@ def test_a_request_is_logged_by_the_name_that_its_client_gave_it(
 
     log = tmp_path / "log"
     registry: Any = SimpleNamespace(get=get)
-    gateway = Gateway(registry, make(folder, log=log), None, None)  # type: ignore[arg-type]
+    nobody: Any = None
+    gateway = Gateway(registry, make(folder, log=log), nobody, nobody, owners=nobody, end_id=None)
     request = SimpleNamespace(model="auto", prompt=SQL, request_id="1")
     raw = SimpleNamespace(headers=Headers({"x-request-id": "mine"}))
     with pytest.raises(NotServed):

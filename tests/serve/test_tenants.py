@@ -3,7 +3,6 @@
 import asyncio
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import yaml
 from typer.testing import CliRunner
 
 from deltamux.serve.api.expert import ExpertError
-from deltamux.serve.api.experts import ExpertRegistry
 from deltamux.serve.api.guard import MOST_BODY_BYTES, Doors, Guard
 from deltamux.serve.api.limits import Bucket, Limits
 from deltamux.serve.api.owners import Owners
@@ -24,6 +22,7 @@ from deltamux.serve.api.tenants import (
     load_tenants,
     make_key,
 )
+from deltamux.serve.api.worker import answered
 from deltamux.serve.cli import app
 
 HASH = "sha256:" + "0" * 64
@@ -277,9 +276,6 @@ class Engine:
     """An engine that gives no answer any more."""
 
     errored = False
-    vllm_config = SimpleNamespace(
-        lora_config=SimpleNamespace(max_loras=2), scheduler_config=SimpleNamespace(policy="fcfs")
-    )
 
     async def reset_prefix_cache(self) -> None:
         self.errored = True
@@ -290,8 +286,7 @@ def test_a_call_to_an_engine_that_has_ended_is_given_up() -> None:
     engine = Engine()
 
     async def ask() -> None:
-        registry = ExpertRegistry(engine, None, None, 1.0)  # type: ignore[arg-type]
-        await registry._asked(engine.reset_prefix_cache())
+        await answered(engine, engine.reset_prefix_cache())
 
     with pytest.raises(ExpertError, match="the engine has ended"):
         asyncio.run(ask())
