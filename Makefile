@@ -28,9 +28,16 @@ quietly = @mkdir -p build; echo "$(1)"; start=$$(date +%s); : > $(INSTALL_LOG); 
 demo: $(VENV)/.installed
 	$(BIN)/deltamux demo $(if $(filter-out 0,$(SERVE)),--serve)
 
+# Tests of servers mostly wait: they run beside all others, and what they say is shown behind.
+SERVERS := tests/serve tests/console
+SERVERS_LOG := build/test-servers.log
 test: check
-	@echo "== tests"
-	$(BIN)/python -m pytest
+	@echo "== tests; those of $(SERVERS) beside them, in $(SERVERS_LOG)"
+	@$(BIN)/python -m pytest $(SERVERS) > $(SERVERS_LOG) 2>&1 & servers=$$!; \
+	trap 'kill $$servers' INT TERM; \
+	$(BIN)/python -m pytest $(SERVERS:%=--ignore=%); rest=$$?; \
+	wait $$servers; status=$$?; \
+	echo "== tests of $(SERVERS)"; cat $(SERVERS_LOG); exit $$((rest + status))
 
 # The CPU image's steps without Docker, in an environment of their own: minutes, mostly downloads.
 test-image: $(VENV)/.installed
