@@ -3,11 +3,13 @@
 import gzip
 import json
 import os
+import resource
 import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -171,6 +173,23 @@ def eventually() -> Callable[[Callable[[], Any]], Any]:
     return wait_until
 
 
+@contextmanager
+def on_full_disk(room: int) -> Iterator[None]:
+    """Files may not grow beyond so many bytes; pytest's own output neither, so that nothing may be reported inside."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def full_disk() -> Callable[[int], Any]:
+    """Makes a disk full for a while: `with full_disk(bytes):`."""
+    return on_full_disk
+
+
 @pytest.fixture(scope="session")
 def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
     """(base, expert) of an architecture, made once a session."""
@@ -313,8 +332,8 @@ class SpanCollector:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 if self.headers.get("content-encoding") == "gzip":
                     body = gzip.decompress(body)
-                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                    for scope in resource.scope_spans:
+                for each in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    for scope in each.scope_spans:
                         spans.extend(map(_span_attributes, scope.spans))
                 self.send_response(200)
                 self.end_headers()

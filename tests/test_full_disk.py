@@ -5,9 +5,7 @@ to a full one.
 """
 
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,7 @@ from deltamux.serve.errors import one_line
 
 # Bytes: less than any file; less than the weights; less than the last of what is written.
 ROOM = (64, 4096, 60_000)
-
-
-@contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """Files may not grow beyond so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+Disk = Callable[[int], Any]
 
 
 def run(arguments: list[Any]) -> Any:
@@ -63,7 +51,7 @@ def commands(
 @pytest.mark.parametrize("room", ROOM)
 @pytest.mark.parametrize("name", ["compress", "lossless", "merge", "router"])
 def test_a_command_says_where_there_is_no_room_and_then_goes_on(
-    commands: dict[str, list[Any]], tmp_path: Path, name: str, room: int
+    commands: dict[str, list[Any]], tmp_path: Path, full_disk: Disk, name: str, room: int
 ) -> None:
     with full_disk(room):
         result = run(commands[name])
@@ -80,7 +68,9 @@ def test_a_command_says_where_there_is_no_room_and_then_goes_on(
     assert out.is_dir()
 
 
-def test_a_log_of_decisions_that_cannot_be_written_fails_no_request(tmp_path: Path) -> None:
+def test_a_log_of_decisions_that_cannot_be_written_fails_no_request(
+    tmp_path: Path, full_disk: Disk
+) -> None:
     from deltamux.router.decide.decision import Decision
     from deltamux.serve.api.decision_log import DecisionLog
 
@@ -94,7 +84,7 @@ def test_a_log_of_decisions_that_cannot_be_written_fails_no_request(tmp_path: Pa
 
 
 def test_hashes_that_cannot_be_kept_cost_time_alone(
-    make_pair: Callable[..., tuple[Path, Path]], tmp_path: Path
+    make_pair: Callable[..., tuple[Path, Path]], tmp_path: Path, full_disk: Disk
 ) -> None:
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.serve.worker.host_cache import BaseHashes
@@ -108,7 +98,7 @@ def test_hashes_that_cannot_be_kept_cost_time_alone(
 
 
 def test_a_status_that_cannot_be_published_ends_no_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, full_disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE, WorkerStatus, publish, read_status
 

@@ -1,7 +1,6 @@
 """What users can cause is one line; what we cause keeps its traceback."""
 
 import json
-import resource
 
 import pytest
 import torch
@@ -117,27 +116,19 @@ def test_a_damaged_tokenizer_is_named(pair, tmp_path):
     assert f"the tokenizer in {str(pair[0])!r}" in message
 
 
-@pytest.fixture
-def small_disk():
-    """No file may become larger than 1,000 bytes, as where a disk is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_is_told_with_the_path_and_the_bytes_needed(tmp_path, small_disk):
+def test_a_full_disk_is_told_with_the_path_and_the_bytes_needed(tmp_path, full_disk):
     path = tmp_path / "file"
     needed = r"file' cannot be used: .*: 4,000 bytes are needed there"
-    with pytest.raises(ValueError, match=needed):
+    with pytest.raises(ValueError, match=needed), full_disk(1000):
         save_tensors({"a": torch.zeros(1000)}, path, {})
-    with pytest.raises(ValueError, match=needed):
+    with pytest.raises(ValueError, match=needed), full_disk(1000):
         save_text("x" * 4000, path)
 
 
-def test_a_full_disk_is_told_of_files_that_are_copied(pair, tmp_path, small_disk):
+def test_a_full_disk_is_told_of_files_that_are_copied(pair, tmp_path, full_disk):
     (tmp_path / "target").mkdir()
-    with pytest.raises(ValueError, match=r"tokenizer\.json' cannot be used: .* bytes are needed"):
+    needed = r"tokenizer\.json' cannot be used: .* bytes are needed"
+    with pytest.raises(ValueError, match=needed), full_disk(1000):
         open_checkpoint(pair[0]).copy_side_files(tmp_path / "target")
 
 

@@ -1,5 +1,4 @@
 import json
-import resource
 from dataclasses import replace
 
 import numpy as np
@@ -93,15 +92,12 @@ def test_an_earlier_router_is_replaced_and_nothing_is_left_beside(artifact):
     assert [p.name for p in artifact.parent.iterdir()] == ["router"]
 
 
-def test_a_full_disk_is_told_with_the_path_and_the_bytes_needed_and_leaves_nothing(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # No file may become larger, as where a disk is full.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        with pytest.raises(ValueError, match=r"cannot be written \(.*\); [\d,]+ bytes are needed"):
-            save_artifact(tmp_path / "router", make_tables(), make_config(), b"{}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def test_a_full_disk_is_told_with_the_path_and_the_bytes_needed_and_leaves_nothing(
+    tmp_path, full_disk
+):
+    needed = r"cannot be written \(.*\); [\d,]+ bytes are needed"
+    with pytest.raises(ValueError, match=needed), full_disk(100):
+        save_artifact(tmp_path / "router", make_tables(), make_config(), b"{}")
     assert list(tmp_path.iterdir()) == []
 
 
