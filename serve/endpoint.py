@@ -87,10 +87,9 @@ class DeltamuxEndpoint:
         collector.install(collector.Sources(registry, journal, Memory(config), drafts))
         spans.install(config.observability_config)
         end_with_error(engine_client)
-        roots, slots = Roots(settings.folders), config.lora_config.max_loras
+        roots = Roots(settings.folders)
         ServerState(
-            *(settings, registry, route, journal, engine_client),
-            *(slots, owners, doors, roots, saved),
+            *(settings, registry, route, journal, engine_client, owners, doors, roots, saved)
         ).attach(state)
 
 

@@ -51,8 +51,9 @@ class ExpertRegistry:
         self._served = served
         self._ttl = ttl
         self._worker = Worker()
-        slots = engine.vllm_config.lora_config.max_loras
-        self.gate = Gate(self._worker, slots, patience, self._in_slot)
+        # How many experts are on the device at one time.
+        self.slots: int = engine.vllm_config.lora_config.max_loras
+        self.gate = Gate(self._worker, self.slots, patience, self._in_slot)
         # Whether vLLM's scheduler takes requests by priority; otherwise it refuses any.
         self.vllm_orders = engine.vllm_config.scheduler_config.policy == "priority"
         self._experts: dict[str, Expert] = {}

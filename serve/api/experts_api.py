@@ -84,7 +84,7 @@ async def list_experts(request: Request) -> JSONResponse:
     """All experts with their residency."""
     server = server_state(request)
     data = [_describe(each, server) for each in server.registry if _visible(each.name, server)]
-    return JSONResponse({"object": "list", "data": data, "slots": server.slots})
+    return JSONResponse({"object": "list", "data": data, "slots": server.registry.slots})
 
 
 @experts_router.post("/experts")

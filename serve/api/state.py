@@ -25,7 +25,6 @@ class ServerState:
         route: Who answers `auto`.
         journal: Requests in flight.
         engine: vLLM's engine client.
-        slots: How many experts are on the device at one time.
         owners: Whose each response is.
         doors: Whose keys open what.
         roots: Where experts and routers that a client names may lie.
@@ -37,7 +36,6 @@ class ServerState:
     route: AutoRoute
     journal: Journal
     engine: Any
-    slots: int
     owners: Owners
     doors: Doors
     roots: Roots
