@@ -39,7 +39,7 @@ ESCAPES = 0.007
 POINTERS = {
     "y": "*bf16", "x": "*bf16", "out": "*bf16", "base": "*bf16", "bias": "*bf16",
     "bias_out": "*bf16", "digits": "*i8", "levels": "*i16", "columns": "*i16", "meta": "*fp32",
-    "h": "*fp32", "order": "*i32", "starts": "*i32", "slot_of_row": "*i32", "ids": "*i64",
+    "h": "*fp32", "order": "*i32", "starts": "*i32", "room": "*i32", "slot_of_row": "*i32", "ids": "*i64",
     "slots": "*u8",
 }  # fmt: skip
 STRIDES = {"slot_bytes": "i64", "y_stride": "i32", "x_stride": "i32"}
@@ -80,6 +80,7 @@ def product(name: str, cut: Tiling, columns: int, many: bool, early: bool) -> Ke
         "STAGES": cut.stages, "WIDTH": cut.width, "BB_MANY": cut.bytes_many,
         "STAGES_MANY": cut.stages_many, "WIDTH_MANY": cut.width_many, "MANY": many,
         "MAPPED": False, "FETCH": cut.fetch, "ASSEMBLY": True, "WAIT": early,
+        "HALVINGS": cut.halvings if many else 0,
     }  # fmt: skip
     return Kernel(name, triton_kernel.product_kernel, constants, cut.warps, registers=cut.registers)
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from deltamux.serve.worker.triton_image import (
     GROUP,
 )
+from deltamux.serve.worker.triton_parts import steps_of_part
 
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
 _MASKS: tl.constexpr = tl.constexpr(
@@ -81,10 +82,10 @@ def _turned(digits, SPLIT: tl.constexpr):
 
 @triton.jit
 def product_one(
-    plane, digits, row_N, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+    plane, digits, row_N, part, parts, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
     UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k codes q of one row of the batch, float32 [N].
+    """Σ_k codes h and Σ_k codes l of one row of the batch, int32 [N], over a part of the columns.
 
     The eight columns of a tensor core's tile are the digits of the four columns of a byte. Of the
     product with code i, the two columns of i are wanted.
@@ -104,7 +105,8 @@ def product_one(
         d_at = digits + n_8[None, :, None] * bytes + b_d
         a0 = tl.zeros([SPLIT, BN, 8], tl.int32)
     a1, a2, a3 = a0, a0, a0
-    for b in tl.range(0, run, step, num_stages=STAGES):
+    begin, end = steps_of_part(part, parts, run // step)
+    for b in tl.range(begin * step, end * step, step, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             c = _bytes(c_at, b + u * BB, b_c, bytes, even)
             d = _turned(_bytes(d_at, b + u * BB, b_d, bytes, even), SPLIT)
@@ -117,18 +119,17 @@ def product_one(
     sums = tl.where(code == 0, a0, tl.where(code == 1, a1 >> 2, tl.where(code == 2, a2 >> 4, a3)))
     high, low = tl.where(n < 4, sums, 0), tl.where(n < 4, 0, sums)
     if SPLIT == 1:
-        high_N, low_N = tl.sum(high, 1), tl.sum(low, 1)
+        return tl.sum(high, 1), tl.sum(low, 1)
     else:
-        high_N, low_N = tl.sum(tl.sum(high, 2), 0), tl.sum(tl.sum(low, 2), 0)
-    return high_N.to(tl.float32) * 256.0 + low_N.to(tl.float32)
+        return tl.sum(tl.sum(high, 2), 0), tl.sum(tl.sum(low, 2), 0)
 
 
 @triton.jit
 def product_many(
-    plane, digits, row_N, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+    plane, digits, row_N, part, parts, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k codes q of a group's rows, float32 [N, M]."""
+    """As `product_one`, of a group's rows [N, M]."""
     bytes: tl.constexpr = (K + 63) // 64 * 16
     run: tl.constexpr = (bytes + BB * SPLIT - 1) // (BB * SPLIT) * BB
     even: tl.constexpr = run * SPLIT == bytes
@@ -141,7 +142,8 @@ def product_many(
         d_at = digits + m_M[None, :, None] * (8 * bytes) + b_d
         high = tl.zeros([SPLIT, BN, _WIDTH], tl.int32)
     low = high
-    for b in tl.range(0, run, BB, num_stages=STAGES):
+    begin, end = steps_of_part(part, parts, run // BB)
+    for b in tl.range(begin * BB, end * BB, BB, num_stages=STAGES):
         codes = unpack(_bytes(c_at, b, b_c, bytes, even), True, ASSEMBLY)
         for i in tl.static_range(4):
             h = _bytes(d_at + i * bytes, b, b_d, bytes, even)
@@ -149,6 +151,6 @@ def product_many(
             d = _bytes(d_at + (4 + i) * bytes, b, b_d, bytes, even)
             low = tl.dot(codes[i], _turned(d, SPLIT), low, out_dtype=tl.int32)
     if SPLIT > 1:
-        return tl.sum(high, 0).to(tl.float32) * 256.0 + tl.sum(low, 0).to(tl.float32)
+        return tl.sum(high, 0), tl.sum(low, 0)
     else:
-        return high.to(tl.float32) * 256.0 + low.to(tl.float32)
+        return high, low

@@ -66,18 +66,19 @@ def digits_kernel(
         EARLY: Whether this launch may begin before the one ahead of it has ended, and the next one
             before this one has.
     """
+    m, group = tl.program_id(1), tl.program_id(2)
+    first, count = 0, 1
+    row = m.to(tl.int64)
+    if not SINGLE:
+        _, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
+        # Which rows a batch has was written before the launch ahead began: only x has to be waited for.
+        row = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
     if EARLY:
         # What is ahead has ended before the next launch begins: that one may read its output at once.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    m, group = tl.program_id(1), tl.program_id(2)
-    if SINGLE:
-        row, count = m.to(tl.int64), 1
-    else:
-        _, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
-        if m >= count:
-            return
-        row = tl.load(order + first + m).to(tl.int64)
+    if m >= count:
+        return
     x += row * x_stride
     shift, largest = _shift_of(x, K, BLOCK)
     b_B, q_4 = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), tl.arange(0, 4)

@@ -63,26 +63,38 @@ def number(record, field):
 
 
 @triton.jit
-def group_of(
-    starts, index, most, SLOTS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """The `index`-th tile of up to TILE rows of one slot: slot, first place in `order`, rows.
+def tiles_of(starts, most, SLOTS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Where each slot's rows begin and end in `order` [S], and its tiles of up to TILE rows [S].
 
-    Rows are nought where the batch has fewer tiles; slots with more than `most` rows have none.
-    WIDTH: SLOTS rounded up to a power of two.
+    Slots with more than `most` rows have none. WIDTH: SLOTS rounded up to a power of two.
     """
     slot_S = tl.arange(0, WIDTH)
     inside = slot_S < SLOTS
     begin_S = tl.load(starts + slot_S, mask=inside, other=0).to(tl.int32)
     end_S = tl.load(starts + slot_S + 1, mask=inside, other=0).to(tl.int32)
     rows_S = end_S - begin_S
-    tiles_S = tl.where(rows_S <= most, (rows_S + TILE - 1) // TILE, 0)
+    return begin_S, end_S, tl.where(rows_S <= most, (rows_S + TILE - 1) // TILE, 0)
+
+
+@triton.jit
+def group_at(begin_S, end_S, tiles_S, index, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The `index`-th tile of one slot: slot, first place in `order`, rows; none where there are fewer."""
+    slot_S = tl.arange(0, WIDTH)
     last_S = tl.cumsum(tiles_S, 0)
     mine = (index < last_S) & (index >= last_S - tiles_S)
     slot = tl.sum(tl.where(mine, slot_S, 0), 0)
     first = tl.sum(tl.where(mine, begin_S + (index - last_S + tiles_S) * TILE, 0), 0)
     end = tl.sum(tl.where(mine, end_S, 0), 0)
     return slot, first, tl.minimum(end - first, TILE)
+
+
+@triton.jit
+def group_of(
+    starts, index, most, SLOTS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """As `group_at`, of the tiles that `tiles_of` finds."""
+    begin_S, end_S, tiles_S = tiles_of(starts, most, SLOTS, WIDTH, TILE)
+    return group_at(begin_S, end_S, tiles_S, index, WIDTH, TILE)
 
 
 @triton.jit

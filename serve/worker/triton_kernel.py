@@ -21,13 +21,15 @@ from deltamux.serve.worker.triton_image import (
     VECTOR,
     ZERO,
     coded_row,
-    group_of,
+    group_at,
     number,
     record_of,
     section,
     steps_of,
+    tiles_of,
     vector_of,
 )
+from deltamux.serve.worker.triton_parts import join, share_out
 from deltamux.serve.worker.triton_rest import (
     channels_many,
     channels_one,
@@ -80,15 +82,10 @@ def fetch_ahead(image, record, row_N, K: tl.constexpr):
 
 
 @triton.jit
-def _row_parts(
-    at_N, image, record, n_N, row_N, known_N, K: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """What a tile needs beside its codes: y, steps, vector, first escapes."""
+def _row_parts(at_N, image, record, n_N, row_N, known_N):
+    """What a tile needs beside its codes and escapes: y with the vector, steps."""
     y_N = tl.load(at_N, mask=known_N, other=0.0).to(tl.float32)
-    y_N += vector_of(image, record, n_N, known_N)
-    step_N = steps_of(image, record, row_N)
-    begin_N, end_N, ahead = first_escapes(image, record, row_N, known_N, K, WIDTH)
-    return y_N, step_N, begin_N, end_N, ahead
+    return y_N + vector_of(image, record, n_N, known_N), steps_of(image, record, row_N)
 
 
 @triton.jit
@@ -110,62 +107,91 @@ def total_of(meta, places, inside, K: tl.constexpr):
 
 @triton.jit
 def _tile_one(
-    at_N, image, record, digits, levels, meta, n_N, row_N, known_N, K: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
+    at_N, image, record, digits, levels, meta, room, shared, part, parts, n_N, row_N, known_N,
+    K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, WIDTH: tl.constexpr, FETCH: tl.constexpr, ASSEMBLY: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Add the delta of one row of the batch to y at `at_N`."""
-    codes_N = tl.zeros([BN], tl.float32)
+    """Add the delta of one row of the batch, or a part of it, to y at `at_N`."""
+    high_N = tl.zeros([BN], tl.int32)
+    low_N = high_N
     planes = tl.load(record + PLANES)
-    zero = tl.where(planes > 0, number(record, ZERO), 0.0)
     if FETCH:
-        y_N, step_N, begin_N, end_N, ahead = _row_parts(
-            at_N, image, record, n_N, row_N, known_N, K, WIDTH
-        )
+        y_N, step_N = _row_parts(at_N, image, record, n_N, row_N, known_N)
+        begin_N, end_N, ahead = first_escapes(image, record, row_N, known_N, part, parts, K, WIDTH)
     if WAIT:
         tl.extra.cuda.gdc_wait()
     for p in tl.range(0, planes):
         plane = section(image, record, PLANE0 + p, tl.uint8)
-        value_N = product_one(plane, digits, row_N, K, BN, BB, UNROLL, SPLIT, STAGES, ASSEMBLY)
-        codes_N += value_N * tl.where(p == 0, 1.0, 4.0)
-    if not FETCH:
-        y_N, step_N, begin_N, end_N, ahead = _row_parts(
-            at_N, image, record, n_N, row_N, known_N, K, WIDTH
+        h_N, l_N = product_one(
+            plane, digits, row_N, part, parts, K, BN, BB, UNROLL, SPLIT, STAGES, ASSEMBLY
         )
-    scale, total = tl.load(meta), total_of(meta, 0, True, K)
-    codes_N += escapes_one(
-        image, record, levels, row_N, begin_N, end_N, ahead, K, BN, WIDTH
-    )  # fmt: skip
-    rest_N = channels_one(image, record, levels, n_N, known_N, BN)
-    y_N += ((codes_N - zero * total) * step_N + rest_N) * scale
-    tl.store(at_N, y_N.to(at_N.dtype.element_ty), mask=known_N)
+        high_N += h_N * tl.where(p == 0, 1, 4)
+        low_N += l_N * tl.where(p == 0, 1, 4)
+    if not FETCH:
+        begin_N, end_N, ahead = first_escapes(image, record, row_N, known_N, part, parts, K, WIDTH)
+    low_N += escapes_one(image, record, levels, row_N, begin_N, end_N, ahead, K, BN, WIDTH)
+    last = parts == 1
+    if parts > 1:
+        place_N = tl.arange(0, BN)
+        last, high_N, low_N = join(room, shared, parts, high_N, low_N, place_N, place_N < BN, BN)
+    if last:
+        if not FETCH:
+            y_N, step_N = _row_parts(at_N, image, record, n_N, row_N, known_N)
+        codes_N = high_N.to(tl.float32) * 256.0 + low_N.to(tl.float32)
+        codes_N -= tl.where(planes > 0, number(record, ZERO), 0.0) * total_of(meta, 0, True, K)
+        rest_N = channels_one(image, record, levels, n_N, known_N, BN)
+        y_N += (codes_N * step_N + rest_N) * tl.load(meta)
+        tl.store(at_N, y_N.to(at_N.dtype.element_ty), mask=known_N)
 
 
 @triton.jit
-def _tile_many(
-    image, record, digits, columns, meta, count, n_N, row_N, known_N, K: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+def _sums_many(
+    image, record, digits, columns, part, parts, row_N, known_N, K: tl.constexpr, BN: tl.constexpr,
+    BB: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
     ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """The delta of a group, float32 [N, M]."""
-    codes_NM = tl.zeros([BN, _WIDTH], tl.float32)
-    planes = tl.load(record + PLANES)
+    """A part of a group's sums over codes and escapes, int32 [N, M], by high and low digits."""
+    high_NM = tl.zeros([BN, _WIDTH], tl.int32)
+    low_NM = high_NM
     if WAIT:
         tl.extra.cuda.gdc_wait()
-    for p in tl.range(0, planes):
+    for p in tl.range(0, tl.load(record + PLANES)):
         plane = section(image, record, PLANE0 + p, tl.uint8)
-        value_NM = product_many(plane, digits, row_N, K, BN, BB, SPLIT, STAGES, ASSEMBLY)
-        codes_NM += value_NM * tl.where(p == 0, 1.0, 4.0)
-    step_N = steps_of(image, record, row_N)
-    bias_N = vector_of(image, record, n_N, known_N)
+        h_NM, l_NM = product_many(
+            plane, digits, row_N, part, parts, K, BN, BB, SPLIT, STAGES, ASSEMBLY
+        )
+        high_NM += h_NM * tl.where(p == 0, 1, 4)
+        low_NM += l_NM * tl.where(p == 0, 1, 4)
+    low_NM += escapes_many(image, record, columns, row_N, known_N, part, parts, K, BN, WIDTH)
+    return high_NM, low_NM
+
+
+@triton.jit
+def _all_sums(room, shared, parts, high_NM, low_NM, count, BN: tl.constexpr):
+    """Whether no part of a group's tile is missing, and then the sums of all."""
+    last = parts == 1
+    if parts > 1:
+        m_M = tl.arange(0, _WIDTH)
+        place_NM = tl.arange(0, BN)[:, None] * _WIDTH + m_M[None, :]
+        mask_NM = (place_NM >= 0) & (m_M < count)[None, :]
+        last, high_NM, low_NM = join(room, shared, parts, high_NM, low_NM, place_NM, mask_NM, BN)
+    return last, high_NM, low_NM
+
+
+@triton.jit
+def _delta_many(
+    image, record, high_NM, low_NM, columns, meta, count, n_N, row_N, known_N, K: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """The delta of a group, float32 [N, M], from its sums."""
     m_M = tl.arange(0, _WIDTH)
     scale_M = tl.load(meta + m_M * meta_size(K), mask=m_M < count, other=0.0)
     total_M = total_of(meta, m_M, m_M < count, K)
-    zero = tl.where(planes > 0, number(record, ZERO), 0.0)
-    codes_NM += escapes_many(image, record, columns, row_N, known_N, K, BN, WIDTH)
-    codes_NM -= zero * total_M[None, :]
+    zero = tl.where(tl.load(record + PLANES) > 0, number(record, ZERO), 0.0)
+    codes_NM = high_NM.to(tl.float32) * 256.0 + low_NM.to(tl.float32) - zero * total_M[None, :]
     rest_NM = channels_many(image, record, columns, n_N, known_N, BN)
+    step_N, bias_N = steps_of(image, record, row_N), vector_of(image, record, n_N, known_N)
     return (codes_NM * step_N[:, None] + rest_NM) * scale_M[None, :] + bias_N[:, None]
 
 
@@ -189,20 +215,21 @@ def _add_group(y, y_stride, column, order, first, count, n_N, known_N, delta_NM)
 
 @triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3", "most", "skipped"])
 def product_kernel(
-    y, y_stride, digits, levels, columns, meta, slot_of_row, order, starts, slots, slot_bytes,
+    y, y_stride, digits, levels, columns, meta, room, slot_of_row, order, starts, slots, slot_bytes,
     entry0, entry1, entry2, entry3, most, skipped,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr,
     SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
     UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
     BB_MANY: tl.constexpr, STAGES_MANY: tl.constexpr, WIDTH_MANY: tl.constexpr,
     MANY: tl.constexpr, MAPPED: tl.constexpr, FETCH: tl.constexpr, ASSEMBLY: tl.constexpr,
-    WAIT: tl.constexpr,
+    WAIT: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """y[rows of s] += x Δ̂_sᵀ + bias_s; grid (tiles of all slices, groups).
+    """y[rows of s] += x Δ̂_sᵀ + bias_s; grid (tiles of all slices, groups or their parts).
 
     Args:
         y: [T, N of all slices], written in place.
         digits: The batch's inputs: see `triton_digits.py`, like `levels`, `columns`, `meta`.
+        room: Where programs that share a tile add their sums: see `triton_parts.py`.
         entry0: Record of the first slice.
         most: Slots with more rows are left out.
         skipped: Groups in front of the first.
@@ -210,14 +237,18 @@ def product_kernel(
         MANY: Whether the batch has more than one row.
         FETCH: Whether to ask for all that a tile needs before the inputs are there.
         WAIT: Whether the launch may begin before the one ahead of it has ended.
+        HALVINGS: Of a tile's work among programs, at most.
     """
     bytes: tl.constexpr = (K + 63) // 64 * 16
     entry, start, rows, column, _ = slice_of(
         tl.program_id(0), entry0, entry1, entry2, entry3, N0, N1, N2, N3, BN
     )
-    group = tl.program_id(1)
+    group, part, parts = tl.program_id(1), 0, 1
     if MANY:
-        slot, first, count = group_of(starts, group + skipped, most, SLOTS, SLOTS_WIDTH, _WIDTH)
+        begin_S, end_S, tiles_S = tiles_of(starts, most, SLOTS, SLOTS_WIDTH, _WIDTH)
+        if HALVINGS > 0:
+            group, part, parts = share_out(group, tl.sum(tiles_S, 0), HALVINGS)
+        slot, first, count = group_at(begin_S, end_S, tiles_S, group + skipped, SLOTS_WIDTH, _WIDTH)
         if count == 0:
             return
         row = tl.load(order + first).to(tl.int64)
@@ -236,15 +267,23 @@ def product_kernel(
     place = group.to(tl.int64) * _WIDTH
     digits += place * (8 * bytes)
     meta += place * meta_size(K)
+    shared = group * tl.num_programs(0) + tl.program_id(0)
     if count == 1:
         at_N = y + row * y_stride + column + n_N
         _tile_one(
-            at_N, image, record, digits, levels + place * (4 * bytes), meta, n_N, row_N, known_N,
-            K, BN, BB, UNROLL, SPLIT, STAGES, WIDTH, FETCH, ASSEMBLY, WAIT,
+            at_N, image, record, digits, levels + place * (4 * bytes), meta, room, shared, part,
+            parts, n_N, row_N, known_N, K, BN, BB, UNROLL, SPLIT, STAGES, WIDTH, FETCH, ASSEMBLY,
+            WAIT,
         )  # fmt: skip
     elif MANY:
-        delta_NM = _tile_many(
-            image, record, digits, columns + place * (4 * bytes), meta, count, n_N,
-            row_N, known_N, K, BN, BB_MANY, SPLIT, STAGES_MANY, WIDTH_MANY, ASSEMBLY, WAIT,
+        columns += place * (4 * bytes)
+        high_NM, low_NM = _sums_many(
+            image, record, digits, columns, part, parts, row_N, known_N, K, BN, BB_MANY,
+            SPLIT, STAGES_MANY, WIDTH_MANY, ASSEMBLY, WAIT,
         )  # fmt: skip
-        _add_group(y, y_stride, column, order, first, count, n_N, known_N, delta_NM)
+        last, high_NM, low_NM = _all_sums(room, shared, parts, high_NM, low_NM, count, BN)
+        if last:
+            delta_NM = _delta_many(
+                image, record, high_NM, low_NM, columns, meta, count, n_N, row_N, known_N, K, BN
+            )
+            _add_group(y, y_stride, column, order, first, count, n_N, known_N, delta_NM)

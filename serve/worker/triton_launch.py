@@ -2,7 +2,8 @@
 
 Two launches: the batch's inputs become whole numbers (`triton_digits.py`), then all slots' deltas
 are multiplied and added. Grids follow from the layer and from the rows of the call, never from what
-the batch or the slots hold. Sums run over whole numbers: a row's result does not depend on the
+the batch or the slots hold; programs that find fewer groups than there might be share their work out
+(`triton_parts.py`). Sums run over whole numbers: a row's result does not depend on the
 other rows of its batch.
 """
 
@@ -15,6 +16,7 @@ from deltamux.serve.worker.triton_digits import launch_digits
 from deltamux.serve.worker.triton_factors import launch_factors
 from deltamux.serve.worker.triton_image import GROUP
 from deltamux.serve.worker.triton_kernel import product_kernel
+from deltamux.serve.worker.triton_parts import room_for_sums
 
 MAX_SLICES = 4
 # Groups of one launch: bounds the inputs' buffers where a prompt belongs to no slot in large part.
@@ -36,6 +38,7 @@ class Tiling:
         warps: Warps of a program.
         registers: Most registers of a thread; None: no limit.
         fetch: Whether a program asks for all it needs before it waits for the inputs.
+        halvings: Of a tile's work among programs, at most; for groups.
     """
 
     rows: int = 64
@@ -50,6 +53,7 @@ class Tiling:
     warps: int = 2
     registers: int | None = None
     fetch: bool = False
+    halvings: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,14 @@ def groups_of(rows: int, slots: int, tile: int = GROUP) -> int:
     return min(rows, slots) + max(rows - slots, 0) // tile
 
 
-# Chosen by timing on an H200 at Mistral-7B's shapes: of several, the fastest where they are used.
+# Chosen by timing on an H200 and an H100 at Mistral-7B's shapes: of several, the fastest where they are used.
 # One row: a short wait counts, so small matrices are cut small, and loads are begun early.
 LATENCY = Tiling(rows=16, split=4, width=32, warps=4, fetch=True)
 SINGLE = Tiling(rows=32)
 # More rows: few instructions a weight, or enough programs where that leaves too few.
-MIDDLE = Tiling(rows=32, width_many=4)
+MIDDLE = Tiling(rows=32, width_many=4, halvings=2)
 # Without a limit the compiler aims at 168 registers and spills a few.
-THROUGHPUT = Tiling(rows=64, unroll=2, stages=3, registers=232)
+THROUGHPUT = Tiling(rows=64, unroll=2, stages=3, registers=232, halvings=3)
 FEW_PROGRAMS, MANY_TILES, MANY_ROWS = 264, 256, 16
 
 
@@ -168,14 +172,17 @@ def _launch(
     groups, skipped, most = part
     count, early = slots.shape[0], capabilities.early_start
     made = launch_digits(x_TK, order, starts, count, part, early)
+    room = room_for_sums(x_TK.device)
     tiles = sum(-(-size // cut.rows) for size in places.sizes)
+    # Programs share tiles out where one launch has all groups.
+    halvings = cut.halvings if rows > 1 and skipped == 0 and groups < MOST_GROUPS else 0
     options: dict[str, object] = {"launch_pdl": True} if early else {}
-    product_kernel[(tiles, groups)](
-        y_TN, y_TN.stride(0), made.digits, made.levels, made.columns, made.meta,
+    product_kernel[(tiles, max(groups, 1 << halvings))](
+        y_TN, y_TN.stride(0), made.digits, made.levels, made.columns, made.meta, room,
         slot_of_row, order, starts, slots, slots.stride(0), *places.records, most, skipped, *places.sizes, K=columns,
         SLOTS=count, SLOTS_WIDTH=triton.next_power_of_2(count), BN=cut.rows, BB=cut.bytes,
         UNROLL=cut.unroll, SPLIT=cut.split, STAGES=cut.stages, WIDTH=cut.width,
         BB_MANY=cut.bytes_many, STAGES_MANY=cut.stages_many, WIDTH_MANY=cut.width_many,
         MANY=rows > 1, MAPPED=row_map, FETCH=cut.fetch, ASSEMBLY=capabilities.assembly,
-        WAIT=early, num_warps=cut.warps, maxnreg=cut.registers, **options,
+        WAIT=early, HALVINGS=halvings, num_warps=cut.warps, maxnreg=cut.registers, **options,
     )  # fmt: skip

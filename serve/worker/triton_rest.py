@@ -17,6 +17,7 @@ from deltamux.serve.worker.triton_image import (
     STARTS,
     section,
 )
+from deltamux.serve.worker.triton_parts import span_of_part
 
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
 
@@ -30,7 +31,7 @@ def escape_table(image, record):
 
 @triton.jit
 def escape_spans(starts, row_N, known_N, present, BLOCKS: tl.constexpr):
-    """Where each row's escapes begin and end; nought rows of them where there are none."""
+    """Where each row's escapes begin and end; at the same place where there are none."""
     begin_N = tl.zeros_like(row_N)
     end_N = begin_N
     if present:
@@ -58,11 +59,14 @@ def _parts(entry, place, starts, row, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def first_escapes(image, record, row_N, known_N, K: tl.constexpr, WIDTH: tl.constexpr):
-    """Where each row's escapes begin and end [N], and the first WIDTH of each row [N, E]."""
+def first_escapes(
+    image, record, row_N, known_N, part, parts, K: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Where a part of each row's escapes begins and ends [N], and its first WIDTH [N, E]."""
     blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     starts, escapes, present = escape_table(image, record)
     begin_N, end_N = escape_spans(starts, row_N, known_N, present, blocks)
+    begin_N, end_N = span_of_part(begin_N, end_N, part, parts)
     at = begin_N[:, None] + tl.arange(0, WIDTH)[None, :]
     return begin_N, end_N, _entries(escapes, at, end_N[:, None])
 
@@ -72,7 +76,7 @@ def escapes_one(
     image, record, levels, row_N, begin_N, end_N, ahead, K: tl.constexpr, BN: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Σ d q over the escapes of each row, float32 [N], for one row of the batch.
+    """Σ d q over the escapes of each row, int32 [N], for one row of the batch.
 
     The next escapes are on their way while the inputs of these are read; the first are given.
     """
@@ -88,15 +92,15 @@ def escapes_one(
         at += WIDTH
         ahead = _entries(escapes, at, end_N[:, None])
         sum_NE += q_NE.to(tl.int32) * d
-    return tl.sum(sum_NE, 1).to(tl.float32)
+    return tl.sum(sum_NE, 1)
 
 
 @triton.jit
 def escapes_many(
-    image, record, columns, row_N, known_N, K: tl.constexpr, BN: tl.constexpr,
+    image, record, columns, row_N, known_N, part, parts, K: tl.constexpr, BN: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Σ d q over the escapes of each row, float32 [N, M], for a group.
+    """Σ d q over a part of the escapes of each row, int32 [N, M], for a group.
 
     The inputs of the next escapes are on their way while these are multiplied, and so are the
     escapes after them.
@@ -105,6 +109,7 @@ def escapes_many(
     m_M = tl.arange(0, _WIDTH)
     starts, escapes, present = escape_table(image, record)
     begin_N, end_N = escape_spans(starts, row_N, known_N, present, blocks)
+    begin_N, end_N = span_of_part(begin_N, end_N, part, parts)
     sum_NEM = tl.zeros([BN, WIDTH, _WIDTH], tl.int32)
     at = begin_N[:, None] + tl.arange(0, WIDTH)[None, :]
     column, d = _parts(_entries(escapes, at, end_N[:, None]), at, starts, row_N[:, None], blocks)
@@ -118,7 +123,7 @@ def escapes_many(
         ahead = _entries(escapes, at, end_N[:, None])
         sum_NEM += q_NEM.to(tl.int32) * d[:, :, None]
         q_NEM, d = q_next, d_next
-    return tl.sum(sum_NEM, 1).to(tl.float32)
+    return tl.sum(sum_NEM, 1)
 
 
 @triton.jit

@@ -25,10 +25,12 @@ from benchmarks.gpu_images import (
 from deltamux.serve.worker import triton_product
 from deltamux.serve.worker.triton_dense import launch_dense
 from deltamux.serve.worker.triton_launch import Capabilities, Tiling, launch_product
+from deltamux.serve.worker.triton_parts import room_for_sums
 
 CPU = torch.device("cpu")
 PLAIN = Capabilities(assembly=False, early_start=False)
 SPLIT = Tiling(rows=16, split=4, width=32, warps=4, fetch=True)
+SHARED = Tiling(rows=16, bytes=32, bytes_many=32, stages_many=2, halvings=3)
 EPSILON = 1e-5
 
 
@@ -74,6 +76,19 @@ CASES = {
     "split rows": Case(rows=(0, 1), tiling=SPLIT),
     "split rows that fill no run": Case(columns=130, rows=(0, 1), tiling=SPLIT),
     "split groups": Case(rows=(0, 0, 1, 0), tiling=SPLIT),
+    "a slot's rows shared out": Case(columns=1000, rows=(0,) * 5, tiling=SHARED),
+    "groups of one row shared out": Case(columns=1000, rows=(-1,) * 6 + (0, 1), tiling=SHARED),
+    "more parts than steps": Case(columns=130, rows=(1, 1, -1), tiling=SHARED),
+    "two planes shared out": Case(
+        columns=1000, rows=(0, 1, 1), tiling=SHARED, content={"planes": 2, "zero": 8.0}
+    ),
+    "all kinds shared out": Case(
+        sizes=(37, 20),
+        columns=600,
+        rows=(0, 0, -1, 1),
+        tiling=SHARED,
+        content={"steps": True, "channels": 3, "vector": True},
+    ),
     "unrolled": Case(columns=1000, rows=(0,), tiling=Tiling(rows=16, bytes=32, unroll=2)),
 }
 
@@ -168,7 +183,8 @@ def same_whatever_the_batch() -> dict[str, object]:
     y = torch.randn(20, 48, generator=generator).bfloat16()
     found = []
     for rows, tiling in (
-        ([0], None), ([0], SPLIT), ([0] * 5, None), ([0, -1, 1, 0], None), ([0] * 18, None)
+        ([0], None), ([0], SPLIT), ([0] * 5, None), ([0, -1, 1, 0], None), ([0] * 18, None),
+        ([0] * 5, SHARED), ([0, -1, 1, -1, -1], SHARED), ([0, 1] * 9, SHARED),
     ):  # fmt: skip
         where = rows_by_slot(rows, len(slots), CPU)
         out = y[: len(rows)].clone()
@@ -268,6 +284,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, case in CASES.items():
         print(json.dumps({"case": name, **check(case)}))
+        # What programs add to is left as it was found, for the next launch.
+        assert not room_for_sums(CPU).any(), name
     for work in (same_whatever_the_batch, merged_weights, long_prompts, embedding_rows, norms):
         print(json.dumps({"case": work.__name__, **work()}))
 
