@@ -97,8 +97,11 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 2000])
 def test_launches_ask_the_device_for_nothing_but_memory(rows: int) -> None:
     from deltamux.serve.worker.triton_launch import Capabilities, launch_product
+    from deltamux.serve.worker.triton_parts import room_for_sums
     from deltamux.serve.worker.triton_rows import launch_embedding, launch_norm
 
+    # Made once, by the trial before any graph is captured.
+    room_for_sums(torch.device("cpu"))
     slots = torch.zeros(4, 1024, dtype=torch.uint8)
     x = torch.zeros(rows, 64, dtype=torch.bfloat16)
     index, starts = torch.zeros(rows, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
