@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from benchmarks.record import RESULTS, keep
+from benchmarks.serving_engine import save_adapter
 from benchmarks.swap_load import Answer, client, replay, stream, zipf_trace
 from deltamux.serve.demo.load import Scrape
 from deltamux.serve.demo.server import Server, deltamux_serve, running_server
@@ -192,7 +193,9 @@ class Bench:
     @contextmanager
     def adapters(self) -> Iterator[tuple[Server, list[str]]]:
         """VLLM's own LoRA: adapters whose bytes are those of an image, as many slots."""
-        folders = sorted((self.root / "adapters").glob("r64-*"))
+        folders = [self.root / "adapters" / f"r64-{i}" for i in range(len(self.paths))]
+        for seed, folder in enumerate(folders):
+            save_adapter(self.root / "base", folder, 64, seed)
         names = [f"e{i}" for i in range(EXPERTS)]
         modules = [f"{name}={folders[i % len(folders)]}" for i, name in enumerate(names)]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
