@@ -86,7 +86,8 @@ class _Traffic:
         if step % EVERY == EVERY // 2 and (request := next(coming, None)):
             if aside:
                 wanted = Wanted(request.lora_int_id, request.lora_name, request.lora_path)
-                thread = Thread(target=self._residency.enter, args=(wanted, keep))
+                self._residency.need([*keep, wanted.expert_id], self._sent)
+                thread = Thread(target=self._residency.enter, args=(wanted,))
                 thread.start()
                 self._entering.append((request, thread))
             else:

@@ -5,7 +5,10 @@ wait for the running step and keep the next one waiting. One connection carries 
 one reply:
 
     {"order": "load", "expert_id": 3, "name": …, "path": …}      →  {"seconds": 0.41}
-    {"order": "enter", …, "keep": [1, 2]}                         →  {"seconds": 0.01}, or {"error": …}
+    {"order": "enter", …, "keep": [1, 2], "number": 7}            →  {"seconds": 0.01}, or {"error": …}
+
+Orders are carried out side by side, and one may wait for a load while later ones are done: whose slots are needed
+is what the order with the highest number said, for all that are still under way.
 """
 
 import json
@@ -30,6 +33,7 @@ class Order(BaseModel):
         name: What vLLM calls it.
         path: Its directory, with the hash of its content.
         keep: Of `enter` and `pin`: experts whose slots are needed by requests that run.
+        number: Of the order, ascending.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,6 +43,7 @@ class Order(BaseModel):
     name: str = ""
     path: str = ""
     keep: list[int] = []
+    number: Annotated[int, Field(ge=0)] = 0
 
 
 def socket_path() -> Path:

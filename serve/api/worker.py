@@ -1,6 +1,7 @@
 """The engine's worker as the API server's process talks to it (see `serve/control.py`)."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import Coroutine
 from typing import Any
@@ -14,6 +15,9 @@ ENGINE_POLL_SECONDS = 0.5
 
 class Worker:
     """Gives orders about experts, each over a connection of its own."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
 
     async def check(self, expert: Expert) -> None:
         """See whether an expert could be loaded.
@@ -71,6 +75,7 @@ class Worker:
             "name": request.lora_name,
             "path": request.lora_path,
             "keep": keep or [],
+            "number": next(self._numbers),
         }
         reply = await _answer(Order.model_validate(content))
         if "error" in reply:

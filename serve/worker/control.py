@@ -64,10 +64,9 @@ def carry_out(residency: Residency, check: Callable[[str], None], line: bytes) -
             check(order.path)
         case "load":
             residency.load(wanted)
-        case "enter":
-            residency.enter(wanted, order.keep)
-        case "pin":
-            residency.enter(wanted, order.keep, pin=True)
+        case "enter" | "pin":
+            residency.need(order.keep, order.number)
+            residency.enter(wanted, pin=order.order == "pin")
         case "unpin":
             residency.unpin(order.expert_id)
         case "leave":

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from deltamux.serve.names import artifact_path
-from deltamux.serve.worker.decoder import Task
+from deltamux.serve.worker.decoder import SHARED_NICENESS, SPARE_NICENESS, Task
 
 logger = logging.getLogger("vllm.deltamux")
 
@@ -25,6 +26,22 @@ LONGEST_MESSAGE = 2**16
 # Where the server may run: the plugin is imported before vLLM's CPU build binds its worker's threads to cores of
 # their own, which a child would inherit.
 CORES = sorted(os.sched_getaffinity(0))
+
+
+def spare_cores() -> tuple[list[int], int]:
+    """Where the decoder runs: cores to which no thread of this process is bound, and its niceness there.
+
+    vLLM's CPU build binds the threads of its worker, which compute all the time: on their cores a decoder would
+    either wait for long or make every step wait. Where they have all cores it must not be in their way.
+    """
+    bound: set[int] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            cores = os.sched_getaffinity(int(thread.name))
+            if len(cores) < len(CORES):
+                bound |= cores
+    spare = sorted(set(CORES) - bound)
+    return (spare, SPARE_NICENESS) if spare else (CORES, SHARED_NICENESS)
 
 
 class Loader:
@@ -98,7 +115,7 @@ class Loader:
         # Decoding has threads of its own; a pool of OpenMP's in each would only disturb the engine.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment.pop("LD_PRELOAD", None)
-        command += [self._task.to_json(), json.dumps(CORES)]
+        command += [self._task.to_json(), json.dumps(spare_cores())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         self._channel = mine

@@ -135,7 +135,7 @@ class ExpertManager:
         """
         if expert_id not in self.residency.ids():
             raise ValueError(f"expert {expert_id} is not loaded: load it before pinning it")
-        self.residency.enter(Wanted(expert_id, "", ""), keep=(), pin=True)
+        self.residency.enter(Wanted(expert_id, "", ""), pin=True)
         return True
 
     def remove_adapter(self, expert_id: int) -> bool:

@@ -77,12 +77,16 @@ class Residency:
         finally:
             self.publish()
 
-    def enter(self, wanted: Wanted, keep: Collection[int], pin: bool = False) -> None:
+    def need(self, expert_ids: Collection[int], number: int) -> None:
+        """Note whose slots must stay theirs; see `SlotTable.need`."""
+        with self._changed:
+            self.table.need(expert_ids, number)
+
+    def enter(self, wanted: Wanted, pin: bool = False) -> None:
         """Bring an expert into a slot that nobody needs; no step waits for it.
 
         Args:
             wanted: The expert.
-            keep: Experts whose slots must stay theirs.
             pin: Let it keep the slot.
 
         Raises:
@@ -99,7 +103,7 @@ class Residency:
                     continue  # another one took its place there
                 image = self.host.get(wanted.expert_id)
                 copied = wanted.expert_id in self.table.filling
-                slot = None if copied else self.table.find(keep)
+                slot = None if copied else self.table.find()
                 if slot is None:
                     self._wait(end)
                     continue

@@ -22,6 +22,7 @@ class SlotTable:
         filling: Experts that are being copied, and into which slot.
         step: Experts of the open step, and the slots that it reads.
         evictions: How many lost their slot to another.
+        needed: Experts whose slots must stay theirs, as the API server last said.
 
     Args:
         count: Slots.
@@ -34,6 +35,13 @@ class SlotTable:
         self.filling: dict[int, int] = {}
         self.step: dict[int, int] = {}
         self.evictions = 0
+        self.needed: frozenset[int] = frozenset()
+        self._said = 0
+
+    def need(self, expert_ids: Collection[int], number: int) -> None:
+        """The API server says whose slots are needed; what it said earlier and comes later counts no more."""
+        if number >= self._said:
+            self.needed, self._said = frozenset(expert_ids), number
 
     def begin(self, expert_ids: Collection[int]) -> list[int]:
         """A step opens; returns those of its experts that are in no slot."""
@@ -44,14 +52,14 @@ class SlotTable:
                 self.step[expert_id] = self.resident[expert_id]
         return [each for each in expert_ids if each not in self.step]
 
-    def find(self, keep: Collection[int]) -> int | None:
-        """A slot that no step reads and nobody in `keep` has; None: there is none now."""
+    def find(self) -> int | None:
+        """A slot that no step reads and that nobody needs; None: there is none now."""
         busy = {*self.step.values(), *self.filling.values()}
         free = set(range(self.count)) - set(self.resident.values()) - busy
         if free:
             return min(free)
         for each, slot in self.resident.items():
-            if each not in keep and each not in self.pinned and slot not in busy:
+            if each not in self.needed and each not in self.pinned and slot not in busy:
                 return self._evict(each)
         return None
 

@@ -144,7 +144,7 @@ def test_an_expert_that_is_brought_in_takes_the_place_of_the_least_recently_used
     manager.step_ended()
     third = request_for(3)
     for _ in range(2):
-        manager.residency.enter(Wanted(3, third.lora_name, third.lora_path), keep=())
+        manager.residency.enter(Wanted(3, third.lora_name, third.lora_path))
     assert set(manager.residency.table.resident) == {2, 3}
     status = manager.residency.status
     assert (status.experts[3].tier, status.experts[1].tier) == ("slot", "host")

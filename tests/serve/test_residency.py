@@ -20,9 +20,9 @@ from deltamux.compression.image.layout import assemble
 from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE, read_status
 from deltamux.serve.worker.capacity import Capacity
 from deltamux.serve.worker.control import carry_out
-from deltamux.serve.worker.decoder import Decoder, Task
+from deltamux.serve.worker.decoder import SPARE_NICENESS, Decoder, Task
 from deltamux.serve.worker.host_cache import HostCache
-from deltamux.serve.worker.loader import Loader
+from deltamux.serve.worker.loader import CORES, Loader, spare_cores
 from deltamux.serve.worker.once import Once
 from deltamux.serve.worker.residency import Residency
 from deltamux.serve.worker.slots import Slots
@@ -67,10 +67,11 @@ def wanted(number: int) -> Wanted:
 
 
 def test_a_step_goes_on_while_another_expert_is_loaded(residency: Residency, disk: Disk) -> None:
-    residency.enter(wanted(1), keep=())
+    residency.enter(wanted(1))
+    residency.need([1, 2], 1)
     disk.open.clear()
     with ThreadPoolExecutor(1) as pool:
-        entering = pool.submit(residency.enter, wanted(2), [1])
+        entering = pool.submit(residency.enter, wanted(2))
         while len(disk.reads) < 2:
             time.sleep(0.001)
         for _ in range(3):
@@ -102,15 +103,35 @@ def test_the_slot_of_an_open_step_is_not_given_away_before_the_step_ends(
     residency: Residency,
 ) -> None:
     for number in (1, 2):
-        residency.enter(wanted(number), keep=())
+        residency.enter(wanted(number))
     residency.begin([wanted(1), wanted(2)])
     with ThreadPoolExecutor(1) as pool:
-        entering = pool.submit(residency.enter, wanted(3), [1])
+        residency.need([1, 3], 1)
+        entering = pool.submit(residency.enter, wanted(3))
         while not residency.host.bytes_of(3):
             time.sleep(0.001)
         assert not entering.done()
         assert set(residency.table.resident) == {1, 2}
         residency.end()
+        entering.result(60)
+    assert set(residency.table.resident) == {1, 3}
+
+
+def test_who_waits_for_a_load_spares_whoever_came_to_be_needed_meanwhile(
+    residency: Residency, disk: Disk
+) -> None:
+    for number in (1, 2):
+        residency.enter(wanted(number))
+    disk.open.clear()
+    with ThreadPoolExecutor(1) as pool:
+        residency.need([2, 3], 1)
+        entering = pool.submit(residency.enter, wanted(3))
+        while len(disk.reads) < 3:
+            time.sleep(0.001)
+        # Expert 2 has nothing to do any more and 1 has: what was said for 3 is out of date when 3 arrives.
+        residency.need([1, 3], 3)
+        residency.need([2, 3], 2)
+        disk.open.set()
         entering.result(60)
     assert set(residency.table.resident) == {1, 3}
 
@@ -125,10 +146,10 @@ def test_a_step_that_needs_an_absent_expert_waits_and_is_counted(residency: Resi
 def test_an_expert_that_leaves_is_on_disk_and_is_read_anew(
     residency: Residency, disk: Disk
 ) -> None:
-    residency.enter(wanted(1), keep=())
+    residency.enter(wanted(1))
     residency.leave(1)
     assert read_status().experts[1].tier == "disk"
-    residency.enter(wanted(1), keep=())
+    residency.enter(wanted(1))
     assert disk.reads == ["/e1", "/e1"]
     assert read_status().experts[1].tier == "slot"
 
@@ -210,3 +231,22 @@ def test_a_decoder_that_dies_is_named_and_started_again(
         with pytest.raises(ValueError, match=r"the decoder ended with status -9"):
             reading.result(60)
     assert loader[0].image(str(make_artifact())).numel() > 0
+
+
+def test_the_decoder_keeps_off_the_cores_that_threads_are_bound_to() -> None:
+    if len(CORES) < 2:
+        pytest.skip("needs two cores")
+    bound, over = threading.Event(), threading.Event()
+
+    def compute(core: int) -> None:
+        os.sched_setaffinity(0, {core})
+        bound.set()
+        over.wait(60)
+
+    assert spare_cores() == (CORES, SPARE_NICENESS)
+    with ThreadPoolExecutor(1) as pool:
+        computing = pool.submit(compute, CORES[0])
+        assert bound.wait(60)
+        assert spare_cores() == (CORES[1:], SPARE_NICENESS)
+        over.set()
+        computing.result(60)
