@@ -3,8 +3,9 @@
     python -m benchmarks.layer_cost [--tokens 8192] [--hidden 4096] [--intermediate 14336]
 
 One decoder layer with a random delta and correlated random inputs goes through the same steps as in
-`deltamux compress`: second moments, one factorization for every distinct input, all rungs of all
-seven linears, encoded. Prints seconds and peak memory of each step, on the GPU if there is one.
+`deltamux compress`: second moments and one factorization for every distinct input, twice; all rungs of all
+seven linears from some of their rows; two rungs of each in full, encoded. Prints seconds and peak memory of each step, on
+the GPU if there is one.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import torch
 
 from benchmarks.record import record
 from deltamux.compression.checkpoint.architecture import Role, TensorSpec
-from deltamux.compression.choice.measure import measure_linear
-from deltamux.compression.recipe import Recipe
+from deltamux.compression.choice.measure import measure_linear, ways_of_steps
+from deltamux.compression.choice.predict import predict_linear
+from deltamux.compression.choice.workspace import Ladder
 from deltamux.compression.rounding.gptq import curvature
 from deltamux.compression.rounding.ladder import Linear
 from deltamux.compression.streaming.forward import best_device, release_memory
@@ -25,6 +27,8 @@ from deltamux.compression.streaming.forward import best_device, release_memory
 LAYERS = 32
 SPEC = TensorSpec("model.layers.0.linear.weight", Role.LINEAR, layer=0)
 DELTA_SCALE = 1e-3
+# Bits a weight of the rung that is measured, with the next coarser one.
+BITS = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def inputs(tokens: int, columns: int, device: torch.device) -> torch.Tensor:
 
 def run(group: Group, tokens: int, device: torch.device) -> dict[str, float]:
     """Seconds of every step for one group of linears."""
-    spent = {"moments": 0.0, "factor": 0.0, "ladders": 0.0}
+    spent = {"moments": 0.0, "factor": 0.0, "predict": 0.0, "measure": 0.0}
     started, cpu = time.perf_counter(), time.process_time()
     moment_KK = torch.zeros(group.columns, group.columns, device=device)
     for start in range(0, tokens, 8192):
@@ -72,13 +76,26 @@ def run(group: Group, tokens: int, device: torch.device) -> dict[str, float]:
         delta_NK = torch.randn(rows, group.columns, device=device) * DELTA_SCALE
         before = time.perf_counter()
         linear = Linear(delta_NK, moment_KK, factored)
-        rungs = measure_linear(SPEC, linear, Recipe())
-        num_bytes += sum(rung.entry.bytes for rung in rungs)
-        num_rungs += len(rungs)
-        spent["ladders"] += time.perf_counter() - before
+        predicted = predict_linear(SPEC, linear)
+        assert predicted is not None
+        middle = time.perf_counter()
+        place = min(range(len(predicted.steps)), key=lambda i: abs(bits(predicted, i) - BITS))
+        chosen = predicted.steps[max(place - 1, 0) : place + 1]
+        rungs = measure_linear(SPEC, ways_of_steps(linear, chosen), None)
+        num_bytes += max(rung.entry.bytes for _, rung in rungs)
+        num_rungs += len(predicted.steps)
+        spent["predict"] += middle - before
+        spent["measure"] += time.perf_counter() - middle
         release_memory()
-    spent |= {"total": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+    # The model runs twice, unless it is so small that second moments are kept.
+    spent["total"] = sum(spent.values()) + spent["moments"] + spent["factor"]
+    spent |= {"elapsed": time.perf_counter() - started, "cpu": time.process_time() - cpu}
     return spent | {"rung_bytes": num_bytes, "rungs": num_rungs, **_peaks(device)}
+
+
+def bits(ladder: Ladder, place: int) -> float:
+    """Of a weight, at a predicted rung."""
+    return ladder.entries[place].bytes * 8 / ladder.num_weights
 
 
 def _wait(device: torch.device) -> None:
@@ -105,7 +122,7 @@ def layer(tokens: int, hidden: int = 4096, intermediate: int = 14336) -> dict[st
         result[group.name] = found
         print(
             f"{group.name:<10} moments {found['moments']:>7.1f} s  factor {found['factor']:>6.1f} s  "
-            f"ladders {found['ladders']:>7.1f} s  peak {found['peak_bytes'] / 1e9:.1f} GB",
+            f"predict {found['predict']:>6.1f} s  measure {found['measure']:>6.1f} s  peak {found['peak_bytes'] / 1e9:.1f} GB",
             flush=True,
         )
     print(

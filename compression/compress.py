@@ -1,7 +1,7 @@
 """Compress an expert: prepare, measure, choose, tune, write, verify.
 
-The decoder is measured layer by layer (`measure.py`): every linear in every way of its ladder. Then bytes, on disk and
-in a slot, are shared out among the matrices (`choose.py`), all deltas are stretched by what rounding took off them
+The decoder is measured layer by layer (`measure.py`): every linear in the ways of its ladder, of which a look at some
+rows leaves two where it can. Then bytes, on disk and in a slot, are shared out among the matrices (`choose.py`), all deltas are stretched by what rounding took off them
 (`tune.py`), and the artifact is written, once, and read back for the comparison with the expert. It is built in a
 hidden directory beside its final name and renamed when it is complete and verified: an interrupted run leaves nothing
 under the final name, and goes on from its last finished layer when it is started again.
@@ -20,6 +20,7 @@ from deltamux.compression.choice.candidates import Candidates
 from deltamux.compression.choice.choose import check_measurable, choose
 from deltamux.compression.choice.fixed import exact_weights, fixed_weights
 from deltamux.compression.choice.measure import measure, measure_key
+from deltamux.compression.choice.predict import predict, shortlist
 from deltamux.compression.choice.task import Task
 from deltamux.compression.choice.tune import tune
 from deltamux.compression.choice.workspace import Workspace
@@ -27,6 +28,7 @@ from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.names import MANIFEST_FILE
 from deltamux.compression.recipe import Recipe
 from deltamux.compression.saving import make_folder
+from deltamux.compression.streaming.moments import InputMoments
 from deltamux.compression.streaming.text import Sample
 
 
@@ -140,6 +142,12 @@ def _candidates(task: Task, work: Workspace) -> Candidates:
     """Measure every linear in every way, and encode what leaves no choice."""
     if task.recipe.lossless:
         return Candidates(task, work, [], exact_weights(task.difference, task.progress))
-    ladders = measure(task.difference, task.recipe, task.fitted, work, task.progress)
     fixed = fixed_weights(task.difference, task.recipe.embedding, task.recipe.limiting_slot_bits)
+    inputs = InputMoments(task.difference.expert, task.fitted)
+    given = (task.difference, task.recipe, inputs, work)
+    wanted = None
+    if task.recipe.predicts:
+        predicted = predict(*given, progress=task.progress)
+        wanted = shortlist(Candidates(task, work, predicted, fixed))
+    ladders = measure(*given, progress=task.progress, wanted=wanted)
     return Candidates(task, work, ladders, fixed)

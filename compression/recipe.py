@@ -202,6 +202,16 @@ class Recipe(_Model):
         return TWO_PLANES_BITS if fine else DEFAULT_SLOT_BITS
 
     @property
+    def predicts(self) -> bool:
+        """Whether rungs may be chosen from before they are measured: by bytes and errors of codes alone."""
+        allocation, linear = self.allocation, self.linear
+        by_codes = linear.fixed_scheme is None and linear.pruning is None
+        predicted = allocation.objective is ObjectiveKind.PREDICTED and allocation.proposer is None
+        return (
+            by_codes and predicted and allocation.target_kl is None and not self.measures_low_rank
+        )
+
+    @property
     def measures_low_rank(self) -> bool:
         """Whether low-rank rungs are worth measuring under the limit."""
         bits = self.allocation.limiting_bits

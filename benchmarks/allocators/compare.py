@@ -52,7 +52,7 @@ class Trial:
     def __init__(self, bench: Bench, recipe: Recipe) -> None:
         self.bench = bench
         work = bench.workspace(recipe)
-        ladders = measure(bench.difference, recipe, bench.calibration, work, progress=False)
+        ladders = measure(bench.difference, recipe, bench.moments, work, progress=False)
         self.candidates = bench.candidates(recipe, work, ladders)
 
     def divergence(self, choice: Choice) -> float:

@@ -47,7 +47,7 @@ from deltamux.compression.recipe import (
     Recipe,
 )
 from deltamux.compression.streaming.forward import WeightSource
-from deltamux.compression.streaming.moments import second_moments
+from deltamux.compression.streaming.moments import InputMoments, second_moments
 from deltamux.compression.streaming.rows import read_rows
 from deltamux.compression.streaming.text import Sample, encode_rows
 
@@ -97,6 +97,11 @@ class Bench:
     def expert(self) -> Checkpoint:
         """The expert's checkpoint."""
         return self.difference.expert
+
+    @property
+    def moments(self) -> InputMoments:
+        """Second moments of the linears' inputs."""
+        return InputMoments(self.expert, self.calibration)
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -176,7 +181,7 @@ def ours(bench: Bench) -> Iterator[Row]:
     budgets = HEADLINE_BUDGETS if bench.seed else HEADLINE_BUDGETS + LOWER_BUDGETS
     every_rung = Recipe(allocation=AllocationRecipe(bits=min(budgets)))
     work = bench.workspace(every_rung)
-    ladders = measure(bench.difference, every_rung, bench.calibration, work, progress=False)
+    ladders = measure(bench.difference, every_rung, bench.moments, work, progress=False)
     # Ladders that an earlier run measured took what they took then.
     took = work.root / "seconds.txt"
     if not took.exists():

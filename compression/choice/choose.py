@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from deltamux.compression.artifact.matrices import FactoredEntry
@@ -49,14 +48,6 @@ LOW_RANK_COST = 8.0
 UNUSED_SHARE = 0.1
 
 logger = logging.getLogger("deltamux.compress")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bytes that the linears may take: on disk, and in a slot where that is limited."""
-
-    disk_bytes: int
-    slot_bytes: int | None
 
 
 def check_measurable(recipe: AllocationRecipe, held_out: bool) -> None:
@@ -118,7 +109,10 @@ def _choose_of(candidates: Candidates, curves: list[Curve], kept: list[list[int]
 
 
 def choose_within(
-    candidates: Candidates, curves: list[Curve], measured: Callable[[Choice], float]
+    candidates: Candidates,
+    curves: list[Curve],
+    measured: Callable[[Choice], float],
+    share: float = 1.0,
 ) -> Choice:
     """A rung for every curve within the recipe's limits.
 
@@ -126,6 +120,7 @@ def choose_within(
         candidates: What is chosen from.
         curves: Of its ladders.
         measured: The KL of a choice on held-out text.
+        share: Of the bytes on disk that may be used, where they are what is limited.
 
     Raises:
         ValueError: A limit cannot be kept.
@@ -146,19 +141,30 @@ def choose_within(
 
     if allocation.target_kl is not None:
         return _search(recipe, at_bits, measured)
-    if allocation.num_bytes is not None:
-        budget = allocation.num_bytes - _overhead(candidates)
-        if budget < 0:
-            raise ValueError(
-                f"num_bytes must be at least {allocation.num_bytes - budget:,} for embedding, norms "
-                f"and headers alone, got {allocation.num_bytes:,}: raise it or the embedding's step"
-            )
-    else:
-        assert allocation.limiting_bits is not None
-        budget = int(allocation.limiting_bits * linear_weights(difference) / 8)
-    choice = within(budget)
-    _warn_of_unused(curves, choice, Limits(budget, slot_bytes))
+    budget = _disk_budget(candidates)
+    choice = within(int(share * budget))
+    if share == 1 and slot_bytes is not None:
+        _warn_of_unused(curves, choice, budget)
     return choice
+
+
+def _disk_budget(candidates: Candidates) -> int:
+    """Bytes that the linears may take on disk.
+
+    Raises:
+        ValueError: All else alone takes more than is allowed.
+    """
+    allocation = candidates.task.recipe.allocation
+    if allocation.num_bytes is None:
+        assert allocation.limiting_bits is not None
+        return int(allocation.limiting_bits * linear_weights(candidates.task.difference) / 8)
+    budget = allocation.num_bytes - _overhead(candidates)
+    if budget < 0:
+        raise ValueError(
+            f"num_bytes must be at least {allocation.num_bytes - budget:,} for embedding, norms "
+            f"and headers alone, got {allocation.num_bytes:,}: raise it or the embedding's step"
+        )
+    return budget
 
 
 def slot_budget(candidates: Candidates, curves: list[Curve]) -> int | None:
@@ -281,16 +287,14 @@ def _search(
     return best
 
 
-def _warn_of_unused(curves: list[Curve], choice: Choice, limits: Limits) -> None:
+def _warn_of_unused(curves: list[Curve], choice: Choice, budget: int) -> None:
     """Say it where the limit in a slot is what holds the artifact's size down."""
-    if limits.slot_bytes is None:
-        return
     largest = [len(curve.rungs) - 1 for curve in curves]
-    wanted = min(limits.disk_bytes, total_bytes(curves, largest))
+    wanted = min(budget, total_bytes(curves, largest))
     found = total_bytes(curves, choice)
     if found < (1 - UNUSED_SHARE) * wanted:
         logger.warning(
             "slot_bits leave %s of the %s bytes on disk unused: raise --slot-bits to use them",
             f"{wanted - found:,}",
-            f"{limits.disk_bytes:,}",
+            f"{budget:,}",
         )

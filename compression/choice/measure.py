@@ -1,8 +1,9 @@
-"""Layer by layer: second moments of the inputs, then every rung of every linear's ladder."""
+"""Layer by layer: second moments of the inputs, then rungs of every linear's ladder."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -12,53 +13,86 @@ from deltamux.compression.artifact.matrices import Coded, Factored
 from deltamux.compression.artifact.stored import Encoded, LinearDelta
 from deltamux.compression.checkpoint.architecture import Role, TensorSpec
 from deltamux.compression.checkpoint.delta import Difference
-from deltamux.compression.choice.workspace import ENTRIES, Ladder, Workspace
+from deltamux.compression.choice.workspace import ENTRIES, Ladder, Wanted, Workspace
 from deltamux.compression.recipe import Recipe
 from deltamux.compression.rounding.gptq import Curvature, curvature
 from deltamux.compression.rounding.ladder import (
     Linear,
+    Rung,
     coded_rungs,
+    coded_steps,
     fixed_rung,
     low_rank_rungs,
     pruned_rungs,
 )
-from deltamux.compression.rounding.low_rank import has_few_directions
-from deltamux.compression.rounding.quantize import quantize
-from deltamux.compression.streaming.moments import second_moments
+from deltamux.compression.rounding.low_rank import FactoredDelta, has_few_directions
+from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme, quantize
+from deltamux.compression.streaming.moments import InputMoments
 from deltamux.compression.streaming.text import Sample
+
+# Number of a rung, its delta, and the share of the delta's output energy that it loses.
+Way = tuple[int, LinearDelta, float]
 
 
 def measure(
     difference: Difference,
     recipe: Recipe,
-    calibration: list[Sample],
+    inputs: InputMoments,
     work: Workspace,
+    *,
     progress: bool = True,
+    wanted: Wanted | None = None,
 ) -> list[Ladder]:
     """Measure the ladder of every linear whose delta is not zero.
 
     Args:
         difference: Base and expert.
         recipe: Schemes, or scores and patterns, of the rungs.
-        calibration: Conversations the second moments are collected on.
+        inputs: Second moments of the linears' inputs.
         work: Where finished layers are kept; those it has are not measured again.
         progress: Show a bar.
+        wanted: Which steps; None: all ways.
     """
+
+    def look(_layer: int, specs: list[TensorSpec], moments: Moments) -> None:
+        measure_layer(difference, recipe, specs, moments, work, wanted=wanted)
+
+    layers = linears_by_layer(difference)
+    has = partial(work.has, wanted=wanted)
+    through(difference, inputs, has, look, ("compress", progress))
+    return [ladder for layer in layers for ladder in work.ladders(layer)]
+
+
+Moments = dict[str, torch.Tensor]
+
+
+def linears_by_layer(difference: Difference) -> dict[int, list[TensorSpec]]:
+    """The decoder's linears, those of a layer together."""
     by_layer: dict[int, list[TensorSpec]] = {}
     for spec in difference.specs:
         if spec.role is Role.LINEAR and spec.layer is not None:
             by_layer.setdefault(spec.layer, []).append(spec)
-    missing = [layer for layer in by_layer if not work.has(layer)]
-    if missing:
-        bar = tqdm(total=len(by_layer), desc="compress", unit="layer", disable=not progress)
-        with bar:
-            for layer, moments in second_moments(difference.expert, calibration, work.has):
-                if moments:
-                    measure_layer(difference, recipe, by_layer[layer], moments, work)
-                bar.update()
-                if layer == missing[-1]:
-                    break
-    return [ladder for layer in by_layer for ladder in work.ladders(layer)]
+    return by_layer
+
+
+def through(
+    difference: Difference,
+    inputs: InputMoments,
+    has: Callable[[int], bool],
+    look: Callable[[int, list[TensorSpec], Moments], None],
+    shown: tuple[str, bool],
+) -> None:
+    """Look at every layer that is missing, with the second moments of its inputs."""
+    by_layer = linears_by_layer(difference)
+    missing = [layer for layer in by_layer if not has(layer)]
+    if not missing:
+        return
+    label, progress = shown
+    with tqdm(total=len(by_layer), desc=label, unit="layer", disable=not progress) as bar:
+        bar.update(len(by_layer) - len(missing))
+        for layer, moments in inputs.of(missing):
+            look(layer, by_layer[layer], moments)
+            bar.update()
 
 
 def measure_key(
@@ -83,8 +117,10 @@ def measure_layer(
     difference: Difference,
     recipe: Recipe,
     specs: list[TensorSpec],
-    moments: dict[str, torch.Tensor],
+    moments: Moments,
     work: Workspace,
+    *,
+    wanted: Wanted | None = None,
 ) -> None:
     """Measure the linears of one layer and keep them.
 
@@ -94,11 +130,10 @@ def measure_layer(
         specs: The layer's linears.
         moments: E[x xᵀ] of their inputs in the expert, by name.
         work: Where the layer is kept.
+        wanted: Which steps; None: all ways.
     """
-    linears = _changed(difference, specs, moments)
-    few = recipe.linear.may_factor and all(
-        has_few_directions(linear.delta_NK, linear.curvature) for linear in linears.values()
-    )
+    linears = changed_linears(difference, specs, moments)
+    few = wanted is None and few_directions_in(recipe, linears)
     ladders: list[Ladder] = []
     kept: dict[str, list[Encoded]] = {}
     layer = specs[0].layer
@@ -108,16 +143,36 @@ def measure_layer(
         linear = linears.pop(spec.name, None)
         if linear is None:
             continue
+        ways = (
+            all_ways(linear, recipe, few)
+            if wanted is None
+            else ways_of_steps(linear, wanted.get(spec.name))
+        )
         folded = spec.norm if spec.norm in difference.folded else None
-        rungs = measure_linear(spec, linear, recipe, folded_norm=folded, few_directions=few)
+        rungs = measure_linear(spec, ways, folded)
         if rungs:
-            kept[spec.name] = rungs
-            entries = ENTRIES.validate_python(tuple(rung.entry for rung in rungs))
-            ladders.append(Ladder(spec.name, layer, linear.energy, entries))
+            kept[spec.name] = [rung for _, rung in rungs]
+            steps = () if wanted is None else tuple(step for step, _ in rungs)
+            ladders.append(_ladder(spec, linear.energy, kept[spec.name], steps))
     work.save(layer, ladders, kept)
 
 
-def _changed(
+def few_directions_in(recipe: Recipe, linears: dict[str, Linear]) -> bool:
+    """Whether a layer is that of a merged adapter, so that low-rank rungs pay at any rate."""
+    return recipe.linear.may_factor and all(
+        has_few_directions(linear.delta_NK, linear.curvature) for linear in linears.values()
+    )
+
+
+def _ladder(
+    spec: TensorSpec, energy: float, rungs: Sequence[Encoded], steps: tuple[int, ...] = ()
+) -> Ladder:
+    assert spec.layer is not None
+    entries = ENTRIES.validate_python(tuple(rung.entry for rung in rungs))
+    return Ladder(spec.name, spec.layer, energy, entries, steps)
+
+
+def changed_linears(
     difference: Difference, specs: list[TensorSpec], moments: dict[str, torch.Tensor]
 ) -> dict[str, Linear]:
     """The linears of a layer that changed, by name; those that read the same inputs share their curvature."""
@@ -137,47 +192,78 @@ def _changed(
 
 
 def measure_linear(
-    spec: TensorSpec,
-    linear: Linear,
-    recipe: Recipe,
-    *,
-    folded_norm: str | None = None,
-    few_directions: bool = False,
-) -> list[Encoded]:
-    """Every rung of one linear as it would be written, by bytes.
+    spec: TensorSpec, ways: Iterable[Way], folded_norm: str | None
+) -> list[tuple[int, Encoded]]:
+    """The rungs of one linear as they would be written, each with its number, by bytes.
 
-    Rungs are encoded beside the rounding of the next ones, on as many threads as torch has.
+    They are encoded beside the rounding of the next ones, on as many threads as torch has.
 
     Args:
         spec: The linear.
-        linear: Its delta and inputs.
-        recipe: The rungs asked for.
+        ways: Number, delta and error of each.
         folded_norm: Name of the norm whose change is folded into the delta.
-        few_directions: Whether the layer is that of a merged adapter: low-rank rungs pay at any rate.
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as encoders:
-        pending = []
-        for rung in _rungs(linear, recipe, few_directions):
-            error = linear.lost(rung.delta.dequantize().to(linear.delta_NK.device))
-            pending.append(
-                encoders.submit(Encoded.of, spec, rung, error=error, folded_norm=folded_norm)
-            )
-    rungs = [encoded.result() for encoded in pending]
-    return sorted(rungs, key=lambda rung: rung.entry.bytes)
+        pending = [
+            (number, encoders.submit(Encoded.of, spec, delta, error=error, folded_norm=folded_norm))
+            for number, delta, error in ways
+        ]
+    rungs = [(number, encoded.result()) for number, encoded in pending]
+    return sorted(rungs, key=lambda rung: rung[1].entry.bytes)
 
 
-def _rungs(linear: Linear, whole: Recipe, few_directions: bool) -> Iterator[LinearDelta]:
+def all_ways(linear: Linear, recipe: Recipe, few_directions: bool = False) -> Iterator[Way]:
+    """Every rung of a linear that a recipe asks for.
+
+    Args:
+        linear: Its delta and inputs.
+        recipe: The rungs asked for.
+        few_directions: Whether the layer is that of a merged adapter.
+    """
+    for number, (delta, error) in enumerate(_rungs(linear, recipe, few_directions)):
+        yield number, delta, error
+
+
+def ways_of_steps(
+    linear: Linear,
+    wanted: Sequence[int] | None,
+    steps: Sequence[tuple[Scheme, float]] | None = None,
+) -> Iterator[Way]:
+    """The entropy-coded rungs of some steps, or of all."""
+    every = steps or coded_steps(linear)
+    numbers = range(len(every)) if wanted is None else wanted
+    rungs = coded_rungs(linear, [every[number] for number in numbers])
+    for number, rung in zip(numbers, rungs, strict=True):
+        if rung is not None:
+            yield number, Coded(rung.delta), rung.error
+
+
+def _rungs(
+    linear: Linear, whole: Recipe, few_directions: bool
+) -> Iterator[tuple[LinearDelta, float]]:
+    """Deltas and their errors."""
     recipe = whole.linear
     scheme = recipe.fixed_scheme
     if scheme is None and recipe.pruning is None:
-        yield from map(Coded, coded_rungs(linear))
+        yield from _of_codes(coded_rungs(linear))
         if whole.measures_low_rank or few_directions:
-            yield from map(Factored, low_rank_rungs(linear, few_directions=few_directions))
+            for factored in low_rank_rungs(linear, few_directions=few_directions):
+                yield Factored(factored), _lost(linear, factored)
     elif scheme is None:
         assert recipe.pruning is not None
-        yield from map(Coded, pruned_rungs(linear, recipe.pruning.score, recipe.pruning.pattern))
+        yield from _of_codes(pruned_rungs(linear, recipe.pruning.score, recipe.pruning.pattern))
     elif recipe.feedback:
-        yield Coded(fixed_rung(linear, scheme, recipe.salient_channels))
+        fixed = fixed_rung(linear, scheme, recipe.salient_channels)
+        yield Coded(fixed), _lost(linear, fixed)
     else:
         energy_K = linear.moment_KK.diagonal().cpu()
-        yield Coded(quantize(linear.delta_NK.cpu(), scheme, energy_K, recipe.salient_channels))
+        plain = quantize(linear.delta_NK.cpu(), scheme, energy_K, recipe.salient_channels)
+        yield Coded(plain), _lost(linear, plain)
+
+
+def _of_codes(rungs: Iterable[Rung | None]) -> Iterator[tuple[LinearDelta, float]]:
+    return ((Coded(rung.delta), rung.error) for rung in rungs if rung is not None)
+
+
+def _lost(linear: Linear, delta: QuantizedDelta | FactoredDelta) -> float:
+    return linear.lost(delta.dequantize().to(linear.delta_NK.device))

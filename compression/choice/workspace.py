@@ -1,13 +1,14 @@
 """Finished layers of a compression on disk, so that an interrupted run goes on where it stopped.
 
-One safetensors file and one JSON file a layer hold every rung of every matrix: the JSON file is
-written last, so that a layer without it counts as not begun. `key.json` says what the layers were
-made from; layers of anything else are deleted. Because every rung is kept, another budget needs no new
-calibration either.
+One safetensors file and one JSON file a layer hold the rungs of every matrix: the JSON file is
+written last, so that a layer without it counts as not begun. Another JSON file holds what all rungs were
+predicted to take and to lose, where only some are measured. `key.json` says what the layers were
+made from; layers of anything else are deleted.
 """
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +30,14 @@ class Ladder:
         layer: Decoder layer.
         energy: tr(Δ H Δᵀ), squared output units a token.
         entries: One for each rung, ascending in bytes.
+        steps: Which of the linear's steps each rung has (`coded_steps`); empty where all its ways were measured.
     """
 
     name: str
     layer: int
     energy: float
     entries: tuple[LinearEntry, ...]
+    steps: tuple[int, ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -44,6 +47,9 @@ class Ladder:
 
 
 ENTRIES = TypeAdapter(tuple[LinearEntry, ...])
+LADDERS = TypeAdapter(list[Ladder])
+# Steps that are to be measured, by the linear's name.
+Wanted = Mapping[str, Sequence[int]]
 
 
 class Workspace:
@@ -61,9 +67,21 @@ class Workspace:
             make_folder(root)
             save_text(json.dumps(key), root / KEY_FILE)
 
-    def has(self, layer: int) -> bool:
-        """Whether a layer is finished."""
-        return self._index(layer).is_file()
+    def has(self, layer: int, wanted: Wanted | None = None) -> bool:
+        """Whether a layer is finished: with these steps of its linears at least, or with all ways."""
+        if not self._index(layer).is_file():
+            return False
+        ladders = self.ladders(layer)
+        if wanted is None:
+            return not any(ladder.steps for ladder in ladders)
+        return all(
+            not ladder.steps or set(wanted.get(ladder.name, ())) <= set(ladder.steps)
+            for ladder in ladders
+        )
+
+    def has_predicted(self, layer: int) -> bool:
+        """Whether a layer's rungs were predicted."""
+        return self._predictions(layer).is_file()
 
     def save(self, layer: int, ladders: list[Ladder], rungs: dict[str, list[Encoded]]) -> None:
         """Keep a layer.
@@ -79,30 +97,21 @@ class Workspace:
             for index, each in enumerate(encoded)
             for name, tensor in each.named_tensors().items()
         }
+        self._index(layer).unlink(missing_ok=True)
         save_tensors(tensors, self._weights(layer), {})
-        content = [
-            {
-                "name": ladder.name,
-                "energy": ladder.energy,
-                "entries": ENTRIES.dump_python(ladder.entries, mode="json"),
-            }
-            for ladder in ladders
-        ]
-        scratch = self._index(layer).with_suffix(".part")
-        save_text(json.dumps(content), scratch)
-        scratch.replace(self._index(layer))
+        _save_ladders(ladders, self._index(layer))
+
+    def save_predicted(self, layer: int, ladders: list[Ladder]) -> None:
+        """Keep what was predicted of a layer."""
+        _save_ladders(ladders, self._predictions(layer))
 
     def ladders(self, layer: int) -> list[Ladder]:
         """The linears of a finished layer."""
-        return [
-            Ladder(
-                name=found["name"],
-                layer=layer,
-                energy=found["energy"],
-                entries=ENTRIES.validate_python(found["entries"]),
-            )
-            for found in json.loads(self._index(layer).read_text())
-        ]
+        return LADDERS.validate_json(self._index(layer).read_bytes())
+
+    def predicted(self, layer: int) -> list[Ladder]:
+        """The linears of a layer as predicted."""
+        return LADDERS.validate_json(self._predictions(layer).read_bytes())
 
     def rung(self, ladder: Ladder, index: int) -> Encoded:
         """One rung of a ladder."""
@@ -121,8 +130,17 @@ class Workspace:
     def _index(self, layer: int) -> Path:
         return self.root / f"layer-{layer:04d}.json"
 
+    def _predictions(self, layer: int) -> Path:
+        return self.root / f"predicted-{layer:04d}.json"
+
     def _weights(self, layer: int) -> Path:
         return self.root / f"layer-{layer:04d}.safetensors"
+
+
+def _save_ladders(ladders: list[Ladder], path: Path) -> None:
+    scratch = path.with_suffix(".part")
+    save_text(LADDERS.dump_json(ladders).decode(), scratch)
+    scratch.replace(path)
 
 
 def _same_key(path: Path, key: dict[str, object]) -> bool:

@@ -16,14 +16,15 @@ raises the squared error a little and lowers the divergence of the model's predi
 Shapes: N output rows, K input channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from deltamux.compression.pruning.scores import Pattern, Score, keep_mask
-from deltamux.compression.rounding.gptq import Curvature, Grid, round_with_feedback
+from deltamux.compression.rounding.gptq import Curvature, Grid, Rounded, round_with_feedback
 from deltamux.compression.rounding.low_rank import FactoredDelta, factored_rungs
 from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme, search_steps
 
@@ -62,10 +63,19 @@ class Linear:
     moment_KK: torch.Tensor
     curvature: Curvature
 
+    def of_rows(self, index: torch.Tensor) -> "Linear":
+        """Some of its rows, int64."""
+        return Linear(self.delta_NK[index].contiguous(), self.moment_KK, self.curvature)
+
     @cached_property
     def weighted_NK(self) -> torch.Tensor:
         """Δ H."""
         return self.delta_NK @ self.moment_KK
+
+    @cached_property
+    def square(self) -> float:
+        """‖Δ‖²."""
+        return float(torch.dot(self.delta_NK.flatten(), self.delta_NK.flatten()))
 
     @cached_property
     def energy(self) -> float:
@@ -89,25 +99,48 @@ class Linear:
         return float(mean.sqrt()) or float(self.delta_NK.square().mean().sqrt())
 
 
-def coded_rungs(linear: Linear) -> Iterator[QuantizedDelta]:
-    """Entropy-coded rungs, from fine to coarse; as many are rounded in one pass as memory allows."""
+class Rung(NamedTuple):
+    """A linear's delta in one of its ways.
+
+    Attributes:
+        delta: What is stored.
+        error: The share of the delta's output energy that is lost.
+    """
+
+    delta: QuantizedDelta
+    error: float
+
+
+def coded_steps(linear: Linear) -> list[tuple[Scheme, float]]:
+    """Levels and step of every entropy-coded rung, from fine to coarse."""
     unit = linear.deviation()
-    grids = [
-        _flat_grid(linear, scheme, step * unit) for scheme, steps in CODED_STEPS for step in steps
-    ]
+    steps = [(scheme, step * unit) for scheme, steps in CODED_STEPS for step in steps]
     highest = Scheme.INT4.levels - 1 - Scheme.INT4.zero_point
     largest = float(linear.delta_NK.abs().max())
-    grids += [
-        _flat_grid(linear, Scheme.INT4, step * unit)
-        for step in REACHING_STEPS
-        if step / 2 * unit * highest < largest
+    return steps + [
+        (Scheme.INT4, step * unit) for step in REACHING_STEPS if step / 2 * unit * highest < largest
     ]
+
+
+def coded_rungs(
+    linear: Linear, steps: Sequence[tuple[Scheme, float]] | None = None
+) -> Iterator[Rung | None]:
+    """Entropy-coded rungs; as many are rounded in one pass as memory allows.
+
+    Args:
+        linear: The delta.
+        steps: Levels and steps; None: those of `coded_steps`.
+
+    Yields:
+        One for each step, None where nothing of the delta is left.
+    """
+    grids = [_flat_grid(linear, *each) for each in steps or coded_steps(linear)]
     at_once = max(1, PASS_ELEMENTS // linear.delta_NK.numel())
     for start in range(0, len(grids), at_once):
         some = grids[start : start + at_once]
         rounded = round_with_feedback(linear.delta_NK, linear.curvature, some)
-        for grid, (levels_NK, _) in zip(some, rounded, strict=True):
-            yield from _coded(linear, grid, levels_NK)
+        for grid, each in zip(some, rounded, strict=True):
+            yield _coded(linear, grid, each)
 
 
 def low_rank_rungs(linear: Linear, few_directions: bool = False) -> Iterator[FactoredDelta]:
@@ -126,7 +159,7 @@ def low_rank_rungs(linear: Linear, few_directions: bool = False) -> Iterator[Fac
             yield factored.scaled(_bounded(linear.energy / overlap))
 
 
-def pruned_rungs(linear: Linear, score: Score, pattern: Pattern) -> Iterator[QuantizedDelta]:
+def pruned_rungs(linear: Linear, score: Score, pattern: Pattern) -> Iterator[Rung | None]:
     """Entropy-coded rungs at one step, whose rates differ by the share of elements dropped."""
     grid = _flat_grid(linear, Scheme.QUINARY, PRUNED_STEP * linear.deviation())
     innovation_K = linear.curvature.innovation_K()
@@ -140,10 +173,8 @@ def pruned_rungs(linear: Linear, score: Score, pattern: Pattern) -> Iterator[Qua
             pattern=pattern,
             sparsity=sparsity,
         )
-        ((levels_NK, _),) = round_with_feedback(
-            linear.delta_NK, linear.curvature, [grid], keep_NK=keep_NK
-        )
-        yield from _coded(linear, grid, levels_NK)
+        (rounded,) = round_with_feedback(linear.delta_NK, linear.curvature, [grid], keep_NK=keep_NK)
+        yield _coded(linear, grid, rounded)
 
 
 def fixed_rung(linear: Linear, scheme: Scheme, salient_channels: int) -> QuantizedDelta:
@@ -162,7 +193,8 @@ def fixed_rung(linear: Linear, scheme: Scheme, salient_channels: int) -> Quantiz
     grids = [Grid(scheme, steps_N * width) for width in FEEDBACK_WIDTHS]
     found = []
     passes = round_with_feedback(delta_NK, linear.curvature, grids, exact_K=exact_K)
-    for grid, (levels_NK, rest_NS) in zip(grids, passes, strict=True):
+    for grid, rounded in zip(grids, passes, strict=True):
+        levels_NK, rest_NS = rounded.levels_NK, rounded.rest_NS
         kept_NK = torch.zeros_like(delta_NK)
         kept_NK[:, salient_S] = rest_NS
         fitted_N = _refit(linear, levels_NK, grid.steps_N, delta_NK - kept_NK)
@@ -183,10 +215,28 @@ def _flat_grid(linear: Linear, scheme: Scheme, step: float) -> Grid:
     return Grid(scheme, torch.full((rows,), step, device=linear.delta_NK.device))
 
 
-def _coded(linear: Linear, grid: Grid, levels_NK: torch.Tensor) -> Iterator[QuantizedDelta]:
-    if levels_NK.any():
-        quantized = QuantizedDelta.from_levels(grid.scheme, levels_NK, grid.steps_N)
-        yield _stretched(linear, quantized)
+def _coded(linear: Linear, grid: Grid, rounded: Rounded) -> Rung | None:
+    """A delta on one step, stretched, and its error from what the pass has lost: E = tr(R H Rᵀ), R = Δ − Δ̂.
+
+    With e = ⟨Δ, Δ⟩ and o = ⟨Δ̂, Δ⟩ is ⟨Δ̂, Δ̂⟩ = E − e + 2 o, so that the error of (1 + d) Δ̂ is
+
+        E + 2 d (E − e + o) + d² (E − e + 2 o) .
+    """
+    levels, step = rounded.levels_NK.flatten(), float(grid.steps_N[0])
+    square = float(torch.dot(levels, levels))
+    if square == 0:
+        return None
+    product = float(torch.dot(levels, linear.delta_NK.flatten()))
+    rest = linear.square - 2 * step * product + step**2 * square
+    lost = rounded.lost - linear.curvature.damping * rest
+    energy, overlap = linear.energy, step * float(torch.dot(linear.weighted_NK.flatten(), levels))
+    stretch = _bounded(energy / overlap) if overlap > 0 and energy > 0 else 1.0
+    stored = torch.tensor([step * stretch]).bfloat16()
+    d = float(stored) / step - 1
+    error = lost + 2 * d * (lost - energy + overlap) + d**2 * (lost - energy + 2 * overlap)
+    shape = rounded.codes_NK.shape[0], rounded.codes_NK.shape[1]
+    coded = QuantizedDelta(grid.scheme, shape, rounded.codes_NK.cpu(), stored.expand(shape[0]))
+    return Rung(coded, max(error, 0.0) / max(energy, 1e-38))
 
 
 def _refit(

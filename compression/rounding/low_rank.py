@@ -208,5 +208,5 @@ def _reaching(values_RK: torch.Tensor, step: float) -> torch.Tensor:
 
 
 def _rounded(values_NK: torch.Tensor, inputs: Curvature, steps_N: torch.Tensor) -> torch.Tensor:
-    ((levels_NK, _),) = round_with_feedback(values_NK, inputs, [Grid(Scheme.INT8, steps_N)])
-    return levels_NK
+    (rounded,) = round_with_feedback(values_NK, inputs, [Grid(Scheme.INT8, steps_N)])
+    return rounded.levels_NK

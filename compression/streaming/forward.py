@@ -25,6 +25,10 @@ from deltamux.compression.checkpoint.architecture import (
 )
 from deltamux.compression.streaming.text import Sample
 
+# A batch of at least so many tokens takes no sample with which its padded ones are more than so many times its own. On
+# a core, products of 500 rows are as fast a row as those of 5,000; chosen, not measured further.
+LEAST_TOKENS, MOST_PADDING = 512, 1.1
+
 WeightSource = Callable[[str], torch.Tensor]
 """Tensor name to tensor."""
 
@@ -261,12 +265,20 @@ def _set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def batches(samples: list[Sample], max_tokens: int) -> Iterator[list[Sample]]:
-    """Samples of like length together, at most `max_tokens` padded tokens a batch."""
+    """Samples of like length together, at most `max_tokens` padded tokens a batch.
+
+    A batch that is large enough takes no sample that would leave much of it to padding.
+    """
     batch: list[Sample] = []
+    tokens = 0
     for sample in sorted(samples, key=lambda sample: len(sample.ids)):
-        if batch and len(sample.ids) * (len(batch) + 1) > max_tokens:
+        length = len(sample.ids)
+        padded = length * (len(batch) + 1)
+        wasteful = tokens >= LEAST_TOKENS and padded > MOST_PADDING * (tokens + length)
+        if batch and (padded > max_tokens or wasteful):
             yield batch
-            batch = []
+            batch, tokens = [], 0
         batch.append(sample)
+        tokens += length
     if batch:
         yield batch

@@ -8,7 +8,7 @@ few hundred terms, and CPUs without matrix units are no faster in it.
 Linears that read the same activations (q, k, v; gate, up) share one matrix.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,43 @@ from deltamux.compression.streaming.forward import Activations, StreamedModel, b
 from deltamux.compression.streaming.text import Sample
 
 BATCH_TOKENS = 8_192
+# Second moments that are kept for another look at the same layers; those of more are collected again. Of SmolLM2-135M
+# all layers' take 400 MB.
+KEPT_BYTES = 2**29
+
+
+class InputMoments:
+    """E[x xᵀ] of the inputs of an expert's linears, layer by layer, as often as they are asked for.
+
+    Args:
+        expert: The fine-tuned model the activations come from.
+        samples: Calibration conversations.
+    """
+
+    def __init__(self, expert: Checkpoint, samples: list[Sample]) -> None:
+        self._expert = expert
+        self._samples = samples
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._room = KEPT_BYTES
+
+    def of(self, layers: Sequence[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """The moments of some layers, ascending; see `second_moments`."""
+        if all(layer in self._kept for layer in layers):
+            yield from ((layer, self._kept[layer]) for layer in layers)
+            return
+        found = second_moments(self._expert, self._samples, lambda layer: layer not in layers)
+        for layer, moments in found:
+            if moments:
+                self._keep(layer, moments)
+                yield layer, moments
+            if layer == layers[-1]:
+                return
+
+    def _keep(self, layer: int, moments: dict[str, torch.Tensor]) -> None:
+        size = sum({moment.data_ptr(): moment.nbytes for moment in moments.values()}.values())
+        if layer not in self._kept and size <= self._room:
+            self._kept[layer] = moments
+            self._room -= size
 
 
 def second_moments(

@@ -38,6 +38,7 @@ from deltamux.compression.recipe import (
     Recipe,
 )
 from deltamux.compression.streaming.fisher import output_sensitivity
+from deltamux.compression.streaming.moments import InputMoments
 from deltamux.compression.streaming.text import random_samples
 
 TEXT = random_samples(272, count=6, length=32)
@@ -58,7 +59,13 @@ class Case:
     recipe: Recipe = ROOMY
 
     def __post_init__(self):
-        ladders = measure(self.difference, self.recipe, TEXT, self.work, progress=False)
+        ladders = measure(
+            self.difference,
+            self.recipe,
+            InputMoments(self.difference.expert, TEXT),
+            self.work,
+            progress=False,
+        )
         fixed = fixed_weights(self.difference, EmbeddingRecipe())
         task = Task.of(self.difference, self.recipe, TEXT, HELD_OUT, progress=False)
         self.candidates = Candidates(task, self.work, ladders, fixed)

@@ -16,9 +16,12 @@ from deltamux.compression.checkpoint.architecture import MODEL_TYPES, Role
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.checkpoint.delta import compare
 from deltamux.compression.choice import measure as measure_module
+from deltamux.compression.choice import predict as predict_module
 from deltamux.compression.choice.workspace import Workspace
 from deltamux.compression.compress import compress
 from deltamux.compression.recipe import AllocationRecipe, LinearRecipe, PruningRecipe, Recipe
+from deltamux.compression.rounding.ladder import Linear
+from deltamux.compression.streaming.moments import InputMoments
 from deltamux.compression.streaming.text import Sample, random_samples
 
 # Records and padding take most of a slot of matrices so small.
@@ -37,12 +40,14 @@ from deltamux.compression.recipe import Recipe
 from deltamux.compression.streaming.text import random_samples
 
 def encode(spec, stored, **common):
-    if spec.name == "model.layers.2.mlp.gate_proj.weight":
+    if spec.name == "model.layers.2.mlp.gate_proj.weight" and predicted.is_file() == measuring:
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(spec, stored, **common)
 
 whole, Encoded.of = Encoded.of, encode
-base, expert, output = sys.argv[1:]
+base, expert, output = sys.argv[1:4]
+predicted = Path(output).with_name(".artifact.partial") / "predicted-0002.json"
+measuring = sys.argv[4] == "measuring"
 pair = open_checkpoint(base), open_checkpoint(expert)
 text = random_samples(272, count=4, length=24)
 compress(*pair, Path(output), Recipe(), calibration=text, held_out=[], progress=False)
@@ -63,9 +68,9 @@ def measured_layers(monkeypatch):
     layers = []
     measure_layer = measure_module.measure_layer
 
-    def note(difference, recipe, specs, moments, work):
+    def note(difference, recipe, specs, *args, **kwargs):
         layers.append(specs[0].layer)
-        measure_layer(difference, recipe, specs, moments, work)
+        measure_layer(difference, recipe, specs, *args, **kwargs)
 
     monkeypatch.setattr(measure_module, "measure_layer", note)
     return layers
@@ -177,30 +182,34 @@ def test_an_interrupted_overwrite_keeps_the_old_artifact(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".artifact.partial", "artifact"]
 
 
-@pytest.fixture(scope="module")
-def killed(checkpoints, tmp_path_factory):
+@pytest.fixture(scope="module", params=["predicting", "measuring"])
+def killed(request, checkpoints, tmp_path_factory):
     """(base, expert, output) of a run that was killed in its third layer."""
     root = tmp_path_factory.mktemp("killed")
     base = checkpoints.save_base(root / "base", num_hidden_layers=3)
     paths = base, checkpoints.save_expert(base, root / "expert"), root / "out" / "artifact"
-    command = [sys.executable, "-c", KILLED, *map(str, paths)]
+    command = [sys.executable, "-c", KILLED, *map(str, paths), request.param]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     return paths
 
 
-def test_a_killed_run_leaves_nothing_under_the_final_name(killed):
+def test_a_killed_run_leaves_nothing_under_the_final_name(killed, request):
     output = killed[-1]
     assert not output.exists()
-    finished = {path.name for path in (output.parent / ".artifact.partial").glob("*.json")}
-    assert finished == {"key.json", "layer-0000.json", "layer-0001.json"}
+    finished = {path.name for path in (output.parent / ".artifact.partial").glob("*-*.json")}
+    if "predicting" in request.node.name:
+        assert finished == {"predicted-0000.json", "predicted-0001.json"}
+    else:
+        predicted = {f"predicted-000{layer}.json" for layer in range(3)}
+        assert finished == predicted | {"layer-0000.json", "layer-0001.json"}
 
 
 def test_a_killed_run_goes_on_from_its_last_finished_layer(killed, tmp_path, monkeypatch):
     output = shutil.copytree(killed[-1].parent, tmp_path / "out") / "artifact"
     partial = output.with_name(".artifact.partial")
-    written = {path: path.stat().st_mtime_ns for path in partial.glob("layer-000[01].*")}
-    assert len(written) == 4
+    written = {path: path.stat().st_mtime_ns for path in partial.glob("*-*")}
+    assert len(written) in {2, 7}
     rewritten = []
 
     def clear(self):
@@ -211,7 +220,7 @@ def test_a_killed_run_goes_on_from_its_last_finished_layer(killed, tmp_path, mon
     layers = measured_layers(monkeypatch)
     compress_on_text(*killed[:2], output)
     assert rewritten == []
-    assert layers == [2]
+    assert layers == ([0, 1, 2] if len(written) == 2 else [2])
 
 
 def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(killed, tmp_path):
@@ -239,11 +248,12 @@ def interrupted(make_pair, tmp_path, monkeypatch):
     return tmp_path / "artifact", measured_layers(monkeypatch)
 
 
-def test_another_budget_measures_nothing_again(make_pair, interrupted):
+def test_another_budget_predicts_nothing_again(make_pair, interrupted, monkeypatch):
     output, layers = interrupted
     recipe = Recipe(allocation=AllocationRecipe(bits=2.5, slot_bits=20.0))
+    monkeypatch.setattr(predict_module, "predict_linear", interrupt)
     compress_on_text(*make_pair(), output, recipe)
-    assert layers == []
+    assert layers == [0, 1]
     assert 2 < Artifact(output).manifest.totals.bits_per_weight <= 2.5
 
 
@@ -335,3 +345,36 @@ def test_an_expert_equal_to_its_base_merges_back_to_the_base(unchanged, tmp_path
     merged = open_checkpoint(tmp_path / "merged")
     assert set(merged.files) == set(base.files)
     assert all(torch.equal(merged.load(name), base.load(name)) for name in base.files)
+
+
+def test_predicted_rungs_are_close_to_measured_ones(make_pair, tmp_path):
+    difference = compare(*(open_checkpoint(root) for root in make_pair()))
+    inputs = InputMoments(difference.expert, TEXT)
+    predicted, measured = (
+        look(difference, RECIPE, inputs, Workspace(tmp_path / look.__name__, {}), progress=False)
+        for look in (predict_module.predict, measure_module.measure)
+    )
+    assert [ladder.name for ladder in predicted] == [ladder.name for ladder in measured]
+    for found, wanted in zip(predicted, measured, strict=True):
+        for entry, real in zip(found.entries, wanted.entries, strict=True):
+            assert entry.shape == real.shape
+            # Streams of some hundred bytes, most of them tables.
+            assert entry.bytes == pytest.approx(real.bytes, rel=0.25, abs=200)
+
+
+def test_what_lies_in_few_rows_is_predicted_from_all_of_them(make_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict_module, "SAMPLED_ROWS", 8)
+    difference = compare(*(open_checkpoint(root) for root in make_pair()))
+    spec = next(spec for spec in difference.specs if spec.name.endswith("0.mlp.up_proj.weight"))
+    moments = dict(InputMoments(difference.expert, TEXT).of([0]))[0]
+    linear = measure_module.changed_linears(difference, [spec], moments)[spec.name]
+    few_NK = torch.zeros_like(linear.delta_NK)
+    few_NK[3] = linear.delta_NK[3]
+    few = Linear(few_NK, linear.moment_KK, linear.curvature)
+    ladder = predict_module.predict_linear(spec, few)
+    whole = measure_module.measure_linear(
+        spec, measure_module.ways_of_steps(few, ladder.steps), None
+    )
+    real = {number: rung.entry for number, rung in whole}
+    for step, entry in zip(ladder.steps, ladder.entries, strict=True):
+        assert entry.error == pytest.approx(real[step].error, rel=1e-6)

@@ -21,6 +21,7 @@ from deltamux.compression.compress import compress
 from deltamux.compression.evaluate import Reference
 from deltamux.compression.recipe import AllocationRecipe, DistillationRecipe, LinearRecipe, Recipe
 from deltamux.compression.streaming.forward import batches
+from deltamux.compression.streaming.moments import InputMoments
 from deltamux.compression.streaming.text import random_samples
 
 TEXT = random_samples(272, count=6, length=24)
@@ -37,7 +38,9 @@ def chosen(request, make_pair, tmp_path_factory):
     base, expert = (open_checkpoint(root) for root in make_pair("qwen2"))
     recipe, difference = RECIPES[request.param], compare(base, expert)
     work = Workspace(tmp_path_factory.mktemp("distil") / "work", {})
-    ladders = measure(difference, recipe, TEXT, work, progress=False)
+    ladders = measure(
+        difference, recipe, InputMoments(difference.expert, TEXT), work, progress=False
+    )
     task = Task.of(difference, recipe, TEXT, [], progress=False)
     candidates = Candidates(task, work, ladders, fixed_weights(difference, recipe.embedding))
     return candidates, choose(candidates)

@@ -1,6 +1,11 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from deltamux.compression.rounding import blocks
 from deltamux.compression.rounding.gptq import (
     DAMPING,
     Curvature,
@@ -31,6 +36,19 @@ def random_delta(rows=ROWS, channels=CHANNELS, seed=1):
 
 def flat_grid(scheme=Scheme.INT4, step=0.5, rows=ROWS):
     return Grid(scheme, torch.full((rows,), step))
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request, monkeypatch):
+    """Both ways in which a CPU rounds a block."""
+    if request.param == "torch":
+        monkeypatch.setattr(blocks, "_library", lambda: None)
+    else:
+        assert blocks._library() is not None
+
+
+def levels_of(*args, **kwargs):
+    return [rounded.levels_NK for rounded in round_with_feedback(*args, **kwargs)]
 
 
 def damped(moment):
@@ -112,11 +130,12 @@ def test_without_correlation_the_innovation_is_the_damped_energy():
     torch.testing.assert_close(found, energy + DAMPING * energy.mean(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("scheme", Scheme)
 def test_levels_are_those_of_explicit_inverses(scheme):
     delta, moment = random_delta(), correlated_moment()
     grid = Grid(scheme, torch.linspace(0.3, 1.2, ROWS))
-    ((found, _),) = round_with_feedback(delta, curvature(moment), [grid])
+    (found,) = levels_of(delta, curvature(moment), [grid])
     wanted, _ = naive_rounding(delta, moment, grid)
     # Float32 against float64: a level differs only where a value lies on the border of two.
     assert torch.equal(found, wanted)
@@ -131,9 +150,9 @@ def test_several_grids_in_one_pass_are_each_as_alone():
         flat_grid(Scheme.SIGN, 1.5),
     ]
     together = round_with_feedback(delta, inputs, grids)
-    for grid, (levels, _) in zip(grids, together, strict=True):
-        ((alone, _),) = round_with_feedback(delta, inputs, [grid])
-        assert torch.equal(levels, alone)
+    for grid, rounded in zip(grids, together, strict=True):
+        (alone,) = levels_of(delta, inputs, [grid])
+        assert torch.equal(rounded.levels_NK, alone)
 
 
 @pytest.mark.parametrize("scheme", Scheme)
@@ -141,9 +160,7 @@ def test_levels_stay_within_the_scheme(scheme):
     delta = random_delta()
     delta[:, 4] *= 1000
     delta[2] *= 1000
-    ((levels, _),) = round_with_feedback(
-        delta, curvature(correlated_moment()), [flat_grid(scheme, 0.4)]
-    )
+    (levels,) = levels_of(delta, curvature(correlated_moment()), [flat_grid(scheme, 0.4)])
     codes = levels + scheme.zero_point
     assert torch.equal(codes, codes.round())
     assert int(codes.min()) >= 0
@@ -152,7 +169,7 @@ def test_levels_stay_within_the_scheme(scheme):
 
 def test_a_row_without_a_step_has_no_levels():
     grid = Grid(Scheme.INT4, torch.tensor([0.5] * (ROWS - 1) + [0.0]))
-    ((levels, _),) = round_with_feedback(random_delta(), curvature(correlated_moment()), [grid])
+    (levels,) = levels_of(random_delta(), curvature(correlated_moment()), [grid])
     assert not levels[-1].any()
     assert levels[:-1].any(dim=1).all()
 
@@ -161,7 +178,8 @@ def test_exact_channels_lose_nothing_and_pass_nothing_on():
     delta, moment, grid = random_delta(), correlated_moment(), flat_grid(Scheme.INT2, 0.8)
     exact = torch.zeros(CHANNELS, dtype=torch.bool)
     exact[[3, 40, 69]] = True
-    ((levels, rest),) = round_with_feedback(delta, curvature(moment), [grid], exact_K=exact)
+    (rounded,) = round_with_feedback(delta, curvature(moment), [grid], exact_K=exact)
+    levels, rest = rounded.levels_NK, rounded.rest_NS
     wanted_levels, wanted_rest = naive_rounding(delta, moment, grid, exact=exact)
     assert torch.equal(levels, wanted_levels)
     # Remainders of values of a few units that were updated up to 70 times in float32.
@@ -171,9 +189,10 @@ def test_exact_channels_lose_nothing_and_pass_nothing_on():
 def test_levels_and_remainders_of_all_channels_give_the_delta_back():
     delta, grid = random_delta(), flat_grid(Scheme.SIGN, 0.8)
     everything = torch.ones(CHANNELS, dtype=torch.bool)
-    ((levels, rest),) = round_with_feedback(
+    (rounded,) = round_with_feedback(
         delta, curvature(correlated_moment()), [grid], exact_K=everything
     )
+    levels, rest = rounded.levels_NK, rounded.rest_NS
     # One rounding of a float32 difference and one of a sum.
     torch.testing.assert_close(levels * 0.8 + rest, delta, rtol=1e-6, atol=1e-6)
 
@@ -184,24 +203,22 @@ def test_exact_channels_come_for_every_grid():
     grids = [flat_grid(step=0.3), flat_grid(step=0.9)]
     inputs = curvature(correlated_moment())
     together = round_with_feedback(random_delta(), inputs, grids, exact_K=exact)
-    for grid, (_, rest) in zip(grids, together, strict=True):
-        ((_, alone),) = round_with_feedback(random_delta(), inputs, [grid], exact_K=exact)
-        assert rest.shape == (ROWS, 2)
+    for grid, rounded in zip(grids, together, strict=True):
+        (alone,) = round_with_feedback(random_delta(), inputs, [grid], exact_K=exact)
+        assert rounded.rest_NS.shape == (ROWS, 2)
         # The same float32 products, in blocks of another size.
-        torch.testing.assert_close(rest, alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rounded.rest_NS, alone.rest_NS, rtol=1e-5, atol=1e-6)
 
 
 def test_without_exact_channels_there_are_no_remainders():
-    ((_, rest),) = round_with_feedback(
-        random_delta(), curvature(correlated_moment()), [flat_grid()]
-    )
-    assert rest.shape == (ROWS, 0)
+    (rounded,) = round_with_feedback(random_delta(), curvature(correlated_moment()), [flat_grid()])
+    assert rounded.rest_NS.shape == (ROWS, 0)
 
 
 def test_what_is_not_kept_has_level_zero_and_is_made_up_for():
     delta, moment, grid = random_delta(), correlated_moment(), flat_grid(Scheme.QUINARY, 0.8)
     keep = torch.rand(ROWS, CHANNELS, generator=torch.Generator().manual_seed(3)) < 0.4
-    ((levels, _),) = round_with_feedback(delta, curvature(moment), [grid], keep_NK=keep)
+    (levels,) = levels_of(delta, curvature(moment), [grid], keep_NK=keep)
     assert not levels[~keep].any()
     assert torch.equal(levels, naive_rounding(delta, moment, grid, keep=keep)[0])
 
@@ -212,7 +229,7 @@ def test_feedback_loses_less_than_rounding_to_the_same_grid(scheme):
     # Wide enough that hardly anything is cut off at the ends of the grid.
     step = {2: 2.0, 3: 1.6, 4: 1.4, 5: 1.1, 8: 0.7, 16: 0.4, 256: 0.1}[scheme.levels]
     grid = flat_grid(scheme, step, 32)
-    ((levels, _),) = round_with_feedback(delta, curvature(moment), [grid])
+    (levels,) = levels_of(delta, curvature(moment), [grid])
     step = grid.steps_N.unsqueeze(1)
     plain = nearest(delta.double().T, grid).T.float() * step
     assert output_error(delta, levels * step, moment) < 0.7 * output_error(delta, plain, moment)
@@ -224,7 +241,7 @@ def test_fewer_tokens_than_channels_still_give_a_factor(tokens):
     found = curvature(moment)
     assert torch.isfinite(found.factor_KK).all()
     delta, grid = random_delta(), flat_grid()
-    ((levels, _),) = round_with_feedback(delta, found, [grid])
+    (levels,) = levels_of(delta, found, [grid])
     plain = nearest(delta.double(), Grid(grid.scheme, grid.steps_N.unsqueeze(1))).float()
     assert output_error(delta, levels * 0.5, moment) < output_error(delta, plain * 0.5, moment)
 
@@ -232,7 +249,7 @@ def test_fewer_tokens_than_channels_still_give_a_factor(tokens):
 def test_inputs_that_are_always_zero_are_rounded_plainly():
     found = curvature(torch.zeros(CHANNELS, CHANNELS))
     delta, grid = random_delta(), flat_grid()
-    ((levels, _),) = round_with_feedback(delta, found, [grid])
+    (levels,) = levels_of(delta, found, [grid])
     plain = nearest(delta.double(), Grid(grid.scheme, grid.steps_N.unsqueeze(1)))
     assert torch.equal(levels, plain.float())
 
@@ -241,8 +258,8 @@ def test_inputs_that_are_always_zero_are_rounded_plainly():
 def test_the_scale_of_the_inputs_does_not_matter(scale):
     delta, grid = random_delta(), flat_grid()
     moment = correlated_moment()
-    ((wanted, _),) = round_with_feedback(delta, curvature(moment), [grid])
-    ((found, _),) = round_with_feedback(delta, curvature(moment * scale), [grid])
+    (wanted,) = levels_of(delta, curvature(moment), [grid])
+    (found,) = levels_of(delta, curvature(moment * scale), [grid])
     assert torch.equal(found, wanted)
 
 
@@ -250,7 +267,7 @@ def test_one_channel_alone_is_rounded():
     inputs = curvature(torch.tensor([[2.0]]))
     assert isinstance(inputs, Curvature)
     grid = Grid(Scheme.INT4, torch.tensor([0.5, 0.5]))
-    ((levels, _),) = round_with_feedback(torch.tensor([[1.1], [-9.0]]), inputs, [grid])
+    (levels,) = levels_of(torch.tensor([[1.1], [-9.0]]), inputs, [grid])
     assert levels.tolist() == [[2.0], [-8.0]]
 
 
@@ -261,3 +278,66 @@ def test_inputs_that_are_not_finite_are_refused_by_the_linear_s_name(place, valu
     moment[place] = value
     with pytest.raises(ValueError, match=r"input of 'mlp\.up' hold NaN or infinity: the expert"):
         curvature(moment, "mlp.up")
+
+
+@pytest.mark.usefixtures("path")
+def test_what_is_lost_is_the_damped_output_energy_of_the_rest():
+    delta, moment = random_delta(rows=21), correlated_moment()
+    grids = [flat_grid(Scheme.INT4, 0.5, rows=21), flat_grid(Scheme.TERNARY, 2.0, rows=21)]
+    for grid, rounded in zip(
+        grids, round_with_feedback(delta, curvature(moment), grids), strict=True
+    ):
+        rest = delta.double() - rounded.levels_NK * grid.steps_N.unsqueeze(1)
+        wanted = float(((rest @ damped(moment)) * rest).sum())
+        # Sums of float32 over channels that were updated up to 70 times.
+        assert rounded.lost == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_the_compiled_loop_rounds_as_torch_does(rows):
+    generator = torch.Generator().manual_seed(3)
+    exact = torch.rand(CHANNELS, generator=generator) < 0.1
+    keep = torch.rand(rows, CHANNELS, generator=generator) < 0.7
+    delta, inputs = random_delta(rows), curvature(correlated_moment())
+    grids = [flat_grid(Scheme.INT4, 0.4, rows), flat_grid(Scheme.TERNARY, 1.5, rows)]
+    compiled = round_with_feedback(delta, inputs, grids, keep, exact)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_library", lambda: None)
+        plain = round_with_feedback(delta, inputs, grids, keep, exact)
+    for found, wanted in zip(compiled, plain, strict=True):
+        assert torch.equal(found.codes_NK, wanted.codes_NK)
+        torch.testing.assert_close(found.rest_NS, wanted.rest_NS, rtol=1e-4, atol=1e-5)
+        assert found.lost == pytest.approx(wanted.lost, rel=1e-5)
+
+
+KERNEL = """
+import torch
+from deltamux.compression.rounding.block_kernel import launch_block
+from deltamux.compression.rounding.blocks import Block, Levels, round_in_torch
+from deltamux.compression.rounding.quantize import Scheme
+
+generator = torch.Generator().manual_seed(4)
+for channels, rows, kept in ((32, 70, False), (19, 64, True)):
+    factor = torch.eye(channels) + 0.1 * torch.randn(channels, channels, generator=generator).triu()
+    found = []
+    keep = torch.rand(channels, 2 * rows, generator=generator) < 0.7 if kept else None
+    work = torch.randn(channels, 2 * rows, generator=generator)
+    for rounding in (launch_block, round_in_torch):
+        levels = Levels.of([Scheme.INT4, Scheme.INT2], torch.full((2 * rows,), 0.3))
+        exact = torch.arange(channels) % 7 == 3
+        block = Block(
+            work.clone(), torch.full(work.shape, 99, dtype=torch.uint8), factor, exact, keep
+        )
+        errors = rounding(block, levels)
+        found.append((block.codes_BM, errors, levels.lost_M, block.work_BM[exact]))
+    (codes, *others), (wanted, *plain) = found
+    assert torch.equal(codes, wanted)
+    for other, plainly in zip(others, plain, strict=True):
+        torch.testing.assert_close(other, plainly, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_the_gpu_s_kernel_rounds_as_torch_does():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", KERNEL], env=environment, check=True)

@@ -18,6 +18,7 @@ from deltamux.compression.choice.tune import (
 )
 from deltamux.compression.choice.workspace import Workspace
 from deltamux.compression.recipe import AllocationRecipe, Recipe
+from deltamux.compression.streaming.moments import InputMoments
 from deltamux.compression.streaming.text import random_samples
 
 TEXT = random_samples(272, count=6, length=32)
@@ -33,7 +34,9 @@ def make_candidates(make_pair, tmp_path_factory):
         difference = compare(*(open_checkpoint(path) for path in make_pair()))
         recipe = Recipe(allocation=AllocationRecipe(bits=bits, slot_bits=20.0))
         work = Workspace(root / "work", {})
-        ladders = measure(difference, recipe, TEXT, work, progress=False)
+        ladders = measure(
+            difference, recipe, InputMoments(difference.expert, TEXT), work, progress=False
+        )
         task = Task.of(difference, recipe, text, HELD_OUT, progress=False)
         return Candidates(task, work, ladders, fixed_weights(difference, recipe.embedding))
 

@@ -65,7 +65,7 @@ def test_a_layer_interrupted_between_its_files_counts_as_not_begun(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace_module.json, "dumps", interrupt)
+        patch.setattr(workspace_module, "_save_ladders", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save_layer(work)
     assert (tmp_path / "work" / "layer-0003.safetensors").is_file()
