@@ -11,7 +11,7 @@ the GPU if there is one.
 import argparse
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,8 +20,9 @@ from deltamux.compression.checkpoint.architecture import Role, TensorSpec
 from deltamux.compression.choice.measure import measure_linear, ways_of_steps
 from deltamux.compression.choice.predict import predict_linear
 from deltamux.compression.choice.workspace import Ladder
-from deltamux.compression.rounding.gptq import curvature
+from deltamux.compression.rounding.gptq import Grid, curvature, round_with_feedback
 from deltamux.compression.rounding.ladder import Linear
+from deltamux.compression.rounding.quantize import Scheme
 from deltamux.compression.streaming.forward import best_device, release_memory
 
 LAYERS = 32
@@ -93,6 +94,26 @@ def run(group: Group, tokens: int, device: torch.device) -> dict[str, float]:
     return spent | {"rung_bytes": num_bytes, "rungs": num_rungs, **_peaks(device)}
 
 
+def check_rounding(device: torch.device) -> None:
+    """Round a small delta on the device and on the CPU; end where more than single levels on borders differ."""
+    group = Group("check", 300, (70,))
+    x_TK = inputs(2000, group.columns, torch.device("cpu"))
+    here = curvature(x_TK.T @ x_TK / len(x_TK))
+    parts = {name: getattr(here, name).to(device) for name in ("order_K", "factor_KK", "root_KK")}
+    there = replace(here, **parts)
+    delta_NK = torch.randn(*group.rows, group.columns)
+    grids = [Grid(scheme, torch.full(group.rows, 0.7)) for scheme in (Scheme.INT4, Scheme.INT2)]
+    moved = [Grid(grid.scheme, grid.steps_N.to(device)) for grid in grids]
+    wanted = round_with_feedback(delta_NK, here, grids)
+    for found, each in zip(
+        round_with_feedback(delta_NK.to(device), there, moved), wanted, strict=True
+    ):
+        same = float((found.codes_NK.cpu() == each.codes_NK).float().mean())
+        print(f"rounding on {device}: {same:.2%} of the codes as on the CPU")
+        if same < 0.99 or abs(found.lost / each.lost - 1) > 0.01:
+            raise SystemExit("rounding on the device is wrong")
+
+
 def bits(ladder: Ladder, place: int) -> float:
     """Of a weight, at a predicted rung."""
     return ladder.entries[place].bytes * 8 / ladder.num_weights
@@ -114,6 +135,8 @@ def layer(tokens: int, hidden: int = 4096, intermediate: int = 14336) -> dict[st
     """Seconds and bytes of one layer's groups, printed as they come, and of 32 such layers."""
     torch.manual_seed(0)
     device = best_device()
+    if device.type != "cpu":
+        check_rounding(device)
     result: dict[str, object] = {"tokens": tokens, "threads": torch.get_num_threads()}
     total = cpu = 0.0
     for group in groups(hidden, intermediate):

@@ -40,7 +40,7 @@ SLOTS = 2
 # Prompts of no expert's domain, for the router. Chosen, not measured.
 ROUTER_PROMPTS = 300
 # Conversations to calibrate and to verify on: a minute of two cores an expert.
-COMPRESSION_ROWS = 40
+COMPRESSION_ROWS = 24
 # Enough for each expert to be asked by name and by `auto`, streamed and not. Chosen, not measured.
 REQUESTS_PER_DOMAIN = 12
 # Everything is local: neither a hub nor vLLM's usage statistics are to be asked.
@@ -106,14 +106,14 @@ def make_experts(folder: DemoFolder) -> None:
     make_base(folder.base)
     for domain in DOMAINS:
         if not folder.expert(domain).is_dir():
-            announce(f"fine-tuning {domain}, every weight", "3 minutes on two cores")
+            announce(f"fine-tuning {domain}, every weight", "2 minutes on two cores")
             examples = [
                 data.Example(row["prompt"], row["response"])
                 for row in rows(folder.data(domain, "train"))
             ]
             experts.train_expert(folder.base, examples, folder.expert(domain), seed=SEED)
         if not folder.compressed(domain).is_dir():
-            announce(f"compressing {domain}", "some minutes on two cores")
+            announce(f"compressing {domain}", "a minute on two cores")
             compress_command(
                 str(folder.base),
                 str(folder.expert(domain)),

@@ -18,11 +18,11 @@ from deltamux.serve.demo import batches as demo_batches
 from deltamux.serve.demo.base import quiet_transformers, staged_directory
 from deltamux.serve.demo.data import Example
 
-# Together they take the held-out loss to a fraction in three minutes of two cores
+# Together they take the held-out loss to a fraction in two minutes of two cores
 # (benchmarks/results/demo_*.json: 1.54 → 0.09 for math); one by one chosen, not measured.
 TRAIN_EXAMPLES = 480
 TEST_EXAMPLES = 64
-STEPS = 64
+STEPS = 40
 BATCH_SIZE = 4
 LEARNING_RATE = 1e-4
 WARMUP_SHARE = 0.1
