@@ -8,8 +8,8 @@ ttft: first token of an expert that is on disk, in host memory, in a slot, one a
 copy: host → slot against a plain copy of the same bytes.
 fits: swaps and stalls of a load over as many experts as there are slots.
 flood: the longest wait of an expert that is asked for while others are flooded.
-zipf: one trace over 16 experts: 4 slots, all resident, 4 slots without the gate (plain LRU: a step loads what it lacks),
-and vLLM's own LoRA with adapters of equal bytes.
+zipf: one trace over 16 experts: 4 slots, the same with images kept on disk, all resident, 4 slots without the gate
+(plain LRU: a step loads what it lacks), and vLLM's own LoRA with adapters of equal bytes.
 
 The parts of a run are kept in one file; parts that are not asked for are taken over from the day's file.
 """
@@ -161,9 +161,14 @@ class Bench:
     def zipf(self) -> Figures:
         """One trace on four servers."""
         found: Figures = {}
-        kinds = {"four slots": (4, True), "all resident": (EXPERTS, True), "plain LRU": (4, False)}
-        for label, (slots, gate) in kinds.items():
-            with self.server(EXPERTS, gate, slots=slots, host_cache="320MB") as (server, names):
+        kinds: dict[str, tuple[bool, dict[str, Any]]] = {
+            "four slots": (True, {"slots": 4}),
+            "four slots, image cache": (True, {"slots": 4, "image_cache": "4GiB"}),
+            "all resident": (True, {"slots": EXPERTS}),
+            "plain LRU": (False, {"slots": 4}),
+        }
+        for label, (gate, settings) in kinds.items():
+            with self.server(EXPERTS, gate, host_cache="320MB", **settings) as (server, names):
                 found[label] = self._replayed(server, names)
         with self.adapters() as (server, names):
             found["vLLM LoRA"] = self._replayed(server, names)
