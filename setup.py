@@ -27,7 +27,11 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     ext_modules=[
         library("deltamux.compression.image._unpack", "compression/image/unpack.cpp"),
-        library("deltamux.compression.rounding._feedback", "compression/rounding/feedback.cpp", "-Wno-psabi"),
+        library(
+            "deltamux.compression.rounding._feedback",
+            "compression/rounding/feedback.cpp",
+            "-Wno-psabi",
+        ),
         # A product and a sum become one operation only where the source says so.
         library("deltamux.serve.worker._product", "serve/worker/product.cpp", "-ffp-contract=off"),
     ],

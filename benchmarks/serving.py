@@ -231,7 +231,7 @@ def run_together(jobs: list[Figures]) -> list[Figures]:
         output, errors = process.communicate()
         lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
         if not lines:
-            raise SystemExit(errors[-3000:])
+            raise SystemExit(errors[-12000:])
         results.append(json.loads(lines[-1].removeprefix("RESULT ")))
     return results
 

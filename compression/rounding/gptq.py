@@ -122,7 +122,8 @@ def _inverse(upper: torch.Tensor) -> torch.Tensor:
     size = len(upper)
     if size <= SMALL_TRIANGLE:
         identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, identity, upper=True)
+        small: torch.Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return small
     half = size // 2
     inverse = torch.zeros_like(upper)
     first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
