@@ -74,16 +74,21 @@ class Block:
     Attributes:
         work_BM: What is to be rounded, float32, contiguous; of exact channels, what is left over afterwards.
         codes_BM: Written, uint8, contiguous.
-        factor_BB: U of these channels, float32, contiguous.
         exact_B: bool, on the CPU: channels of which nothing is lost.
         keep_BM: bool: where False the level is 0; None: everywhere what it is.
     """
 
     work_BM: torch.Tensor
     codes_BM: torch.Tensor
-    factor_BB: torch.Tensor
     exact_B: torch.Tensor
     keep_BM: torch.Tensor | None
+
+    def part(self, channels: slice) -> "Block":
+        """Some of the channels, as views."""
+        keep_BM = None if self.keep_BM is None else self.keep_BM[channels]
+        return Block(
+            self.work_BM[channels], self.codes_BM[channels], self.exact_B[channels], keep_BM
+        )
 
 
 def channels_of_a_block(work_KM: torch.Tensor) -> int:
@@ -91,8 +96,13 @@ def channels_of_a_block(work_KM: torch.Tensor) -> int:
     return GPU_CHANNELS if work_KM.is_cuda else CPU_CHANNELS
 
 
-def round_block(block: Block, levels: Levels) -> torch.Tensor:
+def round_block(block: Block, factor_BB: torch.Tensor, levels: Levels) -> torch.Tensor:
     """Round a block's channels.
+
+    Args:
+        block: The channels.
+        factor_BB: U of them, float32, contiguous.
+        levels: What they are rounded to.
 
     Returns:
         What each channel lost over U_jj, float32 [B, M]; nought for exact ones.
@@ -100,15 +110,15 @@ def round_block(block: Block, levels: Levels) -> torch.Tensor:
     if block.work_BM.is_cuda and _has_triton():
         from deltamux.compression.rounding.block_kernel import launch_block
 
-        return launch_block(block, levels)
+        return launch_block(block, factor_BB, levels)
     if not block.work_BM.is_cuda and (library := _library()):
-        return _round_compiled(library, block, levels)
-    return round_in_torch(block, levels)
+        return _round_compiled(library, block, factor_BB, levels)
+    return round_in_torch(block, factor_BB, levels)
 
 
-def round_in_torch(block: Block, levels: Levels) -> torch.Tensor:
+def round_in_torch(block: Block, factor_BB: torch.Tensor, levels: Levels) -> torch.Tensor:
     """As `round_block`, by torch's own operations."""
-    work_BM, factor_BB = block.work_BM, block.factor_BB
+    work_BM = block.work_BM
     reciprocal_B = factor_BB.diagonal().reciprocal().tolist()
     errors_BM = torch.zeros_like(work_BM)
     for j, exact in enumerate(block.exact_B.tolist()):
@@ -129,14 +139,16 @@ def round_in_torch(block: Block, levels: Levels) -> torch.Tensor:
     return errors_BM
 
 
-def _round_compiled(library: ctypes.CDLL, block: Block, levels: Levels) -> torch.Tensor:
+def _round_compiled(
+    library: ctypes.CDLL, block: Block, factor_BB: torch.Tensor, levels: Levels
+) -> torch.Tensor:
     errors_BM = torch.empty_like(block.work_BM)
     exact_B = block.exact_B.to(torch.uint8)
     keep_BM = None if block.keep_BM is None else block.keep_BM.to(torch.uint8)
     rows = (levels.steps_M, levels.inverse_M, levels.offset_M, levels.lowest_M, levels.highest_M)
     failed = library.deltamux_round_block(
         _address(block.work_BM), *map(ctypes.c_int64, block.work_BM.shape),
-        _address(block.factor_BB), *map(_address, rows), _address(keep_BM), _address(exact_B),
+        _address(factor_BB), *map(_address, rows), _address(keep_BM), _address(exact_B),
         _address(errors_BM), _address(block.codes_BM), _address(levels.lost_M),
     )  # fmt: skip
     assert not failed, "a block has more channels than the compiled loop takes"

@@ -161,20 +161,7 @@ def round_with_feedback(
         exact_K = torch.zeros(columns, dtype=torch.bool)
     exact_K = exact_K.to(order_K.device)[order_K].cpu()
     levels = Levels.of([grid.scheme for grid in grids], torch.cat([g.steps_N for g in grids]))
-    factor_KK = curvature.factor_KK
-    size = channels_of_a_block(work_KM)
-    for start in range(0, columns, size):
-        part = slice(start, min(start + size, columns))
-        block = Block(
-            work_KM[part],
-            codes_KM[part],
-            factor_KK[part, part].contiguous(),
-            exact_K[part],
-            None if keep_KM is None else keep_KM[part],
-        )
-        errors_BM = round_block(block, levels)
-        if part.stop < columns:
-            work_KM[part.stop :].addmm_(factor_KK[part, part.stop :].T, errors_BM, alpha=-1)
+    _round_channels(curvature.factor_KK, levels, Block(work_KM, codes_KM, exact_K, keep_KM))
     natural = torch.empty_like(order_K)
     natural[order_K] = torch.arange(columns, device=order_K.device)
     codes = codes_KM[natural].T.split(rows)
@@ -186,3 +173,15 @@ def round_with_feedback(
             grids, codes, rest_SM.split(rows, dim=1), levels.lost_M.split(rows), strict=True
         )
     ]
+
+
+def _round_channels(factor_KK: torch.Tensor, levels: Levels, channels: Block) -> None:
+    """Round all channels, block by block; those behind a block are corrected once for all of it."""
+    work_KM = channels.work_BM
+    size = channels_of_a_block(work_KM)
+    for start in range(0, len(work_KM), size):
+        part = slice(start, min(start + size, len(work_KM)))
+        block = channels.part(part)
+        errors_BM = round_block(block, factor_KK[part, part].contiguous(), levels)
+        if part.stop < len(work_KM):
+            work_KM[part.stop :].addmm_(factor_KK[part, part.stop :].T, errors_BM, alpha=-1)

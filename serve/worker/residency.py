@@ -4,9 +4,8 @@
     enter    host → slot, one copy into a slot that no step reads   (threads that serve orders)
     begin    a step starts: its experts' slots are looked up     (the engine's thread)
 
-One lock guards the tables, and nobody holds it while bytes move. A slot is free for another expert when its
-expert is in no open step and in no request that the API server reports as running. An expert that a step needs
-and that is not in a slot is brought in by the step itself, which makes the whole batch wait: a stall, counted.
+One lock guards the tables, and nobody holds it while bytes move. A slot is free for another expert when its own is in no
+open step and in no request that the API server reports as running. A step brings in what it lacks: a stall, counted.
 """
 
 import logging
@@ -267,10 +266,8 @@ class Residency:
 
     def _is_in_slot(self, expert_id: int) -> bool:
         with self._changed:
-            if (
-                expert_id not in self.table.resident
-                or self.status.expert(expert_id).error is not None
-            ):
+            missing = expert_id not in self.table.resident
+            if missing or self.status.expert(expert_id).error is not None:
                 return False
             self.table.resident.move_to_end(expert_id)
             return True

@@ -326,9 +326,9 @@ for channels, rows, kept in ((32, 70, False), (19, 64, True)):
         levels = Levels.of([Scheme.INT4, Scheme.INT2], torch.full((2 * rows,), 0.3))
         exact = torch.arange(channels) % 7 == 3
         block = Block(
-            work.clone(), torch.full(work.shape, 99, dtype=torch.uint8), factor, exact, keep
+            work.clone(), torch.full(work.shape, 99, dtype=torch.uint8), exact, keep
         )
-        errors = rounding(block, levels)
+        errors = rounding(block, factor, levels)
         found.append((block.codes_BM, errors, levels.lost_M, block.work_BM[exact]))
     (codes, *others), (wanted, *plain) = found
     assert torch.equal(codes, wanted)
