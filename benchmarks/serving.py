@@ -38,9 +38,14 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(options.root.absolute())
     for part in options.parts.split(","):
-        figures = {"speed": bench.speed, "scale": bench.scale}[part]()
-        record("serving" if part == "speed" else "serving-scale", {part: figures})
-        if part == "scale":
+        if part == "speed":
+            record("serving", {part: bench.speed()})
+            continue
+        figures: Figures = {}
+        try:
+            bench.scale(figures)
+        finally:  # what was measured is kept, whatever fails later
+            record("serving-scale", {part: figures})
             plot(figures, RESULTS / "serving-scale.png")
 
 
@@ -105,27 +110,28 @@ class Bench:
                 figures[f"deltamux LoRA {rank}"] = run({**job, "kind": "deltamux"})
         return figures
 
-    def scale(self) -> Figures:
-        """Throughput of 16 requests and memory, by experts."""
+    def scale(self, figures: Figures) -> None:
+        """Throughput of 16 requests and memory, by experts; filled in as it comes."""
         folder = self.root / "adapters"
         base = str(self.root / "base")
         merged = str(self.root / "experts" / self.names[0])
         job: Figures = {"compiled": False, "mixes": {"all": [None] * REQUESTS}, "model": merged}
-        figures: Figures = {"one merged model": {1: throughput(run(job))}}
+        figures["one merged model"] = {1: throughput(run(job))}
         paths = list(self.experts.values())
         ours = {f"e{i}": paths[i % len(paths)] for i in range(max(COUNTS))}
         job |= {"model": base, "kind": "deltamux"}
-        figures["deltamux"] = {count: self._engine(job, ours, count) for count in COUNTS}
+        figures["deltamux"] = {}
+        for count in COUNTS:
+            figures["deltamux"][count] = self._engine(job, ours, count)
+        figures["a process an expert"] = self._processes()
+        figures["reloading"] = run({"model": merged, "compiled": False, "reload": True})
         for rank in RANKS:
             names = [f"r{rank}-{i}" for i in range(max(COUNTS))]
             adapters = {name: str(folder / name) for name in names}
             job |= {"kind": "lora", "rank": rank, "adapters": True}
-            figures[f"vLLM LoRA {rank}"] = {
-                count: self._engine(job, adapters, count) for count in ADAPTER_COUNTS
-            }
-        figures["a process an expert"] = self._processes()
-        figures["reloading"] = run({"model": merged, "compiled": False, "reload": True})
-        return figures
+            found = figures[f"vLLM LoRA {rank}"] = {}
+            for count in ADAPTER_COUNTS:
+                found[count] = self._engine(job, adapters, count)
 
     @staticmethod
     def _engine(job: Figures, experts: dict[str, str], count: int) -> Figures:
