@@ -64,7 +64,7 @@ def test_the_wheel_holds_the_packages_and_their_data_under_one_root(tmp_path: Pa
     assert not [name for name in names if "test" in name]
     # The compiled parts are there, their sources are not.
     compiled = {Path(name).name.split(".")[0] for name in names if name.endswith(".so")}
-    assert compiled == {"_product", "_unpack"}
+    assert compiled == {"_feedback", "_product", "_unpack"}
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
 
 
