@@ -50,7 +50,10 @@ def chromium() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"chromium is not installed, and apt-get cannot fetch it: {error}")
     (libraries,) = (folder / "usr" / "lib").glob("*-linux-gnu")
-    return options | {"executable_path": binary, "env": {"LD_LIBRARY_PATH": str(libraries)}}
+    # Some packages keep libraries in a folder of their own, which they find only where they are installed.
+    own = {path.parent for path in libraries.glob("*/lib*.so*")}
+    paths = ":".join(map(str, [libraries, *sorted(own)]))
+    return options | {"executable_path": binary, "env": {"LD_LIBRARY_PATH": paths}}
 
 
 def _unpack_package(name: str, folder: Path) -> None:

@@ -65,8 +65,8 @@ def build_site(folder: Path, make: SimpleNamespace, text: Path) -> Path:
     (folder / "drop").mkdir()
     experts = [{"name": name, "path": name} for name in (*NAMES, "broken")]
     experts.append({"name": "far", "path": "nobody/here@main"})
-    # A duration that no test waits for, so that nothing leaves by itself.
-    kept = {"experts_dir": "drop", "state": "state.json", "ttl": "1d"}
+    # A duration that no test waits for, so that nothing leaves by itself; and room for experts that come later.
+    kept = {"experts_dir": "drop", "state": "state.json", "ttl": "1d", "slot": {"bytes": "64KiB"}}
     return make.write_config(folder, {"enable_prefix_caching": True}, experts=experts, **kept)
 
 
