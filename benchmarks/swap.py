@@ -159,7 +159,7 @@ class Bench:
         }
 
     def zipf(self) -> Figures:
-        """One trace on four servers."""
+        """One trace on every server."""
         found: Figures = {}
         kinds: dict[str, tuple[bool, dict[str, Any]]] = {
             "four slots": (True, {"slots": 4}),

@@ -1,10 +1,11 @@
 """Compress an expert: prepare, measure, choose, tune, write, verify.
 
 The decoder is measured layer by layer (`measure.py`): every linear in the ways of its ladder, of which a look at some
-rows leaves two where it can. Then bytes, on disk and in a slot, are shared out among the matrices (`choose.py`), all deltas are stretched by what rounding took off them
-(`tune.py`), and the artifact is written, once, and read back for the comparison with the expert. It is built in a
-hidden directory beside its final name and renamed when it is complete and verified: an interrupted run leaves nothing
-under the final name, and goes on from its last finished layer when it is started again.
+rows leaves two where it can. Then bytes, on disk and in a slot, are shared out among the matrices (`choose.py`), all
+deltas are stretched by what rounding took off them (`tune.py`), and the artifact is written, once, and read back for
+the comparison with the expert. It is built in a hidden directory beside its final name and renamed when it is complete
+and verified: an interrupted run leaves nothing under the final name, and goes on from its last finished layer when it
+is started again.
 """
 
 import tempfile
@@ -28,7 +29,7 @@ from deltamux.compression.evaluate import Evaluation
 from deltamux.compression.names import MANIFEST_FILE
 from deltamux.compression.recipe import Recipe
 from deltamux.compression.saving import make_folder
-from deltamux.compression.streaming.moments import InputMoments
+from deltamux.compression.streaming.moments import KEPT_BYTES, InputMoments
 from deltamux.compression.streaming.text import Sample
 
 
@@ -143,7 +144,9 @@ def _candidates(task: Task, work: Workspace) -> Candidates:
     if task.recipe.lossless:
         return Candidates(task, work, [], exact_weights(task.difference, task.progress))
     fixed = fixed_weights(task.difference, task.recipe.embedding, task.recipe.limiting_slot_bits)
-    inputs = InputMoments(task.difference.expert, task.fitted)
+    # Where rungs are predicted, every layer is looked at twice.
+    kept_bytes = KEPT_BYTES if task.recipe.predicts else 0
+    inputs = InputMoments(task.difference.expert, task.fitted, kept_bytes)
     given = (task.difference, task.recipe, inputs, work)
     wanted = None
     if task.recipe.predicts:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from deltamux.compression.artifact.manifest import deltamux_version
 from deltamux.compression.artifact.matrices import Coded, Factored
-from deltamux.compression.artifact.stored import Encoded, LinearDelta
+from deltamux.compression.artifact.stored import Encoded, Entry, LinearDelta
 from deltamux.compression.checkpoint.architecture import Role, TensorSpec
 from deltamux.compression.checkpoint.delta import Difference
 from deltamux.compression.choice.workspace import ENTRIES, Ladder, Wanted, Workspace
@@ -54,16 +54,13 @@ def measure(
         wanted: Which steps; None: all ways.
     """
 
-    def look(_layer: int, specs: list[TensorSpec], moments: Moments) -> None:
-        measure_layer(difference, recipe, specs, moments, work, wanted=wanted)
+    def look(_layer: int, specs: list[TensorSpec], linears: dict[str, Linear]) -> None:
+        measure_layer(difference, recipe, specs, linears, work, wanted=wanted)
 
     layers = linears_by_layer(difference)
     has = partial(work.has, wanted=wanted)
     through(difference, inputs, has, look, ("compress", progress))
     return [ladder for layer in layers for ladder in work.ladders(layer)]
-
-
-Moments = dict[str, torch.Tensor]
 
 
 def linears_by_layer(difference: Difference) -> dict[int, list[TensorSpec]]:
@@ -79,10 +76,10 @@ def through(
     difference: Difference,
     inputs: InputMoments,
     has: Callable[[int], bool],
-    look: Callable[[int, list[TensorSpec], Moments], None],
+    look: Callable[[int, list[TensorSpec], dict[str, Linear]], None],
     shown: tuple[str, bool],
 ) -> None:
-    """Look at every layer that is missing, with the second moments of its inputs."""
+    """Look at every layer that is missing: its linears, and those of them that changed, by name."""
     by_layer = linears_by_layer(difference)
     missing = [layer for layer in by_layer if not has(layer)]
     if not missing:
@@ -91,7 +88,8 @@ def through(
     with tqdm(total=len(by_layer), desc=label, unit="layer", disable=not progress) as bar:
         bar.update(len(by_layer) - len(missing))
         for layer, moments in inputs.of(missing):
-            look(layer, by_layer[layer], moments)
+            specs = by_layer[layer]
+            look(layer, specs, changed_linears(difference, specs, moments))
             bar.update()
 
 
@@ -117,7 +115,7 @@ def measure_layer(
     difference: Difference,
     recipe: Recipe,
     specs: list[TensorSpec],
-    moments: Moments,
+    linears: dict[str, Linear],
     work: Workspace,
     *,
     wanted: Wanted | None = None,
@@ -128,11 +126,10 @@ def measure_layer(
         difference: Base and expert.
         recipe: The rungs asked for.
         specs: The layer's linears.
-        moments: E[x xᵀ] of their inputs in the expert, by name.
+        linears: Those that changed, by name; taken out one by one.
         work: Where the layer is kept.
         wanted: Which steps; None: all ways.
     """
-    linears = changed_linears(difference, specs, moments)
     few = wanted is None and few_directions_in(recipe, linears)
     ladders: list[Ladder] = []
     kept: dict[str, list[Encoded]] = {}
@@ -153,7 +150,8 @@ def measure_layer(
         if rungs:
             kept[spec.name] = [rung for _, rung in rungs]
             steps = () if wanted is None else tuple(step for step, _ in rungs)
-            ladders.append(_ladder(spec, linear.energy, kept[spec.name], steps))
+            entries = [rung.entry for _, rung in rungs]
+            ladders.append(ladder_of(spec, linear.energy, entries, steps))
     work.save(layer, ladders, kept)
 
 
@@ -164,12 +162,13 @@ def few_directions_in(recipe: Recipe, linears: dict[str, Linear]) -> bool:
     )
 
 
-def _ladder(
-    spec: TensorSpec, energy: float, rungs: Sequence[Encoded], steps: tuple[int, ...] = ()
+def ladder_of(
+    spec: TensorSpec, energy: float, entries: Sequence[Entry], steps: tuple[int, ...]
 ) -> Ladder:
+    """The ladder of a decoder's linear; entries ascend in bytes."""
     assert spec.layer is not None
-    entries = ENTRIES.validate_python(tuple(rung.entry for rung in rungs))
-    return Ladder(spec.name, spec.layer, energy, entries, steps)
+    checked = ENTRIES.validate_python(tuple(entries))
+    return Ladder(spec.name, spec.layer, energy, checked, steps)
 
 
 def changed_linears(

@@ -13,9 +13,8 @@ from deltamux.compression.checkpoint.delta import Difference
 from deltamux.compression.choice.candidates import Candidates
 from deltamux.compression.choice.choose import choose_within, importances, rate_curves
 from deltamux.compression.choice.measure import (
-    Moments,
-    changed_linears,
     few_directions_in,
+    ladder_of,
     linears_by_layer,
     measure_layer,
     measure_linear,
@@ -23,7 +22,7 @@ from deltamux.compression.choice.measure import (
     ways_of_steps,
 )
 from deltamux.compression.choice.problem import Choice, pareto_front
-from deltamux.compression.choice.workspace import ENTRIES, Ladder, Workspace
+from deltamux.compression.choice.workspace import Ladder, Workspace
 from deltamux.compression.recipe import Recipe
 from deltamux.compression.rounding.ladder import Linear, coded_steps
 from deltamux.compression.streaming.moments import InputMoments
@@ -59,10 +58,9 @@ def predict(
         progress: Show a bar.
     """
 
-    def look(layer: int, specs: list[TensorSpec], moments: Moments) -> None:
-        linears = changed_linears(difference, specs, moments)
+    def look(layer: int, specs: list[TensorSpec], linears: dict[str, Linear]) -> None:
         if few_directions_in(recipe, linears):
-            measure_layer(difference, recipe, specs, moments, work)
+            measure_layer(difference, recipe, specs, linears, work)
             work.save_predicted(layer, work.ladders(layer))
             return
         found = [
@@ -104,7 +102,7 @@ def _unmeasured(_choice: Choice) -> float:
 
 
 def _whole_bytes(sampled: int, share: float) -> int:
-    """Bytes of a stream whose rows are so many times the sampled ones."""
+    """Bytes of a stream whose rows are so many times the sampled ones; more of these are never fewer of those."""
     fixed = min(STREAM_BYTES, sampled / 2)
     return round(fixed + (sampled - fixed) * share)
 
@@ -125,7 +123,7 @@ def predict_linear(spec: TensorSpec, linear: Linear) -> Ladder | None:
     if not found:
         return None
     share = rows / count
-    entries = tuple(
+    entries = [
         rung.entry.model_copy(
             update={
                 "shape": tuple(linear.delta_NK.shape),
@@ -135,13 +133,5 @@ def predict_linear(spec: TensorSpec, linear: Linear) -> Ladder | None:
             }
         )
         for _, rung in found
-    )
-    assert spec.layer is not None  # a decoder linear's
-    order = sorted(range(len(entries)), key=lambda place: entries[place].bytes)
-    return Ladder(
-        spec.name,
-        spec.layer,
-        linear.energy,
-        ENTRIES.validate_python(tuple(entries[place] for place in order)),
-        tuple(found[place][0] for place in order),
-    )
+    ]
+    return ladder_of(spec, linear.energy, entries, tuple(step for step, _ in found))

@@ -56,8 +56,8 @@ def launch_block(block: Block, factor_BB: torch.Tensor, levels: Levels) -> torch
     """See `blocks.round_block`."""
     errors_BM = torch.empty_like(block.work_BM)
     channels, rows = block.work_BM.shape
-    exact_B = block.exact_B.to(block.work_BM.device, torch.uint8)
-    keep_BM = exact_B if block.keep_BM is None else block.keep_BM.to(torch.uint8)
+    exact_B = block.exact_B.view(torch.uint8)
+    keep_BM = exact_B if block.keep_BM is None else block.keep_BM.view(torch.uint8)
     block_kernel[(-(-rows // ROWS),)](
         block.work_BM, block.codes_BM, errors_BM, levels.lost_M, factor_BB, exact_B, keep_BM,
         levels.steps_M, levels.inverse_M, levels.offset_M, levels.lowest_M, levels.highest_M,

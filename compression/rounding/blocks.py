@@ -74,8 +74,8 @@ class Block:
     Attributes:
         work_BM: What is to be rounded, float32, contiguous; of exact channels, what is left over afterwards.
         codes_BM: Written, uint8, contiguous.
-        exact_B: bool, on the CPU: channels of which nothing is lost.
-        keep_BM: bool: where False the level is 0; None: everywhere what it is.
+        exact_B: bool, contiguous: channels of which nothing is lost.
+        keep_BM: bool, contiguous: where False the level is 0; None: everywhere what it is.
     """
 
     work_BM: torch.Tensor
@@ -143,12 +143,10 @@ def _round_compiled(
     library: ctypes.CDLL, block: Block, factor_BB: torch.Tensor, levels: Levels
 ) -> torch.Tensor:
     errors_BM = torch.empty_like(block.work_BM)
-    exact_B = block.exact_B.to(torch.uint8)
-    keep_BM = None if block.keep_BM is None else block.keep_BM.to(torch.uint8)
     rows = (levels.steps_M, levels.inverse_M, levels.offset_M, levels.lowest_M, levels.highest_M)
     failed = library.deltamux_round_block(
         _address(block.work_BM), *map(ctypes.c_int64, block.work_BM.shape),
-        _address(factor_BB), *map(_address, rows), _address(keep_BM), _address(exact_B),
+        _address(factor_BB), *map(_address, rows), _address(block.keep_BM), _address(block.exact_B),
         _address(errors_BM), _address(block.codes_BM), _address(levels.lost_M),
     )  # fmt: skip
     assert not failed, "a block has more channels than the compiled loop takes"

@@ -158,15 +158,16 @@ def round_with_feedback(
     codes_KM = torch.empty(work_KM.shape, dtype=torch.uint8, device=delta_NK.device)
     keep_KM = None if keep_NK is None else keep_NK[:, order_K].T.repeat(1, len(grids))
     if exact_K is None:
-        exact_K = torch.zeros(columns, dtype=torch.bool)
-    exact_K = exact_K.to(order_K.device)[order_K].cpu()
+        exact_K = torch.zeros(columns, dtype=torch.bool, device=order_K.device)
     levels = Levels.of([grid.scheme for grid in grids], torch.cat([g.steps_N for g in grids]))
-    _round_channels(curvature.factor_KK, levels, Block(work_KM, codes_KM, exact_K, keep_KM))
+    _round_channels(
+        curvature.factor_KK, levels, Block(work_KM, codes_KM, exact_K[order_K], keep_KM)
+    )
     natural = torch.empty_like(order_K)
     natural[order_K] = torch.arange(columns, device=order_K.device)
     codes = codes_KM[natural].T.split(rows)
     # What is left over of an exact channel stands in its place.
-    rest_SM = work_KM[natural[exact_K.to(natural.device)[natural]]]
+    rest_SM = work_KM[natural[exact_K]]
     return [
         Rounded(grid.scheme, code.contiguous(), rest.T.contiguous(), float(lost_N.sum()))
         for grid, code, rest, lost_N in zip(

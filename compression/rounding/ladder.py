@@ -229,7 +229,7 @@ def _coded(linear: Linear, grid: Grid, rounded: Rounded) -> Rung | None:
     product = float(torch.dot(levels, linear.delta_NK.flatten()))
     rest = linear.square - 2 * step * product + step**2 * square
     lost = rounded.lost - linear.curvature.damping * rest
-    energy, overlap = linear.energy, step * float(torch.dot(linear.weighted_NK.flatten(), levels))
+    energy, overlap = linear.energy, step * linear.overlap(levels)
     stretch = _bounded(energy / overlap) if overlap > 0 and energy > 0 else 1.0
     stored = torch.tensor([step * stretch]).bfloat16()
     d = float(stored) / step - 1

@@ -20,8 +20,8 @@ from deltamux.compression.streaming.forward import Activations, StreamedModel, b
 from deltamux.compression.streaming.text import Sample
 
 BATCH_TOKENS = 8_192
-# Second moments that are kept for another look at the same layers; those of more are collected again. Of SmolLM2-135M
-# all layers' take 400 MB.
+# Of second moments that are kept for another look at the same layers; those of more are collected again. All layers'
+# of SmolLM2-135M take 400 MB.
 KEPT_BYTES = 2**29
 
 
@@ -31,13 +31,14 @@ class InputMoments:
     Args:
         expert: The fine-tuned model the activations come from.
         samples: Calibration conversations.
+        kept_bytes: How much may be kept for another look.
     """
 
-    def __init__(self, expert: Checkpoint, samples: list[Sample]) -> None:
+    def __init__(self, expert: Checkpoint, samples: list[Sample], kept_bytes: int = 0) -> None:
         self._expert = expert
         self._samples = samples
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
-        self._room = KEPT_BYTES
+        self._room = kept_bytes
 
     def of(self, layers: Sequence[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """The moments of some layers, ascending; see `second_moments`."""

@@ -19,7 +19,8 @@ from deltamux.serve.demo.base import quiet_transformers, staged_directory
 from deltamux.serve.demo.data import Example
 
 # Together they take the held-out loss to a fraction in two minutes of two cores
-# (held out, 1.55 → 0.14 for math; of 40 steps at half the rate 0.12, and 0.40 instead of 0.27 for sql); one by one chosen, not measured.
+# (held out, 1.55 → 0.14 for math; of 40 steps at half the rate 0.12, and 0.40 instead of 0.27 for sql); one by one
+# chosen, not measured.
 TRAIN_EXAMPLES = 480
 TEST_EXAMPLES = 64
 STEPS = 48

@@ -30,12 +30,6 @@ from deltamux.serve.worker.capacity import Capacity
 from deltamux.serve.worker.host_cache import BaseHashes, open_expert
 from deltamux.serve.worker.image_cache import ImageCache
 
-# Niceness of the process, on cores that others use now and then and on those of threads that compute. Measured on two
-# cores, of which vLLM's engine process waits on the second in a loop (135M model, 16 experts in 4 slots, half of them on
-# disk): at 15, 5 and 0 the server reaches 40, 48 and 49 tokens a second of 60, and gaps of running requests are 0.8,
-# 1.1 and 2.1 times at p99 what they are without loads. At 15 beside a busy thread it gets a thirtieth of a core.
-SPARE_NICENESS, SHARED_NICENESS = 5, 15
-
 
 @dataclass(frozen=True)
 class Task:

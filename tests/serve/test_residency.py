@@ -20,9 +20,9 @@ from deltamux.compression.image.layout import assemble
 from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE, read_status
 from deltamux.serve.worker.capacity import Capacity
 from deltamux.serve.worker.control import carry_out
-from deltamux.serve.worker.decoder import SPARE_NICENESS, Decoder, Task
+from deltamux.serve.worker.decoder import Decoder, Task
 from deltamux.serve.worker.host_cache import HostCache
-from deltamux.serve.worker.loader import CORES, Loader, spare_cores
+from deltamux.serve.worker.loader import CORES, SPARE_NICENESS, Loader, spare_cores
 from deltamux.serve.worker.once import Once
 from deltamux.serve.worker.residency import Residency
 from deltamux.serve.worker.slots import Slots

@@ -7,6 +7,12 @@ app.kubernetes.io/name: deltamux
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{- define "deltamux.locked" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end -}}
+
 {{- define "deltamux.labels" -}}
 {{ include "deltamux.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
