@@ -15,13 +15,13 @@ def register() -> None:
     if PLUGIN_NAME not in os.environ.get("VLLM_PLUGINS", "").split(","):
         return
     from deltamux.serve import compat, patches
-    from deltamux.serve.status import status_directory
+    from deltamux.serve.status import begin_server
     from deltamux.serve.threads import watch_threads
 
     compat.check_vllm()
     patches.keep_compilation()
     watch_threads()
-    status_directory()
+    begin_server()
     from deltamux.serve.worker.manager import ExpertManager
 
     patches.replace_manager(ExpertManager)

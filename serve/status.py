@@ -3,11 +3,12 @@
 The worker rewrites one small JSON file whenever something changes (swaps are rare beside tokens);
 the API server reads it when metrics are scraped, when experts are listed and when a request arrives.
 A file needs no call into the engine loop, which may be busy with a step. Its folder is made by the
-first process that loads the plugin and is inherited by the others through the environment.
+server's first process, and those that it starts find it in their environment.
 """
 
 import atexit
 import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ STATUS_DIRECTORY_VARIABLE = "DELTAMUX_STATUS_DIR"
 STATUS_FILE = "worker.json"
 # Seconds. Chosen, not measured: a swap from the host cache takes milliseconds, one from disk up to seconds.
 SWAP_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+# The folder that a process made, by its id.
+_made: dict[int, str] = {}
 
 
 class Histogram(BaseModel):
@@ -89,15 +92,30 @@ class WorkerStatus(BaseModel):
             self.swap_seconds.setdefault(tier, Histogram()).observe(seconds)
 
 
+def begin_server() -> None:
+    """Give a server's first process a folder of its own; a second call, or one in its children, does nothing.
+
+    A program that starts several servers may have a folder in its environment: were it inherited, their workers
+    would take each other's orders. vLLM starts its other processes through `multiprocessing`.
+    """
+    if multiprocessing.parent_process() is None and _made.get(os.getpid()) != _inherited():
+        os.environ.pop(STATUS_DIRECTORY_VARIABLE, None)
+    status_directory()
+
+
 def status_directory() -> Path:
-    """The folder of the status file; made, and removed at exit, by the first process to ask."""
-    known = os.environ.get(STATUS_DIRECTORY_VARIABLE)
-    if known:
+    """The folder of the status file and of the worker's socket; made, and removed at exit, if there is none."""
+    known = _inherited()
+    if known is not None:
         return Path(known)
     path = tempfile.mkdtemp(prefix="deltamux-")
-    os.environ[STATUS_DIRECTORY_VARIABLE] = path
+    os.environ[STATUS_DIRECTORY_VARIABLE] = _made[os.getpid()] = path
     atexit.register(_remove, path, os.getpid())
     return Path(path)
+
+
+def _inherited() -> str | None:
+    return os.environ.get(STATUS_DIRECTORY_VARIABLE)
 
 
 def _remove(path: str, owner: int) -> None:

@@ -1,6 +1,9 @@
 """Host cache, versioned paths, base hashes, and the status file."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,3 +121,45 @@ def test_a_cache_of_hashes_that_holds_something_else_is_written_anew(
     name = next(iter(base.files))
     assert BaseHashes(base, cache).sha256(name) == base.sha256(name)
     assert name in next(iter(json.loads(cache.read_text()).values()))
+
+
+FOLDERS = """
+import multiprocessing, os
+from deltamux.serve.status import begin_server, status_directory
+
+def child(folders):
+    begin_server()
+    folders.put(str(status_directory()))
+
+if __name__ == "__main__":
+    begin_server()
+    begin_server()
+    print(status_directory())
+    for way in ("fork", "spawn"):
+        context = multiprocessing.get_context(way)
+        folders = context.SimpleQueue()
+        process = context.Process(target=child, args=(folders,))
+        process.start()
+        process.join()
+        print(folders.get())
+"""
+
+
+def test_two_servers_of_one_program_never_share_a_folder(tmp_path: Path) -> None:
+    program = tmp_path / "folders.py"
+    program.write_text(FOLDERS)
+    environment = os.environ | {status.STATUS_DIRECTORY_VARIABLE: str(tmp_path)}
+    made = set()
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, str(program)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        (folder,) = set(run.stdout.split())
+        made.add(folder)
+        assert not Path(folder).exists()
+    assert len(made | {str(tmp_path)}) == 3
+    assert tmp_path.exists()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ class Site:
     server: Server
     scraped: Callable[[str], dict[tuple[str, ...], float]]
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=KEY, max_retries=0)
 
@@ -78,7 +79,9 @@ def site(
     config = build_site(folder, checkpoints, text_file)
     command = [*deltamux_serve(config), "--api-key", KEY]
     with running_server(command, folder / "server.log", checkpoints.environment) as server:
-        yield Site(folder, server, checkpoints.scraped)
+        site = Site(folder, server, checkpoints.scraped)
+        with site.client:
+            yield site
 
 
 def test_models_lists_base_auto_and_the_experts_that_loaded(site: Site) -> None:
@@ -593,9 +596,10 @@ def test_vllms_own_command_serves_experts_too(site: Site, checkpoints: SimpleNam
     environment = checkpoints.environment | {"VLLM_PLUGINS": "deltamux"}
     with running_server(command, site.folder / "plain.log", environment) as server:
         plain = Site(site.folder, server, site.scraped)
-        for name in ("math", "sql", "added", "tiny"):
-            assert plain.ask(name).model == name
-            assert plain.text(name) == site.text(name)
-        assert plain.ask("auto").model == "tiny"
+        with plain.client:
+            for name in ("math", "sql", "added", "tiny"):
+                assert plain.ask(name).model == name
+                assert plain.text(name) == site.text(name)
+            assert plain.ask("auto").model == "tiny"
         listed = plain.http("GET", "/v1/experts").json()["data"]
         assert {each["id"] for each in listed} == {"math", "sql", "added"}
