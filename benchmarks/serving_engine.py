@@ -19,6 +19,20 @@ PROMPT_TOKENS = 512
 PREFILLS = 5
 
 
+def options_of(job: dict[str, Any]) -> dict[str, Any]:
+    """What an engine is told about experts, by the kind of engine."""
+    kind, slots = job.get("kind"), job.get("slots", 4)
+    if not kind:
+        return {}
+    options = {"enable_lora": True, "max_loras": slots, "max_cpu_loras": max(slots, 4)}
+    if kind == "lora":
+        options["max_lora_rank"] = job["rank"]
+    else:
+        listed = [{"name": name, "path": path} for name, path in job.get("experts", {}).items()]
+        options["additional_config"] = {"deltamux": {"version": 1, "experts": listed}}
+    return options
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     kind = job.get("kind")
@@ -33,16 +47,6 @@ def main() -> None:
             save_adapter(Path(job["model"]), Path(path), job["rank"], seed)
     from vllm import LLM
 
-    experts = job.get("experts", {})
-    options: dict[str, Any] = {}
-    if kind:
-        slots = job.get("slots", 4)
-        options = {"enable_lora": True, "max_loras": slots, "max_cpu_loras": max(slots, 4)}
-    if kind == "lora":
-        options["max_lora_rank"] = job["rank"]
-    if kind == "deltamux":
-        listed = [{"name": name, "path": path} for name, path in experts.items()]
-        options["additional_config"] = {"deltamux": {"version": 1, "experts": listed}}
     began = time.perf_counter()
     engine = LLM(
         job["model"],
@@ -51,7 +55,7 @@ def main() -> None:
         enforce_eager=not job["compiled"],
         enable_prefix_caching=False,
         kv_cache_memory_bytes=2**29,
-        **options,
+        **options_of(job),
     )
     result: dict[str, Any] = {"start_seconds": time.perf_counter() - began}
     if job.get("reload"):

@@ -15,6 +15,13 @@ Base = Annotated[str, typer.Argument(help="Base checkpoint: a directory or a hub
 Expert = Annotated[str, typer.Argument(help="The uncompressed expert: a full fine-tune of it.")]
 Compressed = Annotated[str, typer.Argument(help="A compressed expert: a directory or a hub id.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", parser=user_path, metavar="PATH", help="Directory of the artifact."
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(min=8, help="Cut conversations at this length.")]
 Calibration = Annotated[
     Path | None,
     typer.Option(
@@ -43,12 +50,7 @@ TargetKl = Annotated[
 def compress_command(  # noqa: PLR0917 - a command line, called by name
     base: Base,
     expert: Expert,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", parser=user_path, metavar="PATH", help="Directory of the artifact."
-        ),
-    ],
+    output: Output,
     calibration: Calibration = None,
     held_out: HeldOut = None,
     recipe: Annotated[
@@ -134,9 +136,7 @@ def evaluate_command(  # noqa: PLR0917 - a command line, called by name
         ),
     ],
     max_rows: Annotated[int, typer.Option(min=1, help="Rows of the file to use.")] = 256,
-    max_tokens: Annotated[
-        int, typer.Option(min=8, help="Cut conversations at this length.")
-    ] = 1024,
+    max_tokens: MaxTokens = 1024,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure what compression lost, on held-out text."""

@@ -44,43 +44,42 @@ def compress(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """Compress an expert into an artifact directory.
+    """Compress an expert into an artifact directory; returns the manifest, as written.
 
     Args:
         base: The shared model.
         expert: Its full fine-tune.
-        output: Where the artifact goes.
+        output: Where it goes.
         recipe: Schemes, and how much they may take.
         calibration: Conversations the input second moments are collected on.
         held_out: Conversations the result is verified on; none: not verified.
         overwrite: Replace an artifact that is there already.
         progress: Show bars.
 
-    Returns:
-        The manifest, as written.
-
     Raises:
-        ValueError: The output exists, is no artifact to replace, the two checkpoints have no delta
-            (see `compare` and `Difference.check_finite`), or the recipe's limits cannot be kept.
+        ValueError: The output exists, is no artifact to replace, the two have no delta (see
+            `compare`, `Difference.check_finite`), or the limits cannot be kept.
     """
     _check_output(output, overwrite)
     task = prepare(base, expert, recipe, texts=(calibration, held_out), progress=progress)
     work = _workspace(task, output)
-    # Inside the workspace, so that what a killed run leaves is deleted with it.
-    with tempfile.TemporaryDirectory(dir=work.root) as scratch:
+    with tempfile.TemporaryDirectory(dir=work.root) as scratch:  # goes with the workspace
+        (target := Path(scratch) / "artifact").mkdir()
         candidates = _candidates(task, work)
         choice = choose(candidates)
-        stretches = tune(candidates, choice)
-        target = Path(scratch) / "artifact"
-        target.mkdir()
-        weights = candidates.encoded(choice, stretches)
+        weights = candidates.encoded(choice, tune(candidates, choice))
         manifest = write_artifact(task.difference, recipe, weights, target)
         manifest = finish_artifact(manifest, recipe, verify(task, target), target)
-        if output.exists():
-            output.rename(Path(scratch) / "replaced")
-        target.rename(output)
+        _put(target, output)
     work.clear()
     return manifest
+
+
+def _put(target: Path, output: Path) -> None:
+    """Move what is complete into its place; what was there goes with the scratch folder."""
+    if output.exists():
+        output.rename(target.parent / "replaced")
+    target.rename(output)
 
 
 def prepare(

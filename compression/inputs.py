@@ -110,6 +110,11 @@ class Texts:
         return read | {"read_with": self.read_with, "assumed": self.assumed}
 
 
+_NO_TOKENIZER = (
+    "neither {!r} nor {!r} has a tokenizer to read the given text with: save one beside the weights"
+)
+
+
 def chosen_texts(
     pair: tuple[Checkpoint, Checkpoint],
     limits: CalibrationRecipe,
@@ -141,10 +146,7 @@ def chosen_texts(
     reports = {"calibration": TextReport(source, len(rows), len(rest)), "held out": of_checked}
     if reading is None:
         if calibration or held_out:
-            raise ValueError(
-                f"neither {pair[1].source!r} nor {pair[0].source!r} has a tokenizer to read "
-                "the given text with: save one beside the weights"
-            )
+            raise ValueError(_NO_TOKENIZER.format(pair[1].source, pair[0].source))
         return _random_texts(pair[1], limits, len(rest), len(checked))
     text = reading.samples(rest, limits.max_tokens, reports["calibration"])
     if not checked:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from deltamux.router.console import table, user_errors, user_path
+from deltamux.router.console import JsonFlag, Output, Tokenizer, table, user_errors, user_path
 from deltamux.router.decide.artifact import load_seen
 from deltamux.router.decide.decision import BASE_NAME, Decision
 from deltamux.router.decide.messages import user_turns
@@ -38,67 +38,53 @@ router_app = typer.Typer(no_args_is_help=True, help="Fit and evaluate the router
 router_app.command("refit")(refit)
 router_app.command("suggest")(suggest)
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
+Labelled = Annotated[
+    Path | None,
+    typer.Argument(
+        parser=user_path, metavar="PATH", help="JSONL file, or folder with one per domain."
+    ),
+]
+# Of options that may be repeated.
+Words = list[str] | None
 
 
 @router_app.command("fit")
 def fit(  # noqa: PLR0917 - a command line, called by name
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", parser=user_path, metavar="PATH", help="Directory to write."
-        ),
-    ],
-    tokenizer: Annotated[str, typer.Option(help="Served base: directory or hub id.")],
-    data: Annotated[
-        Path | None,
-        typer.Argument(
-            parser=user_path, metavar="PATH", help="JSONL file, or folder with one per domain."
-        ),
-    ] = None,
+    output: Output,
+    tokenizer: Tokenizer,
+    data: Labelled = None,
     from_expert: Annotated[
-        list[str] | None,
-        typer.Option(help="EXPERT=FILE, rows that an expert was trained on; may be repeated."),
+        Words, typer.Option(help="EXPERT=FILE, rows that an expert was trained on; repeatable.")
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of own prompts an expert must keep.")] = 0.95,
-    expert: Annotated[
-        list[str] | None, typer.Option(help="DOMAIN=EXPERT; may be repeated.")
-    ] = None,
+    expert: Annotated[Words, typer.Option(help="DOMAIN=EXPERT; may be repeated.")] = None,
     max_wrong: Annotated[
-        float,
-        typer.Option(help="Largest share of held-out prompts that a wrong expert may answer."),
+        float, typer.Option(help="Share of held-out prompts that a wrong expert may answer.")
     ] = 0.02,
     features: Annotated[
         str, typer.Option(help="default, encoder, or auto: the encoder where it is installed.")
     ] = "default",
     describe: Annotated[
-        list[str] | None, typer.Option(help="DOMAIN=TEXT, one line on a domain; may be repeated.")
+        Words, typer.Option(help="DOMAIN=TEXT, one line on a domain; may be repeated.")
     ] = None,
     minimum: Annotated[
-        list[str] | None, typer.Option(help="DOMAIN=P, what its expert needs; may be repeated.")
+        Words, typer.Option(help="DOMAIN=P, what its expert needs; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the cross-validation.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Fit a router on labelled prompts."""
     from deltamux.router.fit.fit import fit_router
+    from deltamux.router.fit.options import Options
 
     start = time.perf_counter()
     with user_errors():
         dataset = _dataset(data, _parse_pairs("from-expert", "FILE", from_expert or []))
-        report = fit_router(
-            dataset,
-            output,
-            base=tokenizer,
-            keep=keep,
-            max_wrong=max_wrong,
-            features=cast(Features, features),
-            experts=_parse_pairs("expert", "EXPERT", expert or []),
-            descriptions=_parse_pairs("describe", "TEXT", describe or []),
-            minimums=_parse_numbers(minimum or []),
-            seed=seed,
-            progress=True,
-        )
+        experts = _parse_pairs("expert", "EXPERT", expert or [])
+        lines = _parse_pairs("describe", "TEXT", describe or [])
+        chosen, least = cast(Features, features), _parse_numbers(minimum or [])
+        options = Options(keep, max_wrong, chosen, experts, lines, least, seed)
+        report = fit_router(dataset, output, options, base=tokenizer, progress=True)
     _warn(dataset)
     _show_fit(report, dataset, output, round(time.perf_counter() - start, 1), as_json)
 

@@ -1,8 +1,9 @@
-"""What the router's commands share with the terminal: user errors and tables."""
+"""What the router's commands share with the terminal: options, user errors and tables."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -23,6 +24,14 @@ def user_errors() -> Iterator[None]:
 def user_path(text: str) -> Path:
     """A path as a user writes it: a shell leaves the `~` of `--output=~/x` alone."""
     return Path(text).expanduser()
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
+Tokenizer = Annotated[str, typer.Option(help="Served base: directory or hub id.")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", parser=user_path, metavar="PATH", help="Directory to write."),
+]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

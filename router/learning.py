@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deltamux.router.console import table, user_errors, user_path
+from deltamux.router.console import JsonFlag, Output, Tokenizer, table, user_errors, user_path
 from deltamux.router.decide.config import RouterConfig
 from deltamux.router.decide.decision import BASE_NAME
 from deltamux.router.decide.router import Router
@@ -14,35 +14,31 @@ from deltamux.router.decide.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from deltamux.router.fit.fit import FitReport
+    from deltamux.router.fit.options import Options
     from deltamux.router.fit.suggest import Cluster
     from deltamux.router.fit.usage import Changes
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")]
+Log = Annotated[
+    Path,
+    typer.Argument(
+        parser=user_path, metavar="PATH", help="The server's decision log (router.log)."
+    ),
+]
 
 
 def refit(  # noqa: PLR0917 - a command line, called by name
     directory: Annotated[
         Path, typer.Argument(parser=user_path, metavar="DIR", help="The router in use.")
     ],
-    log: Annotated[
-        Path,
-        typer.Argument(
-            parser=user_path, metavar="PATH", help="The server's decision log (router.log)."
-        ),
-    ],
+    log: Log,
     data: Annotated[
         Path,
         typer.Option(
             parser=user_path, metavar="PATH", help="What the router was fitted on, as for fit."
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", parser=user_path, metavar="PATH", help="Directory to write."
-        ),
-    ],
-    tokenizer: Annotated[str, typer.Option(help="Served base: directory or hub id.")],
+    output: Output,
+    tokenizer: Tokenizer,
     as_json: JsonFlag = False,
 ) -> None:
     """Fit a router again with the feedback of a log, beside the old one, and report what changes.
@@ -63,10 +59,8 @@ def refit(  # noqa: PLR0917 - a command line, called by name
                 f"{log} has no feedback on a prompt that it holds ({len(usage.feedback)} feedbacks, "
                 f"{usage.hashed} hashed prompts); set router.log_prompts to whole"
             )
-        dataset = with_feedback(read_dataset(data), feedback)
-        report = fit_router(
-            dataset, output, base=tokenizer, progress=True, **options_of(old.config)
-        )
+        dataset, options = with_feedback(read_dataset(data), feedback), options_of(old.config)
+        report = fit_router(dataset, output, options, base=tokenizer, progress=True)
         new, encode = Router.load(output), load_tokenizer(output)
         changes = compare(old, new, encode, usage, feedback)
     _show_changes(changes, report, old.config, output, as_json)
@@ -97,17 +91,19 @@ def _show_changes(
                f"{report.config.heldout.accuracy:.4f} after; wrote {output}")  # fmt: skip
 
 
-def options_of(config: RouterConfig) -> dict[str, Any]:
-    """Return the arguments of `fit_router` with which a router was fitted."""
+def options_of(config: RouterConfig) -> "Options":
+    """Return the options with which a router was fitted."""
+    from deltamux.router.fit.options import Options
+
     experts = {label: expert or BASE_NAME for label, expert in config.experts.items()}
-    return {
-        "keep": config.training.keep,
-        "max_wrong": config.training.max_wrong,
-        "features": config.features,
-        "experts": {d: e for d, e in experts.items() if d in config.training.prompts},
-        "minimums": config.minimums,
-        "seed": config.training.seed,
-    }
+    return Options(
+        keep=config.training.keep,
+        max_wrong=config.training.max_wrong,
+        features=config.features,
+        experts={d: e for d, e in experts.items() if d in config.training.prompts},
+        minimums=config.minimums,
+        seed=config.training.seed,
+    )
 
 
 def suggest(
@@ -143,7 +139,11 @@ def suggest(
             {"prompts": len(c.prompts), "words": c.words, "examples": c.examples} for c in clusters
         ]
         typer.echo(json.dumps(shown))
-        return
+    else:
+        _show_clusters(clusters, output)
+
+
+def _show_clusters(clusters: "list[Cluster]", output: Path | None) -> None:
     for number, cluster in enumerate(clusters, start=1):
         typer.echo(f"cluster-{number}: {len(cluster.prompts)} prompts; {', '.join(cluster.words)}")
         for text in cluster.examples:

@@ -367,6 +367,7 @@ def write_parts(
     """
     from deltamux.router.fit.data import read_dataset
     from deltamux.router.fit.fit import fit_router
+    from deltamux.router.fit.options import Options
 
     base = save_base(folder / "base")
     for seed, name in enumerate(names, start=1):
@@ -385,7 +386,9 @@ def write_parts(
             for i in range(48)
         ]
         (prompts / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fit_router(read_dataset(prompts), folder / "router", base=str(base), experts=routed)
+    fit_router(
+        read_dataset(prompts), folder / "router", Options(experts=routed or {}), base=str(base)
+    )
     return base
 
 

@@ -15,7 +15,8 @@ from functools import partial
 from itertools import chain
 
 from benchmarks.make_experts import RUNS
-from benchmarks.peers.quality import Bench, add_arguments, open_bench
+from benchmarks.peers.bench import Bench, open_bench
+from benchmarks.peers.quality import add_arguments
 from benchmarks.record import keep, record
 from deltamux.compression.artifact.write import linear_weights
 from deltamux.compression.choice.choose import importances, rate_curves

@@ -95,6 +95,9 @@ def _held(held: bool) -> str:
     return "met" if held else "MISSED"
 
 
+LABELS = ("KL to the expert, share of the base's", "share of the gain lost, or added")
+
+
 def draw(rows: list[Row], target: Path) -> None:
     """The rate-distortion plot."""
     import matplotlib.pyplot as plt
@@ -106,30 +109,12 @@ def draw(rows: list[Row], target: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     ours = [v for k, v in points.items() if k.startswith(OURS) and DISTILLED not in k]
     peers = {k: v for k, v in sorted(points.items()) if not k.startswith(OURS)}
-    for column, (axis, label) in enumerate(
-        zip(
-            axes,
-            ("KL to the expert, share of the base's", "share of the gain lost, or added"),
-            strict=True,
-        ),
-        1,
-    ):
-        axis.plot(
-            [point[0] for point in ours],
-            [max(point[column], 1e-6) for point in ours],
-            "o-",
-            color="black",
-            label="deltamux",
-            zorder=3,
-        )
+    for column, (axis, label) in enumerate(zip(axes, LABELS, strict=True), 1):
+        rates, losses = zip(*((point[0], max(point[column], 1e-6)) for point in ours), strict=True)
+        axis.plot(rates, losses, "o-", color="black", label="deltamux", zorder=3)
         for index, (method, point) in enumerate(peers.items()):
-            axis.plot(
-                point[0],
-                max(point[column], 1e-6),
-                MARKERS[index % len(MARKERS)],
-                color=plt.cm.tab20(index % 20),
-                label=method,
-            )
+            marker, color = MARKERS[index % len(MARKERS)], plt.cm.tab20(index % 20)
+            axis.plot(point[0], max(point[column], 1e-6), marker, color=color, label=method)
         axis.set(xscale="log", yscale="log", xlabel="bits per linear weight", ylabel=label)
         axis.set_xticks([0.1, 0.25, 0.5, 1, 2, 4], ["0.1", "0.25", "0.5", "1", "2", "4"])
         axis.minorticks_off()

@@ -46,6 +46,7 @@ from benchmarks.routing.measure import (
 )
 from deltamux.router.console import table
 from deltamux.router.fit.fit import fit_router
+from deltamux.router.fit.options import Options
 
 # Name, bar with default features, bar with the encoder, and whether a figure may not exceed it.
 BARS: dict[str, tuple[float, float, bool]] = {
@@ -86,9 +87,8 @@ def fitted(rows: Any, run: Run, describe: bool = False) -> Judge:
     directory = Path(folder.name) / "router"
     known = {name: text for name, text in DESCRIPTIONS.items() if describe and name in rows}
     start, cpu = time.perf_counter(), time.process_time()
-    report = fit_router(
-        dataset(rows), directory, base=base, features=features, seed=seed, descriptions=known
-    )
+    options = Options(features=features, seed=seed, descriptions=known)
+    report = fit_router(dataset(rows), directory, options, base=base)
     took = Took(time.perf_counter() - start, time.process_time() - cpu)
     return Judge(directory, report, took, folder)
 

@@ -34,6 +34,7 @@ from deltamux.router.decide.router import Router
 from deltamux.router.decide.tokenizer import load_tokenizer
 from deltamux.router.fit import fit
 from deltamux.router.fit.metrics import calibration_error
+from deltamux.router.fit.options import Options
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PER_SET = 300
@@ -51,7 +52,7 @@ class Judged:
 def deltamux(corpus: Corpus, base: str, features: Any, seed: int, encoder: Any) -> Judged:
     folder = Path(tempfile.mkdtemp()) / "router"
     config = fit.fit_router(
-        dataset(corpus.train), folder, base=base, features=features, seed=seed
+        dataset(corpus.train), folder, Options(features=features, seed=seed), base=base
     ).config
     router, encode = Router.load(folder), load_tokenizer(folder)
     if encoder is not None:

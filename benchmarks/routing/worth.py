@@ -74,6 +74,19 @@ def read(data: Path, count: int) -> list[tuple[str, str, str | None]]:
     return rows
 
 
+def of_domain(table_MN: Any, total: int, picked_N: Any, oracle: int) -> dict[str, Any]:
+    """Losses in nats a token of N prompts of one domain, by who answers."""
+    count = table_MN.shape[1]
+    return {
+        "base": float(table_MN[0].sum() / total),
+        "oracle": float(table_MN[oracle].sum() / total),
+        "auto": float(table_MN[picked_N, np.arange(count)].sum() / total),
+        "random": float(table_MN.mean(axis=0).sum() / total),
+        "to_own_expert": float(np.mean(picked_N == oracle)),
+        "prompts": count,
+    }
+
+
 def worth(arguments: argparse.Namespace, router: Router) -> dict[str, Any]:
     """The table, by domain."""
     base = open_checkpoint(arguments.base)
@@ -102,17 +115,9 @@ def worth(arguments: argparse.Namespace, router: Router) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for domain in dict.fromkeys(domains):
         inside = np.flatnonzero(domains == domain)
-        total = tokens[inside].sum()
         oracle = names.index(domain) if domain in names else 0
-        picked = table_MN[[names.index(auto[index]) for index in inside], inside]
-        found[str(domain)] = {
-            "base": float(table_MN[0, inside].sum() / total),
-            "oracle": float(table_MN[oracle, inside].sum() / total),
-            "auto": float(picked.sum() / total),
-            "random": float(table_MN[:, inside].mean(axis=0).sum() / total),
-            "to_own_expert": float(np.mean([auto[i] == names[oracle] for i in inside])),
-            "prompts": len(inside),
-        }
+        picked = np.array([names.index(auto[index]) for index in inside])
+        found[str(domain)] = of_domain(table_MN[:, inside], tokens[inside].sum(), picked, oracle)
     read_all = [router.read([prompt], encode) for _, prompt, _ in asked]
     sizes = {
         name: (Path(path) / "model.safetensors").stat().st_size for name, path in paths.items()

@@ -59,6 +59,14 @@ def blend(mother: Candidate, father: Candidate, chance: random.Random) -> list[f
     ]
 
 
+def _starts(curves: Sequence[Curve], budget_bytes: int) -> list[Choice]:
+    return [uniform(curves, budget_bytes), knapsack(curves, budget_bytes)]
+
+
+def _loss(candidate: Candidate) -> float:
+    return candidate.loss
+
+
 def evolve(
     curves: Sequence[Curve],
     budget_bytes: int,
@@ -86,22 +94,19 @@ def evolve(
     _check_sizes(population, generations)
     if not curves:
         return []
-    genomes = _Genomes(curves, budget_bytes)
-    chance = random.Random(seed)
+    genomes, chance = _Genomes(curves, budget_bytes), random.Random(seed)
 
     def born(rates: Sequence[float], choice: Choice | None = None) -> Candidate:
         choice = choice or genomes.decode(rates)
         return Candidate(_mean_one(rates), tuple(choice), objective(list(choice)))
 
-    starts = [uniform(curves, budget_bytes), knapsack(curves, budget_bytes)]
-    alive = [born(genomes.rates(choice), choice) for choice in starts]
+    alive = [born(genomes.rates(each), each) for each in _starts(curves, budget_bytes)]
     alive += [born(blend(alive[0], alive[1], chance)) for _ in range(population - len(alive))]
     for _ in range(generations):
-        parents = sorted(alive, key=lambda candidate: candidate.loss)
-        alive = parents[:ELITE]
-        while len(alive) < population:
-            alive.append(born(operator(*_two_winners(parents, chance), chance)))
-    return list(min(alive, key=lambda candidate: candidate.loss).choice)
+        parents = sorted(alive, key=_loss)
+        pairs = (_two_winners(parents, chance) for _ in range(population - ELITE))
+        alive = parents[:ELITE] + [born(operator(*pair, chance)) for pair in pairs]
+    return list(min(alive, key=_loss).choice)
 
 
 def _check_sizes(population: int, generations: int) -> None:

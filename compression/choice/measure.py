@@ -136,15 +136,13 @@ def measure_layer(
     layer = specs[0].layer
     assert layer is not None
     for spec in specs:
-        # Popped: what a linear caches is as large as its delta.
-        linear = linears.pop(spec.name, None)
-        if linear is None:
+        if spec.name not in linears:
             continue
-        ways = (
-            all_ways(linear, recipe, few)
-            if wanted is None
-            else ways_of_steps(linear, wanted.get(spec.name))
-        )
+        linear = linears.pop(spec.name)  # what it caches is as large as its delta
+        if wanted is None:
+            ways = all_ways(linear, recipe, few)
+        else:
+            ways = ways_of_steps(linear, wanted.get(spec.name))
         folded = spec.norm if spec.norm in difference.folded else None
         rungs = measure_linear(spec, ways, folded)
         if rungs:

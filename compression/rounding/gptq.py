@@ -163,11 +163,9 @@ def round_with_feedback(
     _round_channels(
         curvature.factor_KK, levels, Block(work_KM, codes_KM, exact_K[order_K], keep_KM)
     )
-    natural = torch.empty_like(order_K)
-    natural[order_K] = torch.arange(columns, device=order_K.device)
+    natural = order_K.argsort()
     codes = codes_KM[natural].T.split(rows)
-    # What is left over of an exact channel stands in its place.
-    rest_SM = work_KM[natural[exact_K]]
+    rest_SM = work_KM[natural[exact_K]]  # what is left over of an exact channel stands in its place
     return [
         Rounded(grid.scheme, code.contiguous(), rest.T.contiguous(), float(lost_N.sum()))
         for grid, code, rest, lost_N in zip(

@@ -154,6 +154,14 @@ def _directions(white_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.float(), left.float()
 
 
+def _of_width_one(gram_RR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Second moments of directions scaled to a diagonal of ones, and the widths that were taken out, float32 [R]."""
+    # Of a direction that the inputs never take, rounding alone is left, of either sign.
+    widths_R = gram_RR.diagonal().clamp_min(0).sqrt()
+    widths_R = widths_R.clamp_min(float(UNFELT * widths_R.max()) or 1.0)
+    return gram_RR / widths_R / widths_R.unsqueeze(1), widths_R
+
+
 def _with_left(
     delta_NK: torch.Tensor,
     moment_KK: torch.Tensor,
@@ -161,7 +169,7 @@ def _with_left(
     inputs: Curvature,
     steps: tuple[float, float],
 ) -> FactoredDelta | None:
-    """Round right factors, solve the left one for them, and round it too.
+    """Round right factors, solve the left one for them, and round it too; None where nothing of the right one is left.
 
     Args:
         delta_NK: The delta.
@@ -169,9 +177,6 @@ def _with_left(
         right_RK: The right factor.
         inputs: Curvature of the inputs.
         steps: Of the left and of the right factor; wider where a direction's levels would not suffice.
-
-    Returns:
-        The factors; None where nothing of the right one is left.
     """
     step, right_step = steps
     right_steps_R = _reaching(right_RK, right_step)
@@ -181,11 +186,7 @@ def _with_left(
     if len(levels_RK) == 0:
         return None
     seen_RK = (levels_RK * right_steps_R.unsqueeze(1)) @ moment_KK
-    gram_RR = seen_RK @ levels_RK.T * right_steps_R
-    # Of a direction that the inputs never take, rounding alone is left, of either sign.
-    widths_R = gram_RR.diagonal().clamp_min(0).sqrt()
-    widths_R = widths_R.clamp_min(float(UNFELT * widths_R.max()) or 1.0)
-    unit_RR = gram_RR / widths_R / widths_R.unsqueeze(1)
+    unit_RR, widths_R = _of_width_one(seen_RK @ levels_RK.T * right_steps_R)
     target_RN = (seen_RK @ delta_NK.T) / widths_R.unsqueeze(1)
     ridge_RR = unit_RR.double() + 1e-6 * torch.eye(len(unit_RR), device=unit_RR.device)
     left_RN = torch.linalg.solve(ridge_RR, target_RN.double()).float()

@@ -8,7 +8,6 @@ it: the user has an expert for them.
 """
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -56,15 +55,9 @@ class FitReport:
 def fit_router(
     dataset: Dataset,
     output: Path,
+    options: Options | None = None,
     *,
     base: str,
-    keep: float = 0.95,
-    max_wrong: float = 0.02,
-    features: Features = "default",
-    experts: Mapping[str, str] | None = None,
-    descriptions: Mapping[str, str] | None = None,
-    minimums: Mapping[str, float] | None = None,
-    seed: int = 0,
     progress: bool = False,
 ) -> FitReport:
     """Fit a router and write it.
@@ -72,17 +65,9 @@ def fit_router(
     Args:
         dataset: Labelled prompts.
         output: Directory to write; an earlier router there is replaced.
+        options: Bounds, features, names and descriptions; None: the defaults.
         base: Directory or hub id of the served base: its tokenizer makes the token ids; its input
             embedding, where weights are there, adds features.
-        keep: Share of the specialists' own held-out prompts that must reach their expert, in (0, 1].
-        max_wrong: Largest share of held-out prompts that a wrong expert may answer, in (0, 1]; the
-            threshold is raised until it holds, whatever becomes of `keep`.
-        features: "default", "encoder", or "auto": the encoder where it is installed.
-        experts: Expert of a domain, where it is not called like the domain; "base" for none.
-        descriptions: One line about a domain.
-        minimums: Domain to the probability that its expert needs, where that is more than the
-            threshold.
-        seed: Of folds, views and subsets.
         progress: Show a bar.
 
     Raises:
@@ -90,9 +75,7 @@ def fit_router(
         ValueError: An argument or the data cannot make a router, scikit-learn or the
             encoder is missing, or the output holds something else.
     """
-    options = Options(
-        keep, max_wrong, features, experts or {}, descriptions or {}, minimums or {}, seed
-    )
+    options = options or Options()
     options.check()
     check_target(output)
     _require_scikit_learn()
@@ -107,10 +90,12 @@ def fit_router(
     config = _configure(dataset, material, trial, options, encoder)
     seen = np.unique(fingerprints(dataset.prompts))
     num_bytes = save_artifact(output, tables, config, material.tokenizer, seen=seen)
-    truth = material.numbers.truth
-    own = trial.probabilities[np.arange(len(truth)), truth]
-    loss = -float(np.log(np.maximum(own, 1e-12)).mean())
-    return FitReport(config, num_bytes, round(loss, 5))
+    return FitReport(config, num_bytes, _log_loss(trial.probabilities, material.numbers.truth))
+
+
+def _log_loss(probabilities: Probabilities, truth: Labels) -> float:
+    own = probabilities[np.arange(len(truth)), truth]
+    return round(-float(np.log(np.maximum(own, 1e-12)).mean()), 5)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from deltamux.router.fit.metrics import Labels
 _MAX_ITERATIONS: Final = 200
 # Largest entry of the gradient, relative to the weights' sum, at which the fit has ended.
 _TOLERANCE: Final = 1e-5
+_OPTIONS: Final = {"maxiter": _MAX_ITERATIONS, "gtol": _TOLERANCE, "ftol": 1e-9}
 # Bias of a domain without prompts.
 _UNSEEN: Final = -20.0
 
@@ -57,10 +58,9 @@ def fit_head(
     """
     from scipy.optimize import minimize
 
-    balanced = balance(truth, weights)
-    num_columns = columns.shape[1]
-    targets = np.eye(num_domains)[truth]
-    # A bias is learned from the prompts; of a domain without any it stays where it is.
+    balanced, total = (weight := balance(truth, weights)), weight.sum()
+    num_columns, targets = columns.shape[1], np.eye(num_domains)[truth]
+    # A bias is learned from prompts; of a domain without any it stays where it is.
     free = (np.bincount(truth, minlength=num_domains) > 0) & (offset is None)
     start = np.where(free | (offset is not None), 0.0, _UNSEEN)
     given = np.zeros((len(truth), num_domains)) if offset is None else offset
@@ -72,11 +72,10 @@ def fit_head(
         slope = columns.T @ errors.astype(np.float32) + penalty * matrix
         value = misfit + penalty / 2 * float((matrix**2).sum())
         gradient = np.concatenate([slope.ravel(), errors.sum(axis=0) * free])
-        return value / balanced.sum(), gradient / balanced.sum()
+        return value / total, gradient / total
 
-    first = np.concatenate([np.zeros(num_columns * num_domains), start])
-    options = {"maxiter": _MAX_ITERATIONS, "gtol": _TOLERANCE, "ftol": 1e-9}
-    found = minimize(loss, first, jac=True, method="L-BFGS-B", options=options).x
+    first = np.pad(start, (num_columns * num_domains, 0))
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", options=_OPTIONS).x
     return Head(found[:-num_domains].reshape(num_columns, num_domains), found[-num_domains:])
 
 

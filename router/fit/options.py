@@ -1,7 +1,7 @@
 """How a router is fitted: the choices a user has, checked before any work."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Features = Literal["default", "encoder", "auto"]
@@ -11,16 +11,25 @@ Features = Literal["default", "encoder", "auto"]
 class Options:
     """How to fit.
 
-    The attributes are the arguments of `fit_router`.
+    Attributes:
+        keep: Share of the specialists' own held-out prompts that must reach their expert, in (0, 1].
+        max_wrong: Largest share of held-out prompts that a wrong expert may answer, in (0, 1]; the
+            threshold is raised until it holds, whatever becomes of `keep`.
+        features: "default", "encoder", or "auto": the encoder where it is installed.
+        experts: Expert of a domain, where it is not called like the domain; "base" for none.
+        descriptions: One line about a domain.
+        minimums: Domain to the probability that its expert needs, where that is more than the
+            threshold.
+        seed: Of folds, views and subsets.
     """
 
-    keep: float
-    max_wrong: float
-    features: Features
-    experts: Mapping[str, str]
-    descriptions: Mapping[str, str]
-    minimums: Mapping[str, float]
-    seed: int
+    keep: float = 0.95
+    max_wrong: float = 0.02
+    features: Features = "default"
+    experts: Mapping[str, str] = field(default_factory=dict)
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+    minimums: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
 
     def check(self) -> None:
         """Refuse values out of range.

@@ -160,11 +160,12 @@ def make_router(folder: DemoFolder) -> None:
     """Fit the router on prompts of all domains, and check it on held-out ones."""
     from deltamux.router.fit.data import read_dataset
     from deltamux.router.fit.fit import fit_router
+    from deltamux.router.fit.options import Options
 
     if not folder.router.is_dir():
         announce("fitting the router", "half a minute on two cores")
         dataset = read_dataset(folder.root / "data")
-        fit_router(dataset, folder.router, base=str(folder.base), seed=SEED, progress=True)
+        fit_router(dataset, folder.router, Options(seed=SEED), base=str(folder.base), progress=True)
     typer.echo(f"\nrouter: {router_accuracy(folder):.1%} of held-out prompts to the right expert")
 
 

@@ -129,21 +129,14 @@ def launch_product(
     rows, count = x_TK.shape[0], slots.shape[0]
     if rows == 0:
         return
-    places = _Places(
-        (*entries, 0, 0, 0)[:MAX_SLICES], (*slice_rows, 0, 0, 0)[:MAX_SLICES], most or rows
-    )
-    total = groups_of(rows, count)
+    records, sizes = ((*each, 0, 0, 0)[:MAX_SLICES] for each in (entries, slice_rows))
+    places, where = _Places(records, sizes, most or rows), (order, starts, slots)
+    cut, total = tiling or choose_tiling(slice_rows, rows), groups_of(rows, count)
     for skipped in range(0, total, MOST_GROUPS):
-        groups = min(MOST_GROUPS, total - skipped)
-        cut = tiling or choose_tiling(slice_rows, rows)
-        part = (groups, skipped, places.most)
-        _launch(
-            y_TN, x_TK, slot_of_row, order, starts, slots, places, part, row_map, capabilities, cut
-        )
+        part = (min(MOST_GROUPS, total - skipped), skipped, places.most)
+        _launch(y_TN, x_TK, slot_of_row, *where, places, part, row_map, capabilities, cut)
         if rank > 0:
-            launch_factors(
-                y_TN, x_TK, order, starts, slots, places.records, places.sizes, rank, part
-            )
+            launch_factors(y_TN, x_TK, *where, records, sizes, rank, part)
 
 
 @dataclass(frozen=True)

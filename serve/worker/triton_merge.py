@@ -23,6 +23,15 @@ def scratch(like: torch.Tensor) -> torch.Tensor:
     return found[: like.numel()].view(like.shape)
 
 
+def _rows_of(
+    light: Sequence[int], order: torch.Tensor, spans: Sequence[int], rows: int
+) -> torch.Tensor:
+    """Rows of slots that are not merged, and of the base: those behind the batch, which pad it, are like the base's."""
+    pieces = [order[: spans[0]], *(order[spans[s] : spans[s + 1]] for s in light)]
+    padding = torch.arange(spans[-1], rows, device=order.device, dtype=order.dtype)
+    return torch.cat([*pieces, padding])
+
+
 def by_merged_weights(
     x_TK: torch.Tensor,
     weight_NK: torch.Tensor,
@@ -39,14 +48,12 @@ def by_merged_weights(
 
     Args:
         x_TK: Input.
-        weight_NK: The base's weight.
-        bias_N: The base's bias.
+        weight_NK: The base's weight; `bias_N` is its bias.
         order: Rows of the batch by slot.
         spans: Where each slot's begin.
         heavy: Slots whose weights are merged.
         slots: uint8 [S, bytes], images of experts.
-        entries: The record of each slice.
-        sizes: Rows of each slice.
+        entries: The record of each slice; `sizes` are their rows.
         rank: The largest rank of factors that a record may have.
 
     Returns:
@@ -54,18 +61,12 @@ def by_merged_weights(
     """
     rows = x_TK.shape[0]
     if spans[heavy[0] + 1] - spans[heavy[0]] == rows:
-        return functional.linear(
-            x_TK, *_merged(weight_NK, bias_N, heavy[0], slots, entries, sizes, rank)
-        ), False
+        merged = _merged(weight_NK, bias_N, heavy[0], slots, entries, sizes, rank)
+        return functional.linear(x_TK, *merged), False
     light = [slot for slot in range(len(spans) - 1) if slot not in set(heavy)]
-    # Rows behind the batch, which pad it, are computed like the base's.
-    pieces = [order[: spans[0]], *(order[spans[s] : spans[s + 1]] for s in light)]
-    others = torch.cat(
-        [*pieces, torch.arange(spans[-1], rows, device=order.device, dtype=order.dtype)]
-    )
+    others = _rows_of(light, order, spans, rows)
     y_TN = x_TK.new_empty(rows, weight_NK.shape[0])
-    if len(others):
-        y_TN[others] = functional.linear(x_TK[others], weight_NK, bias_N)
+    y_TN[others] = functional.linear(x_TK[others], weight_NK, bias_N)
     for slot in heavy:
         members = order[spans[slot] : spans[slot + 1]]
         merged = _merged(weight_NK, bias_N, slot, slots, entries, sizes, rank)

@@ -102,7 +102,7 @@ def linear(
     sizes: Sequence[int],
     rank: int,
 ) -> torch.Tensor:
-    """y = x Wᵀ + bias, and for the rows of slots the delta too.
+    """y [..., N] = x Wᵀ + bias, and for the rows of slots the delta too.
 
     Slots with at least `MERGE_ROWS` rows multiply by W + Δ̂_s, rounded to W's type, instead of W: a
     long prompt costs one product. Their rows differ from those of `add_linear` by that rounding, so
@@ -112,17 +112,8 @@ def linear(
         x: [..., K].
         weight: The base's [N, K], contiguous.
         bias: The base's [N], or None.
-        slot_of_row: As for `add_linear`, like the two that follow.
-        order: Likewise.
-        starts: Likewise.
-        starts_host: The same on the CPU.
-        slots: As for `add_linear`, like the rest.
-        entries: Likewise.
-        sizes: Likewise.
-        rank: Likewise.
-
-    Returns:
-        y [..., N].
+        slot_of_row: As for `add_linear`, like what follows but for this:
+        starts_host: `starts` on the CPU.
     """
     x_TK = x.reshape(-1, x.shape[-1])
     where, layer = (slot_of_row, order, starts), (slots, entries, sizes)
@@ -134,8 +125,7 @@ def linear(
             y_TN = _merged(x_TK, weight, bias, spans, heavy, *where, *layer, rank)
             return y_TN.view(*x.shape[:-1], -1)
     y = functional.linear(x, weight, bias)
-    y_TN = y.view(-1, y.shape[-1])
-    add_linear(y_TN, x_TK, *where, *layer, rank, False)
+    add_linear(y.view(-1, y.shape[-1]), x_TK, *where, *layer, rank, False)
     return y
 
 

@@ -18,6 +18,7 @@ from deltamux.router.decide.tokenizer import load_tokenizer
 from deltamux.router.fit import fit
 from deltamux.router.fit.data import Dataset, Prompt
 from deltamux.router.fit.fit import fit_router
+from deltamux.router.fit.options import Options
 
 pytest.importorskip("onnxruntime", reason="pip install 'deltamux[encoder]'")
 model_path = pytest.importorskip(
@@ -59,7 +60,7 @@ def base(tmp_path_factory):
 def fitted(base, tmp_path_factory):
     output = tmp_path_factory.mktemp("fitted") / "router"
     dataset = Dataset(list(dict.fromkeys(prompts(SUBJECTS, 24, 0))), [], 0, [])
-    report = fit_router(dataset, output, base=str(base), features="encoder")
+    report = fit_router(dataset, output, Options(features="encoder"), base=str(base))
     return output, report
 
 
@@ -111,7 +112,7 @@ def test_auto_takes_the_encoder_where_it_is_installed(base, tmp_path, monkeypatc
     if not installed:
         monkeypatch.setattr(fit, "load_encoder", missing)
     dataset = Dataset(prompts(SUBJECTS, 8, 0), [], 0, [])
-    report = fit_router(dataset, tmp_path / "router", base=str(base), features="auto")
+    report = fit_router(dataset, tmp_path / "router", Options(features="auto"), base=str(base))
     assert report.config.features == ("encoder" if installed else "default")
 
 

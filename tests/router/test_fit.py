@@ -14,6 +14,7 @@ from deltamux.router.decide.tokenizer import build_encode, load_tokenizer, token
 from deltamux.router.fit.data import Dataset, Prompt
 from deltamux.router.fit.embedding import EmbeddingRows, find_embedding
 from deltamux.router.fit.fit import fit_router
+from deltamux.router.fit.options import Options
 
 WORDS = {
     "math": ["sum", "product", "apples", "each", "total", "twice", "half", "minus", "equals"],
@@ -79,7 +80,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(base, tmp_path_factory):
     output = tmp_path_factory.mktemp("fitted") / "router"
-    report = fit_router(make_dataset(), output, base=str(base), experts={"sql": "sql-7"}, keep=0.95)
+    report = fit_router(make_dataset(), output, Options(experts={"sql": "sql-7"}), base=str(base))
     return output, report
 
 
@@ -113,7 +114,9 @@ def test_fitted_configuration_tells_what_it_was_made_of(fitted):
 
 def test_the_same_seed_fits_the_same_router(fitted, base, tmp_path):
     output, _ = fitted
-    fit_router(make_dataset(), tmp_path / "again", base=str(base), experts={"sql": "sql-7"})
+    fit_router(
+        make_dataset(), tmp_path / "again", Options(experts={"sql": "sql-7"}), base=str(base)
+    )
     for name in ("router.safetensors", "router_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
 
@@ -196,7 +199,7 @@ def test_the_embedding_is_found_through_an_index(base, tmp_path):
 )
 def test_what_cannot_make_a_router_is_refused(base, tmp_path, dataset, options, message):
     with pytest.raises(ValueError, match=message):
-        fit_router(dataset, tmp_path / "router", base=str(base), **options)
+        fit_router(dataset, tmp_path / "router", Options(**options), base=str(base))
     assert not (tmp_path / "router").exists()
 
 
@@ -208,7 +211,9 @@ def test_a_domain_that_no_expert_can_be_called_needs_one_named(base, tmp_path, n
     dataset = Dataset(list(dict.fromkeys(prompts)), [], 0, [])
     with pytest.raises(ValueError, match="no expert can be called"):
         fit_router(dataset, tmp_path / "router", base=str(base))
-    report = fit_router(dataset, tmp_path / "router", base=str(base), experts={name: "sql"})
+    report = fit_router(
+        dataset, tmp_path / "router", Options(experts={name: "sql"}), base=str(base)
+    )
     assert report.config.experts[name] == "sql"
 
 

