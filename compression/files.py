@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ MOST_SETTINGS_BYTES = 16 * MIB
 MOST_VOCABULARY_BYTES = 256 * MIB
 
 
-def open_regular(path: Path, most_bytes: int | None = None) -> BufferedReader:
-    """Open a file for reading.
+@contextmanager
+def open_regular(path: Path, most_bytes: int | None = None) -> Iterator[BufferedReader]:
+    """Open a file for reading; an error while it is read names it, as one of opening does.
 
     Args:
         path: The file; links are followed.
@@ -32,6 +35,7 @@ def open_regular(path: Path, most_bytes: int | None = None) -> BufferedReader:
 
     Raises:
         FileNotFoundError: There is no such file.
+        OSError: It cannot be opened or read.
         ValueError: It is a pipe, a device or a directory, or too large.
     """
     # Without O_NONBLOCK, the opening of a pipe would wait for somebody who writes.
@@ -45,7 +49,13 @@ def open_regular(path: Path, most_bytes: int | None = None) -> BufferedReader:
         raise ValueError(
             f"{str(path)!r} has {found.st_size:,} bytes, files of its kind have up to {most_bytes:,}"
         )
-    return os.fdopen(descriptor, "rb")
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            yield file
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_text(path: Path, most_bytes: int = MOST_SETTINGS_BYTES) -> str:

@@ -357,6 +357,36 @@ def test_heads_of_slot_images(places: list[tuple[float, int]], count: int, kept:
 
 
 @pytest.fixture(scope="module")
+def kept_image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, bytes, torch.Tensor]:
+    """A cache of one slot image, its file, what stands in it, and the image."""
+    from deltamux.compression.image.layout import Field, Record
+    from deltamux.serve.worker.image_cache import ImageCache
+
+    cache = ImageCache(2**20, {"a.weight": (8,)}, tmp_path_factory.mktemp("images"))
+    image = assemble({0: Record({}, {Field.VECTOR: np.arange(8, dtype=np.float32)})}, 1)
+    cache.image("content", lambda: image)
+    (file,) = cache.folder.iterdir()
+    return cache, file, file.read_bytes(), image
+
+
+@fuzz(300)
+@given(places=damages, kept=lengths, ended=st.binary(max_size=40))
+def test_files_of_kept_slot_images(
+    kept_image: tuple[Any, Path, bytes, torch.Tensor],
+    places: list[tuple[float, int]],
+    kept: float,
+    ended: bytes,
+) -> None:
+    cache, file, whole, image = kept_image
+    file.write_bytes(damaged(whole, places, kept) + ended)
+    made: list[torch.Tensor] = []
+    found = cache.image("content", lambda: made.append(image) or image)
+    # Whatever stood there, a slot gets the image, and the next reader finds it whole.
+    assert torch.equal(found, image)
+    assert file.read_bytes() == whole
+
+
+@pytest.fixture(scope="module")
 def router(
     tmp_path_factory: pytest.TempPathFactory, make_pair: Callable[..., tuple[Path, Path]]
 ) -> tuple[Path, Path, Path]:

@@ -11,14 +11,15 @@ from deltamux.compression.files import open_regular, read_json, read_text
 
 def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=r"pipe' is no regular file"):
-        open_regular(tmp_path / "pipe")
+    refused = pytest.raises(ValueError, match=r"pipe' is no regular file")
+    with refused, open_regular(tmp_path / "pipe"):
+        pass
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/"])
 def test_devices_and_directories_are_refused(path: str) -> None:
-    with pytest.raises(ValueError, match="is no regular file"):
-        open_regular(Path(path))
+    with pytest.raises(ValueError, match="is no regular file"), open_regular(Path(path)):
+        pass
 
 
 def test_the_size_is_checked_before_anything_is_read(tmp_path: Path) -> None:
