@@ -13,16 +13,10 @@ from deltamux.serve.names import AUTO, BASE
 _READ = ("prompt", "messages", "input", "previous_response_id", "metadata")
 # Headers of one connection, and those that are made anew.
 _NOT_PASSED = frozenset(
-    [
-        "connection",
-        "keep-alive",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "host",
-        "content-length",
-    ]
+    (
+        *("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"),
+        *("host", "content-length", "date", "server"),
+    )
 )
 
 

@@ -42,14 +42,23 @@ class Front:
         settings: The fleet's.
         roster: Who is there.
         key: The servers' own key, by which the front looks at them; None: they have none.
+        transport: How replicas are reached; None: by HTTP.
     """
 
-    def __init__(self, settings: FleetSettings, roster: RosterClient, key: str | None) -> None:
+    def __init__(
+        self,
+        settings: FleetSettings,
+        roster: RosterClient,
+        key: str | None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self._roster = roster
         self.table = Table(settings.placement, settings.bound, settings.room)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         timeout = httpx.Timeout(None, connect=5.0)
-        self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
+        self._client = httpx.AsyncClient(
+            limits=limits, timeout=timeout, trust_env=False, transport=transport
+        )
         self._forward = Forwarder(self.table, self._client, settings.patience)
         self._changes = Changes(self.table, self._client, roster, key)
         self.app = Starlette(

@@ -12,6 +12,7 @@ import asyncio
 import os
 import signal
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class Replica:
         self._server = ReplicaServer(order.config, host)
         try:
             self._server.wait()
+            ray.get(self._roster.join.remote(self._identity, self._server.url))
         except BaseException:
             self._server.stop()
             raise
@@ -89,7 +91,8 @@ class Replica:
             return
         if self._server.process.poll() is None:
             return  # it may be busy, and the front asks it for itself
-        await self._roster.leave.remote(self._identity)
+        await self._leave()
+        await asyncio.to_thread(self._server.stop)
         raise RuntimeError(f"the server ended with {self._server.process.returncode}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -100,14 +103,14 @@ class Replica:
             return {}  # it does not answer now; its health is asked elsewhere
         return {QUEUE: queue, SWAPS: swaps}
 
-    async def where(self) -> tuple[int, str]:
-        """The server's process and address, for tests."""
-        return self._server.process.pid, self._server.url
-
     async def __del__(self) -> None:
         """Called by Ray before the replica ends."""
-        await self._roster.leave.remote(self._identity)
+        await self._leave()
         await asyncio.to_thread(self._server.stop)
+
+    async def _leave(self) -> None:
+        with suppress(ray.exceptions.RayActorError):
+            await self._roster.leave.remote(self._identity)
 
 
 def application(settings: FleetSettings, key: str | None) -> Any:
@@ -166,14 +169,15 @@ def run(settings: FleetSettings, key: str | None) -> None:
     )
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: ended.set())
+    roster = ray.remote(num_cpus=0, max_restarts=-1)(Roster)
+    # It lives as long as somebody here holds it.
+    held = [roster.options(name=ROSTER, get_if_exists=True).remote(settings.state)]
     try:
-        roster = ray.remote(num_cpus=0, max_restarts=-1)(Roster)
-        kept = roster.options(name=ROSTER, get_if_exists=True).remote(settings.state)
         serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(application(settings, key), name=NAME, route_prefix="/")
         print(f"the fleet answers at http://{settings.host}:{settings.port}", flush=True)  # noqa: T201
         ended.wait()
-        del kept
     finally:
         serve.shutdown()
+        held.clear()
         ray.shutdown()

@@ -51,6 +51,7 @@ class ReplicaServer:
         port = _free_port(host)
         self.url = f"http://{host}:{port}"
         command = [sys.executable, "-m", CHILD, str(path), "--host", host, "--port", str(port)]
+        command.append("--disable-uvicorn-access-log")  # the front looks at it twice a second
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment()
         )
