@@ -1,5 +1,6 @@
 """The tiny random base and experts that `fleet.py` serves; by itself it measures nothing."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ ENVIRONMENT = os.environ | {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 END = "<|end|>"
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
 
 
 def build(folder: Path, experts: int, slots: int) -> list[str]:
@@ -24,7 +26,11 @@ def build(folder: Path, experts: int, slots: int) -> list[str]:
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
     from deltamux.compression.compress import compress
     from deltamux.compression.recipe import Recipe
+    from deltamux.compression.streaming.rows import read_rows
+    from deltamux.compression.streaming.text import encode_rows
 
+    rows = [{"prompt": f"add {i} and {i + 3}", "response": f"it is {2 * i + 3}"} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_config(), dtype=torch.float32)
     _save(model, folder / "base")
@@ -38,7 +44,8 @@ def build(folder: Path, experts: int, slots: int) -> list[str]:
                 parameter.add_(torch.randn_like(parameter) * 0.3 * parameter.std())
         _save(tuned, folder / f"tuned-{name}")
         pair = open_checkpoint(folder / "base"), open_checkpoint(folder / f"tuned-{name}")
-        compress(*pair, folder / name, recipe, calibration=[], held_out=[], progress=False)
+        samples = encode_rows(read_rows(folder / "rows.jsonl"), folder / f"tuned-{name}", 64)
+        compress(*pair, folder / name, recipe, calibration=samples, held_out=[], progress=False)
     content = {
         "base": {"model": "base"},
         "experts": [{"name": name, "path": name} for name in names],
@@ -79,4 +86,6 @@ def _save(model: torch.nn.Module, folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
