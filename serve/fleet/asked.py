@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from deltamux.serve.api.guard import MOST_BODY_BYTES
 from deltamux.serve.names import AUTO, BASE
 
 # What the router reads, of any of the APIs; token ids are a prompt to it.
@@ -47,10 +49,18 @@ def passed(headers: Any) -> list[tuple[str, str]]:
 
 
 async def read(request: Request) -> Asked:
-    """Read a client's request."""
+    """Read a client's request.
+
+    Raises:
+        HTTPException: It is larger than what any server takes.
+    """
     path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-    body = await request.body()
-    asked = Asked(request.method, path, passed(request.headers.items()), body)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_BODY_BYTES:
+            raise HTTPException(413, f"a body has up to {MOST_BODY_BYTES:,} bytes")
+    asked = Asked(request.method, path, passed(request.headers.items()), bytes(body))
     content = content_of(asked)
     model = content.get("model")
     asked.model = model if isinstance(model, str) else None

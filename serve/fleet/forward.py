@@ -89,7 +89,7 @@ class Forwarder:
         """
         replica.opened += 1
         replica.asked += 1
-        began = False
+        began, response = False, None
         try:
             response = await self._unless_gone(replica, self._send(replica, asked))
             headers = [
@@ -109,6 +109,8 @@ class Forwarder:
         finally:
             if not began:
                 replica.opened -= 1
+                if response is not None:
+                    await response.aclose()
 
     async def _send(self, replica: Replica, asked: Asked) -> httpx.Response:
         request = self._client.build_request(

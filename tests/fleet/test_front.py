@@ -281,3 +281,14 @@ def test_seats_are_taken_over() -> None:
     ]
     roster.leave("a")
     assert roster.join("c", "u") == "replica-0"
+
+
+def test_a_body_that_no_server_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltamux.serve.fleet import asked
+
+    async def work(site: Site) -> None:
+        assert (await site.ask("math", prompt="x" * 200)).status_code == 413
+        assert (await site.ask("math")).status_code == 200
+
+    monkeypatch.setattr(asked, "MOST_BODY_BYTES", 150)
+    on(Site(), work)
