@@ -1,6 +1,6 @@
 """A fleet of two CPU replicas: swaps a request by affinity and round robin, throughput, and a replica killed under load.
 
-    python -m benchmarks.fleet [--experts 12] [--slots 3] [--requests 400]      (needs `deltamux[fleet]`)
+    python -m benchmarks.fleet [--experts 12] [--slots 4] [--requests 400]      (needs `deltamux[fleet]`)
     python -m benchmarks.fleet --plan      the planner's figures alone, and their plot
 
 The base and its experts are tiny and random: what is measured is where requests go, not how fast a model is. The same trace
@@ -42,7 +42,7 @@ Figures = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experts", type=int, default=12)
-    parser.add_argument("--slots", type=int, default=3)
+    parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--plan", action="store_true")
     options = parser.parse_args()

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 # A replica may have so many times the mean of open requests. Chosen; `deltamux plan` shows what others cost.
 DEFAULT_BOUND = 1.25
-# Open requests that a replica takes in any case. Chosen: about what a small engine computes at once.
-DEFAULT_ROOM = 4
+# Open requests that a replica takes in any case. Measured on two small replicas (`benchmarks/fleet.py`): with 4, four of
+# ten requests were sent away from their expert, and a request cost as many swaps as by turns.
+DEFAULT_ROOM = 8
 
 # Of splitmix64, which makes all bits of a number depend on each of them.
 _STEP = np.uint64(0x9E3779B97F4A7C15)

@@ -116,7 +116,8 @@ class PlanSettings(_Model):
         if self.cards is not None:
             return [list(self.cards)]
         return [
-            [Card(name=f"replica-{number}", slots=slots) for number in range(1, replicas + 1)]
+            # Called as the fleet's seats are, so that experts are placed as there.
+            [Card(name=f"replica-{number}", slots=slots) for number in range(replicas)]
             for replicas in sorted(self.replicas)
             for slots in sorted(self.slots)
         ]
