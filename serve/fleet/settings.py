@@ -1,7 +1,7 @@
 """What a fleet is to do: `fleet.yaml`. What each replica serves stands in its `deltamux.yaml`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -72,12 +72,22 @@ def load_fleet(path: Path) -> FleetSettings:
         ValueError: Not YAML, an unknown key, or a value out of range; the message names it.
     """
     try:
-        settings = FleetSettings.model_validate(yaml.safe_load(path.read_text()) or {})
-    except (yaml.YAMLError, ValidationError) as error:
-        raise ValueError(
-            f"{str(path)!r} is not a fleet's configuration: {problems(error)}"
-        ) from error
+        settings = checked(yaml.safe_load(path.read_text()) or {})
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{str(path)!r}: {problems(error)}") from error
     root = path.parent.absolute()
     state = settings.state and root / settings.state.expanduser()
     server = root / settings.server.expanduser()
     return settings.model_copy(update={"server": server, "state": state})
+
+
+def checked(content: Any) -> FleetSettings:
+    """A fleet's configuration from what a file and flags say.
+
+    Raises:
+        ValueError: An unknown key, or a value out of range; the message names it.
+    """
+    try:
+        return FleetSettings.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"this is not a fleet's configuration: {problems(error)}") from error

@@ -8,7 +8,7 @@ import yaml
 
 from deltamux.serve.fleet.replica import Load, replica_settings
 from deltamux.serve.fleet.scaling import Limits, wanted
-from deltamux.serve.fleet.settings import load_fleet
+from deltamux.serve.fleet.settings import FleetSettings, load_fleet
 from deltamux.serve.settings import load_settings
 
 
@@ -76,3 +76,22 @@ def test_load_is_what_came_since_the_last_look() -> None:
     assert load.seen(page.format(5, 10)) == (3, 0.5)
     assert load.seen(page.format(6, 20)) == (3, 0.1)
     assert load.seen(page.format(6, 20)) == (3, 0.0)
+
+
+# Ray's own modules warn when they are imported.
+@pytest.mark.filterwarnings("ignore")
+def test_rays_policy_decides_by_what_replicas_report() -> None:
+    pytest.importorskip("ray")
+    from types import SimpleNamespace
+
+    from deltamux.serve.fleet.ray_app import _how_many
+    from deltamux.serve.fleet.scaling import QUEUE, SWAPS
+
+    settings = FleetSettings(server=Path("a"), replicas=2, most_replicas=5, queue=2, up_after=7)
+    scaling = _how_many(settings)["autoscaling_config"]
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s) == (2, 5, 7)
+    policy = scaling.policy.get_policy()(**scaling.policy.policy_kwargs)
+    busy = {QUEUE: {"a": 5.0, "b": 1.0}, SWAPS: {"a": 0.0, "b": 0.0}}
+    context = SimpleNamespace(target_num_replicas=2, aggregated_metrics=busy)
+    assert policy(context) == (3, {})
+    assert _how_many(FleetSettings(server=Path("a"), replicas=3)) == {"num_replicas": 3}
