@@ -20,6 +20,8 @@ from deltamux.compression.commands import (
 from deltamux.compression.paths import user_path
 from deltamux.router.commands import route, router_app
 from deltamux.serve.errors import USER_ERROR_STATUS, one_line
+from deltamux.serve.fleet.command import fleet_command
+from deltamux.serve.fleet.plan_command import plan_command
 
 app = typer.Typer(
     name="deltamux",
@@ -31,6 +33,8 @@ app.command("compress")(compress_command)
 app.command("inspect")(inspect_command)
 app.command("merge")(merge_command)
 app.command("evaluate")(evaluate_command)
+app.command("plan")(plan_command)
+app.command("fleet")(fleet_command)
 app.add_typer(router_app, name="router")
 # A text may begin with a dash: "-5 degrees".
 app.command("route", context_settings={"ignore_unknown_options": True})(route)

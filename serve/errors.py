@@ -32,6 +32,7 @@ EXTRAS = {
     "gguf": "demo",
     "accelerate": "demo",
     "openai": "demo",
+    "ray": "fleet",
 }
 
 

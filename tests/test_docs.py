@@ -135,7 +135,7 @@ def test_every_option_is_documented() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     options = {
         (name, *parameter.opts)
-        for name in ("compress", "inspect", "merge", "evaluate", "serve")
+        for name in ("compress", "inspect", "merge", "evaluate", "serve", "plan", "fleet")
         for parameter in commands[name].params
         if parameter.opts[0].startswith("-")
     }

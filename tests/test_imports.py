@@ -27,6 +27,7 @@ FORBIDDEN = {
     ),
     "serve/api": ("deltamux.serve.worker", "deltamux.serve.endpoint"),
     "serve/observability": ("deltamux.serve.worker", "deltamux.serve.endpoint"),
+    "serve/fleet": ("deltamux.serve.worker", "deltamux.serve.endpoint", "vllm"),
     "serve/names.py": ("deltamux", "vllm", "pydantic"),
     "serve/status.py": ("deltamux", "vllm"),
     "serve/settings.py": ("deltamux.serve.worker", "deltamux.serve.api", "vllm"),
@@ -34,7 +35,7 @@ FORBIDDEN = {
 # The demo is a leaf: only the command line, which starts it, imports it.
 DEMO, ITS_CALLER = "deltamux.serve.demo", ROOT / "serve" / "cli.py"
 # Slow to load, and of no use to a command that has nothing to do yet.
-HEAVY = ("torch", "sklearn", "scipy", "httpx", "transformers", "vllm", "matplotlib")
+HEAVY = ("torch", "sklearn", "scipy", "httpx", "transformers", "vllm", "matplotlib", "ray")
 
 
 def sources(part: str) -> list[Path]:
@@ -109,6 +110,8 @@ def test_deciding_loads_numpy_and_no_more() -> None:
         ["router", "evaluate"],
         ["route"],
         ["serve"],
+        ["plan"],
+        ["fleet"],
         ["demo"],
     ],
     ids=" ".join,
