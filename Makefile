@@ -23,13 +23,13 @@ quietly = @mkdir -p build; echo "$(1)"; start=$$(date +%s); : > $(INSTALL_LOG); 
 	  kill $$ticker; tail -n 25 $(INSTALL_LOG); echo "failed: $(1); all of it is in $(INSTALL_LOG)"; exit 1; \
 	fi
 
-.PHONY: demo test test-image fuzz check lint types clean
+.PHONY: demo test test-image test-fleet fuzz check lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/deltamux demo $(if $(filter-out 0,$(SERVE)),--serve)
 
 # Tests of servers mostly wait: they run beside all others, and what they say is shown behind.
-SERVERS := tests/serve tests/console
+SERVERS := tests/serve tests/console tests/fleet
 SERVERS_LOG := build/test-servers.log
 test: check
 	@echo "== tests; those of $(SERVERS) beside them, in $(SERVERS_LOG)"
@@ -42,6 +42,10 @@ test: check
 # The CPU image's steps without Docker, in an environment of their own: minutes, mostly downloads.
 test-image: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/docker/test_walk.py
+
+# A fleet of two servers on Ray, one of them killed under load: minutes.
+test-fleet: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/fleet
 
 # Hours of damaged artifacts and odd requests, others each time: EXAMPLES of each kind.
 EXAMPLES ?= 20000
