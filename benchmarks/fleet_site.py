@@ -21,6 +21,16 @@ END = "<|end|>"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
 
 
+ENGINE = {
+    "served_model_name": "tiny",
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 2**26,
+}
+
+
 def build(folder: Path, experts: int, slots: int) -> list[str]:
     """Write a base, its experts and a `deltamux.yaml`; the experts' names."""
     from deltamux.compression.checkpoint.checkpoint import open_checkpoint
@@ -51,14 +61,7 @@ def build(folder: Path, experts: int, slots: int) -> list[str]:
         "experts": [{"name": name, "path": name} for name in names],
         "slots": slots,
         "host_cache": "1GiB",
-        "engine": {
-            "served_model_name": "tiny",
-            "dtype": "float32",
-            "max_model_len": 256,
-            "max_num_seqs": 8,
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": 2**26,
-        },
+        "engine": ENGINE,
     }
     (folder / "deltamux.yaml").write_text(yaml.safe_dump(content))
     return names

@@ -127,16 +127,13 @@ def launch_product(
         most: Slots with more rows are left out; None: none is.
     """
     rows, count = x_TK.shape[0], slots.shape[0]
-    if rows == 0:
-        return
-    records, sizes = ((*each, 0, 0, 0)[:MAX_SLICES] for each in (entries, slice_rows))
-    places, where = _Places(records, sizes, most or rows), (order, starts, slots)
+    places, where = _Places.of(entries, slice_rows, most or rows), (order, starts, slots)
     cut, total = tiling or choose_tiling(slice_rows, rows), groups_of(rows, count)
     for skipped in range(0, total, MOST_GROUPS):
         part = (min(MOST_GROUPS, total - skipped), skipped, places.most)
         _launch(y_TN, x_TK, slot_of_row, *where, places, part, row_map, capabilities, cut)
         if rank > 0:
-            launch_factors(y_TN, x_TK, *where, records, sizes, rank, part)
+            launch_factors(y_TN, x_TK, *where, places.records, places.sizes, rank, part)
 
 
 @dataclass(frozen=True)
@@ -146,6 +143,11 @@ class _Places:
     records: tuple[int, ...]
     sizes: tuple[int, ...]
     most: int
+
+    @classmethod
+    def of(cls, entries: tuple[int, ...], sizes: tuple[int, ...], most: int) -> "_Places":
+        """Those of a layer, which may have fewer slices."""
+        return cls((*entries, 0, 0, 0)[:MAX_SLICES], (*sizes, 0, 0, 0)[:MAX_SLICES], most)
 
 
 def _launch(
