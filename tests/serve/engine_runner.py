@@ -1,7 +1,7 @@
 """Run batches through a real vLLM engine in a process of its own; a JSON job in, JSON results out.
 
 Job: {"model", "plugin", "slots", "experts": {name: path}, "batches": [[[expert or null, prompt]]],
-"output"}, and "speculative", vLLM's configuration of drafted tokens, or none. Result: for each batch, for each request, token ids, their log-probabilities, the gap
+"output"}, and of vLLM's configuration "speculative" (drafted tokens), "quantization" and "dtype", or none. Result: for each batch, for each request, token ids, their log-probabilities, the gap
 between the two likeliest tokens, and the prompt's log-probabilities.
 """
 
@@ -31,7 +31,8 @@ def main() -> None:
         options |= {"speculative_config": job["speculative"], "disable_log_stats": False}
     engine = LLM(
         job["model"],
-        dtype="float32",
+        dtype=job.get("dtype") or "float32",
+        quantization=job.get("quantization"),
         max_model_len=512,
         max_num_seqs=8,
         enforce_eager=True,

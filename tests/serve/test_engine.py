@@ -42,8 +42,7 @@ def run_engine(
     plugin: bool,
     experts: dict[str, str],
     batches: Any,
-    *,
-    speculative: dict[str, Any] | None = None,
+    **vllm: Any,
 ) -> Results:
     job = folder / "job.json"
     output = folder / "results.json"
@@ -56,8 +55,8 @@ def run_engine(
                 "experts": experts,
                 "batches": batches,
                 "output": str(output),
-                "speculative": speculative,
             }
+            | vllm
         )
     )
     runner = Path(__file__).with_name("engine_runner.py")
@@ -170,6 +169,33 @@ def test_base_requests_are_bit_identical_with_and_without_the_plugin(
     assert plain["ids"] == with_plugin["ids"]
     assert plain["logprobs"] == with_plugin["logprobs"]
     assert plain["prompt_logprobs"] == with_plugin["prompt_logprobs"]
+
+
+@pytest.mark.parametrize("served", MODELS[:1], indirect=True, ids=lambda p: p[0])
+def test_a_base_that_vllm_quantizes_is_untouched_and_loses_its_experts_no_more_than_itself(
+    tmp_path: Path, served: Served
+) -> None:
+    short = {"dtype": "bfloat16", "quantization": "fp8_per_channel"}
+    asked = [[[None, PROMPT]], [["one", PROMPT]], [["one", PROMPT], [None, PROMPT]]]
+    plain = run_engine(tmp_path, served.base, False, {}, asked[:1], **short)[0][0]
+    base, expert, mixed = run_engine(tmp_path, served.base, True, served.artifacts, asked, **short)
+    assert base[0]["ids"] == plain["ids"]
+    assert base[0]["prompt_logprobs"] == plain["prompt_logprobs"]
+
+    def away(name: str | None, answer: dict[str, Any]) -> float:
+        whole = torch.tensor(transformers_prompt(served.merged[name], answer["prompt_ids"]))
+        return float((torch.tensor(answer["prompt_logprobs"]) - whole).abs().mean())
+
+    # It was quantized, and the delta stands on the quantized weights as on the whole ones.
+    assert away(None, base[0]) > 10 * TOLERANCE
+    for answer in (expert[0], mixed[0]):
+        assert away("one", answer) < 2 * away(None, base[0])
+    assert away("one", base[0]) > 3 * away("one", expert[0])
+
+
+def transformers_prompt(checkpoint: Path, ids: list[int]) -> list[float]:
+    logprobs = transformers_logprobs(checkpoint, ids)
+    return [float(logprobs[place, token]) for place, token in enumerate(ids[1:])]
 
 
 @pytest.mark.parametrize("served", MODELS[:1], indirect=True, ids=lambda p: p[0])
