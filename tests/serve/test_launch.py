@@ -226,6 +226,18 @@ def test_the_command_line_is_frozen() -> None:
         "route": ["--jsonl", "--router", "text"],
         "serve": ["--host-cache", "--slots", "config"],
         "demo": ["--base", "--experts", "--root", "--serve", "more"],
+        "plan": [
+            "--bound",
+            "--concurrency",
+            "--experts",
+            "--json",
+            "--replicas",
+            "--slots",
+            "--swaps",
+            "--zipf",
+            "file",
+        ],
+        "fleet": ["--port", "--replicas", "config"],
     }
 
 
