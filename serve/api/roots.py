@@ -39,15 +39,15 @@ class Roots:
         """A directory that a client named, its links resolved; a hub id, where the hub's cache lies under a root.
 
         Raises:
-            ValueError: It is not absolute, or it or a file in it lies elsewhere. Nothing is said of what is there.
+            ValueError: It is relative, or it or a file in it lies elsewhere. Nothing is said of what is there.
         """
         if not path.is_absolute() and re.fullmatch(HUB_ID, str(path)):
             self._resolved(Path(HF_HUB_CACHE))
             return path
         if not path.is_absolute() or "\0" in str(path):
             raise ValueError(
-                f"{str(path)!r} is not absolute, and the server's folder and home are not the client's: "
-                "give the whole path, from / on"
+                f"{str(path)!r} is relative, and the server's folder and home are not the client's: "
+                "give an absolute path"
             )
         found = self._resolved(path)
         for name in FILES:
