@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 	$(BIN)/deltamux demo $(if $(filter-out 0,$(SERVE)),--serve)
 
 # Tests of servers mostly wait: they run beside all others, and what they say is shown behind.
-SERVERS := tests/serve tests/console tests/fleet
+SERVERS := tests/serve tests/fleet tests/console
 SERVERS_LOG := build/test-servers.log
 test: check
 	@echo "== tests; those of $(SERVERS) beside them, in $(SERVERS_LOG)"

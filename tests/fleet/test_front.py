@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def on(site: Site, work: Any) -> None:
         await site.front.look()
         await work(site)
 
-    asyncio.run(run())
+    # A thread of its own: the browser of the console's tests leaves a loop in the main one.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, run()).result()
 
 
 def test_each_expert_has_its_replica_and_the_base_goes_anywhere() -> None:
