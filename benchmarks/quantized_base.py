@@ -16,13 +16,13 @@ bit. Every engine is a process of its own (`--job`).
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import record
+from benchmarks.serving_engine import options_of, set_environment
 
 TOKENS = 200
 ROWS = 12
@@ -33,20 +33,10 @@ Position = dict[str, float]
 
 def engine(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Each prompt's positions, by an engine that runs here."""
-    os.environ |= {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_PLUGINS": "deltamux" if job["experts"] is not None else "",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    set_environment(job.get("kind"))
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
-    options: dict[str, Any] = {}
-    if job["experts"] is not None:
-        listed = [{"name": name, "path": path} for name, path in job["experts"].items()]
-        options = {"enable_lora": True, "max_loras": len(listed), "max_cpu_loras": len(listed)}
-        options["additional_config"] = {"deltamux": {"version": 1, "experts": listed}}
     model = LLM(
         job["base"],
         dtype="bfloat16",
@@ -57,10 +47,10 @@ def engine(job: dict[str, Any]) -> list[dict[str, Any]]:
         enforce_eager=True,
         enable_prefix_caching=False,
         kv_cache_memory_bytes=2**27,
-        **options,
+        **options_of(job),
     )
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=TOKENS)
-    names = list(job["experts"] or {})
+    names = list(job.get("experts", {}))
     found = []
     for name, ids in job["texts"]:
         request = name and LoRARequest(name, names.index(name) + 1, job["experts"][name])
@@ -126,8 +116,9 @@ def measure(root: Path, quantization: str, folder: Path) -> dict[str, Any]:
     runs = {}
     for kind in (None, quantization):
         job["quantization"] = kind
-        runs[kind, False] = asked(job | {"experts": None, "texts": base}, folder)
-        runs[kind, True] = asked(job | {"experts": experts, "texts": base + texts}, folder)
+        runs[kind, False] = asked(job | {"texts": base}, folder)
+        ours = {"kind": "deltamux", "slots": len(names), "experts": experts}
+        runs[kind, True] = asked(job | ours | {"texts": base + texts}, folder)
     plain, quantized = runs[None, False], runs[quantization, False]
     count = len(base)
     found: dict[str, Any] = {

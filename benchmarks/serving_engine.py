@@ -33,15 +33,19 @@ def options_of(job: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
-    kind = job.get("kind")
+def set_environment(kind: str | None) -> None:
+    """What vLLM reads when it is imported."""
     os.environ |= {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_PLUGINS": "deltamux" if kind == "deltamux" else "",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    set_environment(job.get("kind"))
     if job.get("adapters"):
         for seed, path in enumerate(job["experts"].values()):
             save_adapter(Path(job["model"]), Path(path), job["rank"], seed)

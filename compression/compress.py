@@ -9,6 +9,8 @@ is started again.
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deltamux.compression.artifact.artifact import Artifact
@@ -49,7 +51,7 @@ def compress(
     Args:
         base: The shared model.
         expert: Its full fine-tune.
-        output: Where it goes.
+        output: Where the artifact goes.
         recipe: Schemes, and how much they may take.
         calibration: Conversations the input second moments are collected on.
         held_out: Conversations the result is verified on; none: not verified.
@@ -63,16 +65,25 @@ def compress(
     _check_output(output, overwrite)
     task = prepare(base, expert, recipe, texts=(calibration, held_out), progress=progress)
     work = _workspace(task, output)
-    with tempfile.TemporaryDirectory(dir=work.root) as scratch:  # goes with the workspace
-        (target := Path(scratch) / "artifact").mkdir()
+    with _new_folder(work) as target:
         candidates = _candidates(task, work)
         choice = choose(candidates)
-        weights = candidates.encoded(choice, tune(candidates, choice))
+        stretches = tune(candidates, choice)
+        weights = candidates.encoded(choice, stretches)
         manifest = write_artifact(task.difference, recipe, weights, target)
         manifest = finish_artifact(manifest, recipe, verify(task, target), target)
         _put(target, output)
     work.clear()
     return manifest
+
+
+@contextmanager
+def _new_folder(work: Workspace) -> Iterator[Path]:
+    """Inside the workspace, so that what a killed run leaves is deleted with it."""
+    with tempfile.TemporaryDirectory(dir=work.root) as scratch:
+        target = Path(scratch) / "artifact"
+        target.mkdir()
+        yield target
 
 
 def _put(target: Path, output: Path) -> None:

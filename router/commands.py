@@ -82,8 +82,10 @@ def fit(  # noqa: PLR0917 - a command line, called by name
         dataset = _dataset(data, _parse_pairs("from-expert", "FILE", from_expert or []))
         experts = _parse_pairs("expert", "EXPERT", expert or [])
         lines = _parse_pairs("describe", "TEXT", describe or [])
-        chosen, least = cast(Features, features), _parse_numbers(minimum or [])
-        options = Options(keep, max_wrong, chosen, experts, lines, least, seed)
+        options = Options(
+            keep, max_wrong, cast(Features, features),
+            experts=experts, descriptions=lines, minimums=_parse_numbers(minimum or []), seed=seed,
+        )  # fmt: skip
         report = fit_router(dataset, output, options, base=tokenizer, progress=True)
     _warn(dataset)
     _show_fit(report, dataset, output, round(time.perf_counter() - start, 1), as_json)

@@ -169,6 +169,14 @@ def check_port(engine: dict[str, Any], extra: list[str]) -> None:
             ) from error
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of a host that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def _flag(name: str, value: Any) -> list[str]:
     dashed = name.replace("_", "-")
     if value is None:

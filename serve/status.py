@@ -106,7 +106,7 @@ def begin_server() -> None:
 def status_directory() -> Path:
     """The folder of the status file and of the worker's socket; made, and removed at exit, if there is none."""
     known = _inherited()
-    if known is not None:
+    if known:
         return Path(known)
     path = tempfile.mkdtemp(prefix="deltamux-")
     os.environ[STATUS_DIRECTORY_VARIABLE] = _made[os.getpid()] = path

@@ -59,10 +59,6 @@ def blend(mother: Candidate, father: Candidate, chance: random.Random) -> list[f
     ]
 
 
-def _starts(curves: Sequence[Curve], budget_bytes: int) -> list[Choice]:
-    return [uniform(curves, budget_bytes), knapsack(curves, budget_bytes)]
-
-
 def _loss(candidate: Candidate) -> float:
     return candidate.loss
 
@@ -94,18 +90,17 @@ def evolve(
     _check_sizes(population, generations)
     if not curves:
         return []
-    genomes, chance = _Genomes(curves, budget_bytes), random.Random(seed)
-
-    def born(rates: Sequence[float], choice: Choice | None = None) -> Candidate:
-        choice = choice or genomes.decode(rates)
-        return Candidate(_mean_one(rates), tuple(choice), objective(list(choice)))
-
-    alive = [born(genomes.rates(each), each) for each in _starts(curves, budget_bytes)]
-    alive += [born(blend(alive[0], alive[1], chance)) for _ in range(population - len(alive))]
+    genomes = _Genomes(curves, budget_bytes, objective)
+    chance = random.Random(seed)
+    starts = [uniform(curves, budget_bytes), knapsack(curves, budget_bytes)]
+    alive = [genomes.born(genomes.rates(choice), choice) for choice in starts]
+    while len(alive) < population:
+        alive.append(genomes.born(blend(alive[0], alive[1], chance)))
     for _ in range(generations):
         parents = sorted(alive, key=_loss)
-        pairs = (_two_winners(parents, chance) for _ in range(population - ELITE))
-        alive = parents[:ELITE] + [born(operator(*pair, chance)) for pair in pairs]
+        alive = parents[:ELITE]
+        while len(alive) < population:
+            alive.append(genomes.born(operator(*_two_winners(parents, chance), chance)))
     return list(min(alive, key=_loss).choice)
 
 
@@ -123,7 +118,8 @@ class _Genomes:
     The convex-hull steps of a layer's matrices, best gain per byte first, make the layer one ladder.
     """
 
-    def __init__(self, curves: Sequence[Curve], budget_bytes: int) -> None:
+    def __init__(self, curves: Sequence[Curve], budget_bytes: int, objective: Objective) -> None:
+        self.objective = objective
         self.curves = curves
         self.budget_bytes = budget_bytes
         self.layers = sorted({curve.layer for curve in curves})
@@ -138,6 +134,11 @@ class _Genomes:
         self.ladders = [
             list(accumulate((step.num_bytes for step in steps), initial=0)) for steps in self.steps
         ]
+
+    def born(self, rates: Sequence[float], choice: Choice | None = None) -> Candidate:
+        """What rates come to, and its loss; `choice`, where they were taken from one."""
+        choice = choice or self.decode(rates)
+        return Candidate(_mean_one(rates), tuple(choice), self.objective(list(choice)))
 
     def decode(self, rates: Sequence[float]) -> Choice:
         shares = [n * rate for n, rate in zip(self.num_weights, rates, strict=True)]

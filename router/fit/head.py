@@ -37,6 +37,12 @@ class Head:
         return np.asarray(columns @ self.weights + self.bias, dtype=np.float64)
 
 
+def _biases(truth: Labels, num_domains: int, learned: bool) -> tuple[Probabilities, Any]:
+    """Where biases start, float64 [D], and which of them prompts move, bool [D]: where a domain has none, it stays."""
+    seen = np.bincount(truth, minlength=num_domains) > 0
+    return np.where(seen | (not learned), 0.0, _UNSEEN), seen & learned
+
+
 def fit_head(
     columns: Any,
     truth: Labels,
@@ -58,11 +64,11 @@ def fit_head(
     """
     from scipy.optimize import minimize
 
-    balanced, total = (weight := balance(truth, weights)), weight.sum()
-    num_columns, targets = columns.shape[1], np.eye(num_domains)[truth]
-    # A bias is learned from prompts; of a domain without any it stays where it is.
-    free = (np.bincount(truth, minlength=num_domains) > 0) & (offset is None)
-    start = np.where(free | (offset is not None), 0.0, _UNSEEN)
+    balanced = balance(truth, weights)
+    total = balanced.sum()
+    num_columns = columns.shape[1]
+    targets = np.eye(num_domains)[truth]
+    start, free = _biases(truth, num_domains, offset is None)
     given = np.zeros((len(truth), num_domains)) if offset is None else offset
 
     def loss(flat: Probabilities) -> tuple[float, Probabilities]:

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from deltamux.serve.launch import free_port
 
 # A cold start with compilation took 130 s on two cores.
 START_SECONDS = 300.0
@@ -132,11 +133,3 @@ def last_words(log: Path) -> str:
     errors = [i for i, line in enumerate(lines) if re.search(r"(Error|Exception|error): ", line)]
     said = " ".join(" ".join(lines[(errors or [-1])[-1] :]).split())
     return f"{said[:MOST_WORDS]} (all of it is in {str(log)!r})"
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

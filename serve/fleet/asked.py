@@ -31,7 +31,7 @@ class Asked:
         path: With the query.
         headers: Those that are passed on.
         body: As bytes.
-        model: Who is asked; None: the body names nobody.
+        content: The body as JSON; empty where it is something else.
         said: Headers of the response that say how `auto` was decided.
     """
 
@@ -39,8 +39,14 @@ class Asked:
     path: str
     headers: list[tuple[str, str]]
     body: bytes
-    model: str | None = None
+    content: dict[str, Any] = field(default_factory=dict)
     said: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str | None:
+        """Who is asked; None: the body names nobody."""
+        model = self.content.get("model")
+        return model if isinstance(model, str) else None
 
 
 def passed(headers: Any) -> list[tuple[str, str]]:
@@ -60,17 +66,13 @@ async def read(request: Request) -> Asked:
         body += chunk
         if len(body) > MOST_BODY_BYTES:
             raise HTTPException(413, f"a body has up to {MOST_BODY_BYTES:,} bytes")
-    asked = Asked(request.method, path, passed(request.headers.items()), bytes(body))
-    content = content_of(asked)
-    model = content.get("model")
-    asked.model = model if isinstance(model, str) else None
-    return asked
+    headers = passed(request.headers.items())
+    return Asked(request.method, path, headers, bytes(body), _as_json(body))
 
 
-def content_of(asked: Asked) -> dict[str, Any]:
-    """The body as JSON; empty where it is something else."""
+def _as_json(body: bytearray) -> dict[str, Any]:
     try:
-        content = json.loads(asked.body) if asked.body else {}
+        content = json.loads(body) if body else {}
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
@@ -87,7 +89,7 @@ async def decide(asked: Asked, client: httpx.AsyncClient, url: str) -> None:
     Raises:
         httpx.TransportError: The replica does not answer.
     """
-    content = content_of(asked)
+    content = asked.content
     question = {name: content[name] for name in _READ if content.get(name) is not None}
     if "token_ids" in content:
         question["prompt"] = content["token_ids"]
@@ -96,8 +98,8 @@ async def decide(asked: Asked, client: httpx.AsyncClient, url: str) -> None:
     if answer.status_code != httpx.codes.OK or "reason" not in answer.json():
         return
     decision = answer.json()
-    asked.model = decision["expert"] or BASE
-    asked.body = json.dumps(content | {"model": asked.model}).encode()
+    asked.content = content | {"model": decision["expert"] or BASE}
+    asked.body = json.dumps(asked.content).encode()
     asked.said = {
         "x-deltamux-domain": str(decision["domain"]),
         "x-deltamux-confidence": f"{decision['confidence']:.4f}",

@@ -16,7 +16,7 @@ import httpx
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from deltamux.serve.fleet.asked import Asked, content_of, read
+from deltamux.serve.fleet.asked import Asked, read
 from deltamux.serve.fleet.forward import failure
 from deltamux.serve.fleet.roster import Change, RosterClient
 from deltamux.serve.fleet.table import Replica, Table
@@ -29,7 +29,7 @@ _EXPERT = re.compile(r"/v1/experts/([^/]+)")
 
 def kept(asked: Asked) -> Change | None:
     """What a request changes for replicas that start later, too; None: nothing."""
-    path, content = asked.path.partition("?")[0], content_of(asked)
+    path, content = asked.path.partition("?")[0], asked.content
     key = None
     if path == "/v1/experts" and isinstance(content.get("name"), str):
         key = f"expert:{content['name']}"
@@ -39,7 +39,7 @@ def kept(asked: Asked) -> Change | None:
         key = f"expert:{found[1]}"
     elif path == "/v1/router/reload":
         key = "router"
-    return key and Change(key, asked.method, path, content or None)  # type: ignore[return-value]
+    return None if key is None else Change(key, asked.method, path, content or None)
 
 
 class Changes:

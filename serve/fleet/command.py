@@ -19,14 +19,15 @@ def fleet_command(
 
     from deltamux.serve.compat import API_KEY_VARIABLE
     from deltamux.serve.fleet.ray_app import run
-    from deltamux.serve.fleet.settings import checked, load_fleet
+    from deltamux.serve.fleet.settings import WHAT, FleetSettings, load_fleet
+    from deltamux.serve.fleet.yaml_files import checked
     from deltamux.serve.launch import check_port, vllm_arguments
     from deltamux.serve.settings import load_settings
 
     settings = load_fleet(config)
     changes = {"replicas": replicas, "port": port}
     given = {key: value for key, value in changes.items() if value is not None}
-    settings = checked(settings.model_dump() | given)
+    settings = checked(FleetSettings, settings.model_dump() | given, WHAT)
     server = load_settings(settings.server)
     vllm_arguments(server, [])
     check_port({"host": settings.host, "port": settings.port}, [])

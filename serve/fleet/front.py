@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httpx
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -21,7 +22,7 @@ from deltamux.serve.api.access import Access, access_of
 from deltamux.serve.fleet.asked import passed
 from deltamux.serve.fleet.changes import Changes
 from deltamux.serve.fleet.forward import Forwarder, failure, healthy
-from deltamux.serve.fleet.pages import all_experts, labelled, one_expert, own_metrics
+from deltamux.serve.fleet.pages import OwnMetrics, all_experts, labelled, one_expert
 from deltamux.serve.fleet.roster import RosterClient
 from deltamux.serve.fleet.settings import FleetSettings
 from deltamux.serve.fleet.table import Replica, Table
@@ -111,7 +112,7 @@ class Front:
             return self._ready()
         if method == "GET" and path in looked_at:
             return await self._of_all(request, looked_at[path])
-        if method == "GET" and access_of(method, path) is Access.USER and _is_expert(path):
+        if method == "GET" and access is Access.USER and _is_expert(path):
             return await self._of_all(request, self._expert)
         if access is Access.ADMIN and method != "GET" and not path.endswith("/slot"):
             return await self._changes.everywhere(request)
@@ -146,8 +147,9 @@ class Front:
     def _metrics(self, told: dict[str, httpx.Response]) -> Response:
         counts = dict(self._forward.counts) | {"spilled": self.table.spilled}
         asked = {each.name: each.asked for each in self.table.all}
-        own = own_metrics(counts, asked, [each.name for each in self.table.ready])
-        return PlainTextResponse(labelled({name: said.text for name, said in told.items()}) + own)
+        own = generate_latest(OwnMetrics(counts, asked, [e.name for e in self.table.ready]))
+        pages = labelled({name: said.text for name, said in told.items()})
+        return PlainTextResponse(pages + own.decode())
 
     def _experts(self, told: dict[str, httpx.Response]) -> Response:
         return JSONResponse(all_experts(_json(told)))

@@ -2,9 +2,19 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+COUNTED = {
+    "retries": "Requests that were sent again to another replica.",
+    "failed": "Requests that no replica answered.",
+    "broken": "Streams that ended in the middle, with their replica.",
+    "spilled": "Requests that their expert's first replica was too full for.",
+}
 TIERS = ("slot", "host", "disk")
 _SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(\{)?(.*)", re.S)
 
@@ -31,37 +41,34 @@ def labelled(pages: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def own_metrics(counts: dict[str, int], asked: dict[str, int], ready: Iterable[str]) -> str:
+@dataclass(frozen=True)
+class OwnMetrics(Collector):
     """The front's own figures.
 
-    Args:
+    Attributes:
         counts: "retries", "failed", "broken" and "spilled".
         asked: Requests that were sent, by replica.
         ready: The replicas that can answer.
     """
-    is_ready = set(ready)
-    families: list[tuple[str, str, str, dict[str, float]]] = [
-        ("deltamux_fleet_ready", "gauge", "1 where a replica can answer.", {}),
-        ("deltamux_fleet_sent_total", "counter", "Requests sent to a replica.", {}),
-    ]
-    for name, count in asked.items():
-        label = f"{{replica={json.dumps(name)}}}"
-        families[0][3][label] = float(name in is_ready)
-        families[1][3][label] = count
-    words = {
-        "retries": "Requests that were sent again to another replica.",
-        "failed": "Requests that no replica answered.",
-        "broken": "Streams that ended in the middle, with their replica.",
-        "spilled": "Requests that their expert's first replica was too full for.",
-    }
-    for name, said in words.items():
-        value = {"": float(counts.get(name, 0))}
-        families.append((f"deltamux_fleet_{name}_total", "counter", said, value))
-    lines = []
-    for name, kind, said, values in families:
-        lines += [f"# HELP {name} {said}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{label} {value}" for label, value in values.items()]
-    return "\n".join(lines) + "\n"
+
+    counts: dict[str, int]
+    asked: dict[str, int]
+    ready: Collection[str]
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, as Prometheus' client asks for them."""
+        ready = GaugeMetricFamily(
+            "deltamux_fleet_ready", "1 where a replica can answer.", labels=["replica"]
+        )
+        sent = CounterMetricFamily(
+            "deltamux_fleet_sent", "Requests sent to a replica.", labels=["replica"]
+        )
+        for name, count in self.asked.items():
+            ready.add_metric([name], name in self.ready)
+            sent.add_metric([name], count)
+        yield from (ready, sent)
+        for name, said in COUNTED.items():
+            yield CounterMetricFamily(f"deltamux_fleet_{name}", said, self.counts.get(name, 0))
 
 
 def all_experts(pages: dict[str, dict[str, Any]]) -> dict[str, Any]:

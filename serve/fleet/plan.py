@@ -7,13 +7,11 @@ Nothing is served: a trace that follows the experts' traffic is placed on each f
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
-from deltamux.compression.validation import problems
 from deltamux.serve.fleet.placement import DEFAULT_BOUND, DEFAULT_ROOM, order
 from deltamux.serve.fleet.simulation import (
     Load,
@@ -26,7 +24,9 @@ from deltamux.serve.fleet.simulation import (
     swaps,
     zipf,
 )
+from deltamux.serve.fleet.yaml_files import loaded
 
+WHAT = "a plan"
 MOST_EXPERTS, MOST_REPLICAS = 10_000, 1_000
 # Requests of a trace: for each replica, and in all. Chosen: the figures move by about a hundredth between seeds.
 REQUESTS_EACH, MOST_REQUESTS = 5_000, 500_000
@@ -155,27 +155,8 @@ class Outcome:
 
 
 def load_plan(path: Path) -> PlanSettings:
-    """Read a plan.
-
-    Raises:
-        ValueError: Not YAML, an unknown key, or a value out of range; the message names it.
-    """
-    try:
-        return checked(yaml.safe_load(path.read_text()) or {})
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{str(path)!r}: {problems(error)}") from error
-
-
-def checked(content: Any) -> PlanSettings:
-    """A plan from what a file and flags say.
-
-    Raises:
-        ValueError: An unknown key, or a value out of range; the message names it.
-    """
-    try:
-        return PlanSettings.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(f"this is not a plan: {problems(error)}") from error
+    """Read a plan; raises as `loaded`."""
+    return loaded(PlanSettings, path, WHAT)
 
 
 def simulate(settings: PlanSettings, cards: Sequence[Card]) -> Outcome:

@@ -34,7 +34,8 @@ def plan_command(  # noqa: PLR0917 - a command line, called by name
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead.")] = False,
 ) -> None:
     """Say which experts go where, how many replicas and slots they need, and what swaps that costs."""
-    from deltamux.serve.fleet.plan import best, checked, load_plan, simulate
+    from deltamux.serve.fleet.plan import WHAT, PlanSettings, best, load_plan, simulate
+    from deltamux.serve.fleet.yaml_files import checked
 
     given: dict[str, Any] = {
         "experts": experts,
@@ -46,7 +47,8 @@ def plan_command(  # noqa: PLR0917 - a command line, called by name
         "swaps": swaps,
     }
     changes = {key: value for key, value in given.items() if value is not None}
-    settings = checked((load_plan(file).model_dump() if file else {}) | changes)
+    said = load_plan(file).model_dump() if file else {}
+    settings = checked(PlanSettings, said | changes, WHAT)
     outcomes = [simulate(settings, cards) for cards in settings.fleets()]
     found = best(outcomes, settings.swaps)
     if as_json:

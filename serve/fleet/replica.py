@@ -7,7 +7,6 @@ added, which the fleet keeps itself, and of the router's decisions.
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from deltamux.serve.launch import free_port
 from deltamux.serve.settings import Settings, load_settings
 
 # A cold start with compilation takes minutes.
@@ -48,13 +48,11 @@ class ReplicaServer:
         self._folder = tempfile.TemporaryDirectory(prefix="deltamux-replica-")
         path = Path(self._folder.name) / "deltamux.yaml"
         path.write_text(yaml.safe_dump(replica_settings(load_settings(config))))
-        port = _free_port(host)
+        port = free_port(host)
         self.url = f"http://{host}:{port}"
         command = [sys.executable, "-m", CHILD, str(path), "--host", host, "--port", str(port)]
         command.append("--disable-uvicorn-access-log")  # the front looks at it twice a second
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment()
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         self._load = Load()
 
     def wait(self) -> None:
@@ -119,15 +117,3 @@ class Load:
         moved, asked = swaps - self._swaps, requests - self._requests
         self._swaps, self._requests = swaps, requests
         return waiting, moved / asked if asked > 0 else 0.0
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def _environment() -> dict[str, str]:
-    """This process's, without what would put a server's status where another one has its own."""
-    return {name: value for name, value in os.environ.items() if name != "DELTAMUX_STATUS_DIR"}

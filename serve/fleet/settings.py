@@ -1,14 +1,15 @@
 """What a fleet is to do: `fleet.yaml`. What each replica serves stands in its `deltamux.yaml`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deltamux.compression.validation import problems
 from deltamux.serve.durations import Duration
 from deltamux.serve.fleet.placement import DEFAULT_BOUND, DEFAULT_ROOM
+from deltamux.serve.fleet.yaml_files import loaded
+
+WHAT = "a fleet's configuration"
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -66,28 +67,9 @@ class FleetSettings(BaseModel):
 
 
 def load_fleet(path: Path) -> FleetSettings:
-    """Read `fleet.yaml`.
-
-    Raises:
-        ValueError: Not YAML, an unknown key, or a value out of range; the message names it.
-    """
-    try:
-        settings = checked(yaml.safe_load(path.read_text()) or {})
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{str(path)!r}: {problems(error)}") from error
+    """Read `fleet.yaml`; raises as `loaded`."""
+    settings = loaded(FleetSettings, path, WHAT)
     root = path.parent.absolute()
     state = settings.state and root / settings.state.expanduser()
     server = root / settings.server.expanduser()
     return settings.model_copy(update={"server": server, "state": state})
-
-
-def checked(content: Any) -> FleetSettings:
-    """A fleet's configuration from what a file and flags say.
-
-    Raises:
-        ValueError: An unknown key, or a value out of range; the message names it.
-    """
-    try:
-        return FleetSettings.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(f"this is not a fleet's configuration: {problems(error)}") from error

@@ -44,20 +44,19 @@ def by_merged_weights(
     sizes: Sequence[int],
     rank: int,
 ) -> tuple[torch.Tensor, bool]:
-    """y = x Wᵀ + bias, with the deltas of the slots in `heavy`.
+    """y [T, N] = x Wᵀ + bias, with the deltas of the slots in `heavy`; and whether other slots have rows.
 
     Args:
         x_TK: Input.
-        weight_NK: The base's weight; `bias_N` is its bias.
+        weight_NK: The base's weight.
+        bias_N: The base's bias.
         order: Rows of the batch by slot.
         spans: Where each slot's begin.
         heavy: Slots whose weights are merged.
         slots: uint8 [S, bytes], images of experts.
-        entries: The record of each slice; `sizes` are their rows.
+        entries: The record of each slice.
+        sizes: Rows of each slice.
         rank: The largest rank of factors that a record may have.
-
-    Returns:
-        y [T, N], and whether other slots have rows.
     """
     rows = x_TK.shape[0]
     if spans[heavy[0] + 1] - spans[heavy[0]] == rows:
@@ -66,7 +65,8 @@ def by_merged_weights(
     light = [slot for slot in range(len(spans) - 1) if slot not in set(heavy)]
     others = _rows_of(light, order, spans, rows)
     y_TN = x_TK.new_empty(rows, weight_NK.shape[0])
-    y_TN[others] = functional.linear(x_TK[others], weight_NK, bias_N)
+    if len(others):
+        y_TN[others] = functional.linear(x_TK[others], weight_NK, bias_N)
     for slot in heavy:
         members = order[spans[slot] : spans[slot + 1]]
         merged = _merged(weight_NK, bias_N, slot, slots, entries, sizes, rank)

@@ -112,7 +112,7 @@ def linear(
         x: [..., K].
         weight: The base's [N, K], contiguous.
         bias: The base's [N], or None.
-        slot_of_row: As for `add_linear`, like what follows but for this:
+        slot_of_row: As for `add_linear`, like all that follow but `starts_host`.
         starts_host: `starts` on the CPU.
     """
     x_TK = x.reshape(-1, x.shape[-1])

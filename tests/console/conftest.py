@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deltamux.serve.demo.server import Server, deltamux_serve, free_port, running_server
+from deltamux.serve.demo.server import Server, deltamux_serve, running_server
+from deltamux.serve.launch import free_port
 
 BUILD = Path(__file__).parents[2] / "build"
 KEY = "secret"

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from deltamux.serve.container import KEY_VARIABLE, VLLM_KEY_VARIABLE, prepare
-from deltamux.serve.demo.server import free_port
+from deltamux.serve.launch import free_port
 
 pytestmark = pytest.mark.vllm
 

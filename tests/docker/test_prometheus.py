@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from deltamux.serve.demo.server import free_port
+from deltamux.serve.launch import free_port
 
 pytestmark = pytest.mark.vllm
 

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deltamux.serve.demo.server import free_port
+from deltamux.serve.launch import free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -16,7 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from deltamux.serve.demo.server import deltamux_serve, free_port, last_words
+from deltamux.serve.demo.server import deltamux_serve, last_words
+from deltamux.serve.launch import free_port
 
 pytestmark = [
     pytest.mark.vllm,
