@@ -81,6 +81,18 @@ def _turned(digits, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _sums_by_digit(a0, a1, a2, a3, n, SPLIT: tl.constexpr):
+    """Σ codes h and Σ codes l [N], from the products with each code of a byte [N, 8] or [P, N, 8]."""
+    code = n & 3
+    sums = tl.where(code == 0, a0, tl.where(code == 1, a1 >> 2, tl.where(code == 2, a2 >> 4, a3)))
+    high, low = tl.where(n < 4, sums, 0), tl.where(n < 4, 0, sums)
+    if SPLIT == 1:
+        return tl.sum(high, 1), tl.sum(low, 1)
+    else:
+        return tl.sum(tl.sum(high, 2), 0), tl.sum(tl.sum(low, 2), 0)
+
+
+@triton.jit
 def product_one(
     plane, digits, row_N, part, parts, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
     UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
@@ -115,13 +127,7 @@ def product_one(
             a1 = tl.dot(c1, d, a1, out_dtype=tl.int32)
             a2 = tl.dot(c2, d, a2, out_dtype=tl.int32)
             a3 = tl.dot(c3, d, a3, out_dtype=tl.int32)
-    code = n & 3
-    sums = tl.where(code == 0, a0, tl.where(code == 1, a1 >> 2, tl.where(code == 2, a2 >> 4, a3)))
-    high, low = tl.where(n < 4, sums, 0), tl.where(n < 4, 0, sums)
-    if SPLIT == 1:
-        return tl.sum(high, 1), tl.sum(low, 1)
-    else:
-        return tl.sum(tl.sum(high, 2), 0), tl.sum(tl.sum(low, 2), 0)
+    return _sums_by_digit(a0, a1, a2, a3, n, SPLIT)
 
 
 @triton.jit

@@ -181,6 +181,25 @@ def _rank_at(image, record, n_N, column, mask, K: tl.constexpr):
     return value
 
 
+@triton.jit
+def _levels(image, record, planes, zero, row_N, k, K: tl.constexpr, BK: tl.constexpr):
+    """Codes of BK columns from k on, float32 [N, BK], nought at the record's zero."""
+    stride: tl.constexpr = (K + 63) // 64 * 16
+    level = _codes(section(image, record, PLANE0, tl.uint8), row_N, k, stride, BK) - zero
+    if planes > 1:
+        plane = section(image, record, PLANE1, tl.uint8)
+        level += 4.0 * _codes(plane, row_N, k, stride, BK)
+    return level
+
+
+@triton.jit
+def _add_vector(out, base, image, record, n_N, known_N):
+    """out = base + the record's vector, at rows."""
+    vector_N = vector_of(image, record, n_N, known_N)
+    vector_N += tl.load(base + n_N, mask=known_N, other=0.0).to(tl.float32)
+    tl.store(out + n_N, vector_N.to(out.dtype.element_ty), mask=known_N)
+
+
 @triton.jit(do_not_specialize=["slot", "entry", "rows"])
 def dense_kernel(
     out, base, bias_out, bias, slots, slot_bytes, slot, entry, rows,
@@ -188,7 +207,6 @@ def dense_kernel(
     HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANK: tl.constexpr,
 ):  # fmt: skip
     """out = base + Δ̂ [rows, K], bias_out = bias + vector [rows]; grid (row tiles, blocks)."""
-    stride: tl.constexpr = (K + 63) // 64 * 16
     blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     block = tl.program_id(1)
     image, record = record_of(slots, slot_bytes, slot, entry)
@@ -209,11 +227,7 @@ def dense_kernel(
         if HAS_BASE:
             value += tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
         if planes > 0:
-            level = _codes(section(image, record, PLANE0, tl.uint8), row_N, k, stride, BK) - zero
-            if planes > 1:
-                plane = section(image, record, PLANE1, tl.uint8)
-                level += 4.0 * _codes(plane, row_N, k, stride, BK)
-            value += level * step_N[:, None]
+            value += _levels(image, record, planes, zero, row_N, k, K, BK) * step_N[:, None]
         if HAS_RANK:
             value += low_rank(image, record, n_N, known_N, k_K, k_K < K, K)
         tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
@@ -225,9 +239,7 @@ def dense_kernel(
     tl.debug_barrier()
     _add_channels(out, image, record, n_N, n_N < rows, block, K)
     if HAS_BIAS and block == 0:
-        vector_N = vector_of(image, record, n_N, n_N < rows)
-        vector_N += tl.load(bias + n_N, mask=n_N < rows, other=0.0).to(tl.float32)
-        tl.store(bias_out + n_N, vector_N.to(bias_out.dtype.element_ty), mask=n_N < rows)
+        _add_vector(bias_out, bias, image, record, n_N, n_N < rows)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ A row x becomes scale · q with a power of two as scale and |q| < 2^15; q = 256 
 neither on the rows beside it nor on how a launch is cut up. A bfloat16 keeps all its bits if it is
 at least 2^-7 of the row's largest; smaller ones are rounded to 2^-15 of that.
 
-Rows are written by groups of up to `GROUP` rows of one slot.
+Rows are written by groups of up to `GROUP` rows of one slot: see `Digits` for the buffers.
 Shapes: G groups, M places of a group, K columns, B bytes of a plane's row (four columns each).
 """
 
@@ -13,15 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from deltamux.serve.worker.triton_image import (
-    GROUP,
-    group_of,
-)
+from deltamux.serve.worker.triton_image import GROUP, group_of
 
 # Bytes of a plane's row that a program writes digits for.
 CHUNK = 512
 
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
+_CHUNK_BYTES: tl.constexpr = tl.constexpr(CHUNK)
 # Largest q whose digits are in range: 127 · 256 + 127.
 _LARGEST: tl.constexpr = tl.constexpr(32639.0)
 
@@ -43,6 +41,25 @@ def _shift_of(x, K: tl.constexpr, BLOCK: tl.constexpr):
     return shift - tl.where(largest * _power(shift) > _LARGEST, 1, 0), largest
 
 
+@triton.jit
+def _write(
+    digits, levels, columns, level_B4, b_B, group, m, count, BYTES: tl.constexpr
+):  # fmt: skip
+    """Write the levels of some bytes' columns, and their digits, to place m of a group."""
+    q_4 = tl.arange(0, 4)
+    k_B4 = b_B[:, None] * 4 + q_4[None, :]
+    high_B4 = (level_B4 + 128) >> 8
+    inside = b_B[:, None] < BYTES
+    place = group.to(tl.int64) * _WIDTH + m
+    at = digits + (place * 8 + q_4[None, :]) * BYTES + b_B[:, None]
+    tl.store(at, high_B4.to(tl.int8), mask=inside)
+    tl.store(at + 4 * BYTES, (level_B4 - high_B4 * 256).to(tl.int8), mask=inside)
+    tl.store(levels + place * (4 * BYTES) + k_B4, level_B4.to(tl.int16), mask=inside)
+    if count > 1:
+        turned = columns + (group.to(tl.int64) * (4 * BYTES) + k_B4) * _WIDTH + m
+        tl.store(turned, level_B4.to(tl.int16), mask=inside)
+
+
 @triton.jit(do_not_specialize=["most", "skipped"])
 def digits_kernel(
     digits, levels, columns, meta, x, x_stride, order, starts, most, skipped,
@@ -52,19 +69,12 @@ def digits_kernel(
     """CHUNK bytes' columns of one place of a group; grid (chunks, rows of a group, groups).
 
     Args:
-        digits: int8 [G, M, 8, BYTES]: h of columns 4b, 4b + 1, 4b + 2, 4b + 3 and their l.
-        levels: int16 [G, M, 4 BYTES]: q.
-        columns: int16 [G, 4 BYTES, M]: q transposed, written for groups of more than one row.
-        meta: float32 [G, M, 1 + chunks]: scale, then Σ q of each chunk.
-        x: [T, K].
-        x_stride: Elements from row to row.
-        order: Rows of the batch by slot.
-        starts: Where each slot's begin.
+        x: [T, K], `x_stride` elements from row to row.
+        order: Rows of the batch by slot; each slot's begin at `starts`.
         most: Slots with more rows are left out.
         skipped: Groups in front of the first.
         SINGLE: Whether the batch has one row, which then is taken for a slot's.
-        EARLY: Whether this launch may begin before the one ahead of it has ended, and the next one
-            before this one has.
+        EARLY: Whether this launch and the next may begin before the one ahead of them has ended.
     """
     m, group = tl.program_id(1), tl.program_id(2)
     first, count = 0, 1
@@ -81,34 +91,51 @@ def digits_kernel(
         return
     x += row * x_stride
     shift, largest = _shift_of(x, K, BLOCK)
-    b_B, q_4 = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), tl.arange(0, 4)
-    k_B4 = b_B[:, None] * 4 + q_4[None, :]
+    b_B = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    k_B4 = b_B[:, None] * 4 + tl.arange(0, 4)[None, :]
     scaled_B4 = tl.load(x + k_B4, mask=k_B4 < K, other=0.0).to(tl.float32) * _power(shift)
     # To the nearest, halves away from zero: what a conversion to whole numbers cuts off.
     level_B4 = (scaled_B4 + tl.where(scaled_B4 < 0, -0.5, 0.5)).to(tl.int32)
-    high_B4 = (level_B4 + 128) >> 8
-    inside = b_B[:, None] < BYTES
-    place = group.to(tl.int64) * _WIDTH + m
-    at = digits + (place * 8 + q_4[None, :]) * BYTES + b_B[:, None]
-    tl.store(at, high_B4.to(tl.int8), mask=inside)
-    tl.store(at + 4 * BYTES, (level_B4 - high_B4 * 256).to(tl.int8), mask=inside)
-    tl.store(levels + place * (4 * BYTES) + k_B4, level_B4.to(tl.int16), mask=inside)
-    if count > 1:
-        turned = columns + (group.to(tl.int64) * (4 * BYTES) + k_B4) * _WIDTH + m
-        tl.store(turned, level_B4.to(tl.int16), mask=inside)
-    chunks = tl.num_programs(0)
+    _write(digits, levels, columns, level_B4, b_B, group, m, count, BYTES)
+    place, chunks = group.to(tl.int64) * _WIDTH + m, tl.num_programs(0)
     sum = tl.sum(tl.sum(level_B4, 1), 0)
     tl.store(meta + place * (1 + chunks), tl.where(largest > 0, _power(-shift), 0.0))
     tl.store(meta + place * (1 + chunks) + 1 + tl.program_id(0), sum.to(tl.float32))
+
+
+@triton.jit
+def meta_size(K: tl.constexpr):
+    """Numbers of a place in `meta`: its scale and the sums of its chunks."""
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    return 1 + (bytes + _CHUNK_BYTES - 1) // _CHUNK_BYTES
+
+
+@triton.jit
+def inputs_of(digits, meta, group, K: tl.constexpr):
+    """A group's digits, its first place in `levels` and `columns`, and its numbers in `meta`."""
+    columns: tl.constexpr = (K + 63) // 64 * 64
+    place = group.to(tl.int64) * _WIDTH
+    return digits + place * (2 * columns), place * columns, meta + place * meta_size(K)
+
+
+@triton.jit
+def total_of(meta, places, inside, K: tl.constexpr):
+    """Σ q of places."""
+    bytes: tl.constexpr = (K + 63) // 64 * 16
+    total = tl.load(meta + places * meta_size(K) + 1, mask=inside, other=0.0)
+    for chunk in tl.static_range(1, (bytes + _CHUNK_BYTES - 1) // _CHUNK_BYTES):
+        total += tl.load(meta + places * meta_size(K) + 1 + chunk, mask=inside, other=0.0)
+    return total
 
 
 class Digits:
     """Buffers of a batch's inputs.
 
     Attributes:
-        digits: int8 [G, M, 8, bytes of a plane's row].
-        levels: int16 [G, M, columns].
-        columns: int16 [G, columns, M]; not there if no group can have two rows.
+        digits: int8 [G, M, 8, B]: h of columns 4b, 4b + 1, 4b + 2, 4b + 3 and their l.
+        levels: int16 [G, M, 4 B]: q.
+        columns: int16 [G, 4 B, M]: q transposed, written for groups of more than one row; not there
+            if no group can have two.
         meta: float32 [G, M, 1 + chunks]: scale, then Σ q of each chunk.
         chunks: Chunks of a row.
     """

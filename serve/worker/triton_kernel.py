@@ -3,6 +3,13 @@
 A program has a tile of rows of one slice and one group of the batch (rows of one slot). It reads
 the slot's record, multiplies and adds its tile into y; programs without work return after one load.
 
+What the kernel is given beside its layer's shapes: the batch's inputs (`digits`, `levels`, `columns`
+and `meta`, see `triton_digits.py`); `room`, where programs that share a tile add their sums (see
+`triton_parts.py`); the record of each slice (`entry0` …; a slice that the layer lacks has no rows, N1 =
+0); how many rows a slot may have before it is left out (`most`) and how many groups lie in front of
+the first (`skipped`). MANY says that the batch has more than one row, WAIT that the launch may begin
+before the one ahead of it has ended.
+
 Shapes: N rows of the tile, M rows of the group, K columns, S slots.
 """
 
@@ -10,7 +17,7 @@ import triton
 import triton.language as tl
 
 from deltamux.serve.worker.triton_codes import product_many, product_one
-from deltamux.serve.worker.triton_digits import CHUNK
+from deltamux.serve.worker.triton_digits import inputs_of, meta_size, total_of
 from deltamux.serve.worker.triton_image import (
     CHANNELS,
     ESCAPES,
@@ -39,7 +46,6 @@ from deltamux.serve.worker.triton_rest import (
 )
 
 _WIDTH: tl.constexpr = tl.constexpr(GROUP)
-_CHUNK: tl.constexpr = tl.constexpr(CHUNK)
 
 
 @triton.jit
@@ -86,23 +92,6 @@ def _row_parts(at_N, image, record, n_N, row_N, known_N):
     """What a tile needs beside its codes and escapes: y with the vector, steps."""
     y_N = tl.load(at_N, mask=known_N, other=0.0).to(tl.float32)
     return y_N + vector_of(image, record, n_N, known_N), steps_of(image, record, row_N)
-
-
-@triton.jit
-def meta_size(K: tl.constexpr):
-    """Numbers of a place in `meta`: its scale and the sums of its chunks."""
-    bytes: tl.constexpr = (K + 63) // 64 * 16
-    return 1 + (bytes + _CHUNK - 1) // _CHUNK
-
-
-@triton.jit
-def total_of(meta, places, inside, K: tl.constexpr):
-    """Σ q of places."""
-    bytes: tl.constexpr = (K + 63) // 64 * 16
-    total = tl.load(meta + places * meta_size(K) + 1, mask=inside, other=0.0)
-    for chunk in tl.static_range(1, (bytes + _CHUNK - 1) // _CHUNK):
-        total += tl.load(meta + places * meta_size(K) + 1 + chunk, mask=inside, other=0.0)
-    return total
 
 
 @triton.jit
@@ -213,50 +202,65 @@ def _add_group(y, y_stride, column, order, first, count, n_N, known_N, delta_NM)
     tl.store(at_NM, delta_NM.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3", "most", "skipped"])
-def product_kernel(
-    y, y_stride, digits, levels, columns, meta, room, slot_of_row, order, starts, slots, slot_bytes,
-    entry0, entry1, entry2, entry3, most, skipped,
-    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr,
-    SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
-    UNROLL: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
-    BB_MANY: tl.constexpr, STAGES_MANY: tl.constexpr, WIDTH_MANY: tl.constexpr,
-    MANY: tl.constexpr, MAPPED: tl.constexpr, FETCH: tl.constexpr, ASSEMBLY: tl.constexpr,
-    WAIT: tl.constexpr, HALVINGS: tl.constexpr,
+@triton.jit
+def _tile_many(
+    y, y_stride, column, image, record, digits, columns, meta, room, shared, part, parts, order, first,
+    count, n_N, row_N, known_N, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
-    """y[rows of s] += x Δ̂_sᵀ + bias_s; grid (tiles of all slices, groups or their parts).
+    """Add the delta of a group's rows, or a part of it, to y."""
+    high_NM, low_NM = _sums_many(
+        image, record, digits, columns, part, parts, row_N, known_N, K, BN, BB, SPLIT, STAGES,
+        WIDTH, ASSEMBLY, WAIT,
+    )  # fmt: skip
+    last, high_NM, low_NM = _all_sums(room, shared, parts, high_NM, low_NM, count, BN)
+    if last:
+        delta_NM = _delta_many(
+            image, record, high_NM, low_NM, columns, meta, count, n_N, row_N, known_N, K, BN
+        )
+        _add_group(y, y_stride, column, order, first, count, n_N, known_N, delta_NM)
 
-    Args:
-        y: [T, N of all slices], written in place.
-        digits: The batch's inputs: see `triton_digits.py`, like `levels`, `columns`, `meta`.
-        room: Where programs that share a tile add their sums: see `triton_parts.py`.
-        entry0: Record of the first slice.
-        most: Slots with more rows are left out.
-        skipped: Groups in front of the first.
-        N0: Rows of the first slice; a slice that the layer lacks has none.
-        MANY: Whether the batch has more than one row.
-        FETCH: Whether to ask for all that a tile needs before the inputs are there.
-        WAIT: Whether the launch may begin before the one ahead of it has ended.
-        HALVINGS: Of a tile's work among programs, at most.
-    """
-    bytes: tl.constexpr = (K + 63) // 64 * 16
-    entry, start, rows, column, _ = slice_of(
-        tl.program_id(0), entry0, entry1, entry2, entry3, N0, N1, N2, N3, BN
-    )
+
+@triton.jit
+def _own_group(
+    slot_of_row, order, starts, most, skipped, SLOTS: tl.constexpr, SLOTS_WIDTH: tl.constexpr,
+    MANY: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """Group, part and parts of this program, its slot (−1: none), first place in `order`, rows, row."""
     group, part, parts = tl.program_id(1), 0, 1
     if MANY:
         begin_S, end_S, tiles_S = tiles_of(starts, most, SLOTS, SLOTS_WIDTH, _WIDTH)
         if HALVINGS > 0:
             group, part, parts = share_out(group, tl.sum(tiles_S, 0), HALVINGS)
         slot, first, count = group_at(begin_S, end_S, tiles_S, group + skipped, SLOTS_WIDTH, _WIDTH)
-        if count == 0:
-            return
-        row = tl.load(order + first).to(tl.int64)
+        row = tl.load(order + first, mask=count > 0, other=0).to(tl.int64)
+        slot = tl.where(count > 0, slot, -1)
     else:
         slot, first, count = tl.load(slot_of_row).to(tl.int32), 0, 1
-        if slot < 0:
-            return
         row = tl.zeros_like(slot).to(tl.int64)
+    return group, part, parts, slot, first, count, row
+
+
+@triton.jit(do_not_specialize=["entry0", "entry1", "entry2", "entry3", "most", "skipped"])
+def product_kernel(
+    y, y_stride, digits, levels, columns, meta, room, slot_of_row, order, starts, slots, slot_bytes,
+    entry0, entry1, entry2, entry3, most, skipped, N0: tl.constexpr, N1: tl.constexpr,
+    N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr,
+    SLOTS_WIDTH: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, UNROLL: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, BB_MANY: tl.constexpr,
+    STAGES_MANY: tl.constexpr, WIDTH_MANY: tl.constexpr, MANY: tl.constexpr, MAPPED: tl.constexpr,
+    FETCH: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """y[rows of s] += x Δ̂_sᵀ + bias_s; grid (tiles of all slices, groups or their parts)."""
+    entry, start, rows, column, _ = slice_of(
+        tl.program_id(0), entry0, entry1, entry2, entry3, N0, N1, N2, N3, BN
+    )
+    group, part, parts, slot, first, count, row = _own_group(
+        slot_of_row, order, starts, most, skipped, SLOTS, SLOTS_WIDTH, MANY, HALVINGS
+    )
+    if slot < 0:
+        return
     image, record = record_of(slots, slot_bytes, slot, entry)
     if not _changes(record):
         return
@@ -264,26 +268,17 @@ def product_kernel(
     row_N, known_N = coded_row(image, record, n_N, rows, MAPPED)
     if FETCH and ASSEMBLY:
         fetch_ahead(image, record, row_N, K)
-    place = group.to(tl.int64) * _WIDTH
-    digits += place * (8 * bytes)
-    meta += place * meta_size(K)
+    digits, at, meta = inputs_of(digits, meta, group, K)
     shared = group * tl.num_programs(0) + tl.program_id(0)
     if count == 1:
-        at_N = y + row * y_stride + column + n_N
         _tile_one(
-            at_N, image, record, digits, levels + place * (4 * bytes), meta, room, shared, part,
-            parts, n_N, row_N, known_N, K, BN, BB, UNROLL, SPLIT, STAGES, WIDTH, FETCH, ASSEMBLY,
-            WAIT,
+            y + row * y_stride + column + n_N, image, record, digits, levels + at, meta, room, shared,
+            part, parts, n_N, row_N, known_N, K, BN, BB, UNROLL, SPLIT, STAGES, WIDTH, FETCH,
+            ASSEMBLY, WAIT,
         )  # fmt: skip
     elif MANY:
-        columns += place * (4 * bytes)
-        high_NM, low_NM = _sums_many(
-            image, record, digits, columns, part, parts, row_N, known_N, K, BN, BB_MANY,
-            SPLIT, STAGES_MANY, WIDTH_MANY, ASSEMBLY, WAIT,
+        _tile_many(
+            y, y_stride, column, image, record, digits, columns + at, meta, room, shared, part, parts,
+            order, first, count, n_N, row_N, known_N, K, BN, BB_MANY, SPLIT, STAGES_MANY, WIDTH_MANY,
+            ASSEMBLY, WAIT,
         )  # fmt: skip
-        last, high_NM, low_NM = _all_sums(room, shared, parts, high_NM, low_NM, count, BN)
-        if last:
-            delta_NM = _delta_many(
-                image, record, high_NM, low_NM, columns, meta, count, n_N, row_N, known_N, K, BN
-            )
-            _add_group(y, y_stride, column, order, first, count, n_N, known_N, delta_NM)
