@@ -7,7 +7,8 @@ and in the engine's process the methods of `ENGINE_THREADS` (`threads.py`). Wrap
 `app.state` (`api/surface.py`); for per-expert latencies `IterationStats.update_from_output`,
 `LoRARequestStates.update_scheduler_stats` (`adapters.py`) and `OutputProcessor.add_request` (`engine_stats.py`); for
 traces `OutputProcessor.do_tracing` (`spans.py`). On instances: `apply` of the linears' `quant_method`, `forward`
-of embeddings and norms, `LogitsProcessor._get_logits` (`worker/deltas.py`),
+of norms, `embedding` of the embeddings' `quant_method`, `LogitsProcessor._get_logits` and `_gather_logits`
+(`worker/deltas.py`),
 `show_available_models` and `model_name` of `openai_serving_models` (`endpoint.py`), and, on shallow
 copies of the handlers, template, sampling defaults and engine client (`handlers.py`).
 """
@@ -34,6 +35,13 @@ LAYERS = (
     ("vllm.model_executor.layers.layernorm", "RMSNorm"),
     ("vllm.model_executor.layers.layernorm", "GemmaRMSNorm"),
 )
+# How a linear is split among ranks (`worker/ranks.py`): by input channels, not at all, by heads.
+PARALLEL_LINEARS = (
+    ("vllm.model_executor.layers.linear", "RowParallelLinear"),
+    ("vllm.model_executor.layers.linear", "ReplicatedLinear"),
+    ("vllm.model_executor.layers.linear", "QKVParallelLinear"),
+)
+TENSOR_PARALLEL_GROUP = ("vllm.distributed", "get_tp_group")
 CPU_PLATFORM = ("vllm.platforms.cpu", "CpuPlatform")
 UNQUANTIZED = ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
 STATS = ("vllm.v1.metrics.stats", "IterationStats")
@@ -58,6 +66,9 @@ SYMBOLS: tuple[tuple[str, ...], ...] = (
     *LAYERS,
     UNQUANTIZED,
     ("vllm.model_executor.layers.logits_processor", "LogitsProcessor", "_get_logits"),
+    ("vllm.model_executor.layers.logits_processor", "LogitsProcessor", "_gather_logits"),
+    TENSOR_PARALLEL_GROUP,
+    *PARALLEL_LINEARS,
     (*STATS, "update_from_output"),
     (*OUTPUT, "add_request"),
     (*OUTPUT, "do_tracing"),
@@ -167,20 +178,20 @@ def check_server(engine: Any, models: Any) -> None:
                 )
 
 
-def check_one_device(parallel: Any) -> None:
-    """Refuse parallelism; `parallel` is vLLM's ParallelConfig.
+def check_parallel(parallel: Any) -> None:
+    """Refuse parallelism of other kinds than tensor parallelism; `parallel` is vLLM's ParallelConfig.
 
     The API server has to ask too: in a worker of a dense model vLLM sets data_parallel_size to 1.
 
     Raises:
         ValueError: The message names the size.
     """
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+    for name, instead in (
+        ("pipeline_parallel_size", "split the model with tensor_parallel_size"),
+        ("data_parallel_size", "replicas are servers of their own: deltamux fleet starts them"),
+    ):
         if getattr(parallel, name) > 1:
-            raise ValueError(
-                f"deltamux serves experts on one device: {name} must be 1, "
-                f"got {getattr(parallel, name)}"
-            )
+            raise ValueError(f"{name} must be 1, got {getattr(parallel, name)}: {instead}")
 
 
 def symbol(module: str, *path: str) -> Any:
@@ -231,6 +242,17 @@ def hooked_layers() -> tuple[type, type, tuple[type, ...]]:
     """The class of linears, that of embeddings, and those of norms in vLLM."""
     linear, embedding, *norms = (symbol(module, name) for module, name in LAYERS)
     return linear, embedding, tuple(norms)
+
+
+def parallel_linears() -> tuple[Any, Any, Any]:
+    """VLLM's linears that are split by input channels, not at all, and by heads of queries, keys and values."""
+    by_channels, whole, by_heads = (symbol(module, name) for module, name in PARALLEL_LINEARS)
+    return by_channels, whole, by_heads
+
+
+def tensor_parallel_group() -> Any:
+    """The workers that share this one's matrices: `rank_in_group`, `world_size`, `cpu_group`."""
+    return symbol(*TENSOR_PARALLEL_GROUP)()
 
 
 def is_of_transformers(model: Any) -> bool:

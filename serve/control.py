@@ -7,6 +7,7 @@ one reply:
     {"order": "load", "expert_id": 3, "name": …, "path": …}      →  {"seconds": 0.41}
     {"order": "enter", …, "keep": [1, 2], "number": 7}            →  {"seconds": 0.01}, or {"error": …}
 
+Where several workers share the model (tensor parallelism), each has a socket and gets every order.
 Orders are carried out side by side, and one may wait for a load while later ones are done: whose slots are needed
 is what the order with the highest number said, for all that are still under way.
 """
@@ -19,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deltamux.serve.status import status_directory
 
-SOCKET = "worker.sock"
+# Of each rank's worker.
+SOCKET = "worker-{rank}.sock"
 LONGEST_LINE = 2**20
 
 
@@ -46,9 +48,9 @@ class Order(BaseModel):
     number: Annotated[int, Field(ge=0)] = 0
 
 
-def socket_path() -> Path:
-    """Where the worker listens."""
-    return status_directory() / SOCKET
+def socket_path(rank: int) -> Path:
+    """Where a rank's worker listens."""
+    return status_directory() / SOCKET.format(rank=rank)
 
 
 def encode(message: dict[str, Any]) -> bytes:

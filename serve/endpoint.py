@@ -65,7 +65,7 @@ class DeltamuxEndpoint:
         config = engine_client.vllm_config
         models = getattr(state, compat.MODELS_HANDLER)
         compat.check_server(engine_client, models)
-        compat.check_one_device(config.parallel_config)
+        compat.check_parallel(config.parallel_config)
         _check_one_process(args)
         settings = plugin_settings(config.additional_config)
         served = _served(settings, engine_client)

@@ -21,9 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field
 logger = logging.getLogger("vllm.deltamux")
 
 STATUS_DIRECTORY_VARIABLE = "DELTAMUX_STATUS_DIR"
-STATUS_FILE = "worker.json"
+# Of each rank's worker.
+STATUS_FILE = "worker-{rank}.json"
 # Seconds. Chosen, not measured: a swap from the host cache takes milliseconds, one from disk up to seconds.
 SWAP_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+# The fastest first.
+TIERS = ("slot", "host", "disk")
 # The folder that a process made, by its id.
 _made: dict[int, str] = {}
 
@@ -62,13 +65,23 @@ class ExpertStatus(BaseModel):
     swapped_at: float = 0.0
     swap_seconds: float = 0.0
 
+    def join(self, other: "ExpertStatus") -> None:
+        """Say what holds on another rank too; there a slot has a number of its own."""
+        self.tier = max(self.tier, other.tier, key=TIERS.index)
+        self.slot = self.slot if self.tier == TIERS[0] else None
+        self.pinned = self.pinned and other.pinned
+        self.error = self.error or other.error
+        if other.swapped_at > self.swapped_at:
+            self.swapped_at, self.swap_seconds = other.swapped_at, other.swap_seconds
+
 
 class WorkerStatus(BaseModel):
     """Everything the worker publishes.
 
     `swaps` counts, by expert name, moves into a tier: "slot" (from host) or "host" (from disk); the
     counts of a name go on when it gets a new version. `stalls` counts the experts that a step had to bring into a
-    slot itself, while its whole batch waited.
+    slot itself, while its whole batch waited. `ranks` is how many workers share the model and publish; memory is
+    that of one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -76,6 +89,7 @@ class WorkerStatus(BaseModel):
     experts: dict[int, ExpertStatus] = Field(default_factory=dict)
     swaps: dict[str, dict[str, int]] = Field(default_factory=dict)
     swap_seconds: dict[str, Histogram] = Field(default_factory=dict)
+    ranks: int = 1
     evictions: int = 0
     stalls: int = 0
     memory_bytes: dict[str, int] = Field(default_factory=dict)
@@ -124,29 +138,53 @@ def _remove(path: str, owner: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(content: str) -> None:
-    """Replace the status file by a `WorkerStatus` as JSON; readers see the old one or the new one, whole."""
+def publish(content: str, rank: int = 0) -> None:
+    """Replace a rank's status file by a `WorkerStatus` as JSON; readers see the old one or the new one, whole."""
     directory = status_directory()
     if not directory.is_dir():
         return
-    scratch = directory / f".{STATUS_FILE}.{os.getpid()}"
+    path = directory / STATUS_FILE.format(rank=rank)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.write_text(content)
-        scratch.replace(directory / STATUS_FILE)
+        scratch.replace(path)
     except OSError:
         # A full disk makes metrics stale; it must not end the engine step this runs in.
         logger.exception("deltamux: cannot publish the worker's status")
 
 
 def read_status() -> WorkerStatus:
-    """The worker's last status; empty before the first one. Shared by its readers: do not change it."""
-    try:
-        return _parsed((status_directory() / STATUS_FILE).read_text())
-    except FileNotFoundError:
+    """The workers' last status; empty before the first one. Shared by its readers: do not change it.
+
+    Of several ranks, an expert is where the last one has it.
+    """
+    first = _read(0)
+    if first is None:
         return WorkerStatus()
+    others = [_read(rank) for rank in range(1, _parsed(first).ranks)]
+    return (
+        _merged(first, *(text for text in others if text is not None)) if others else _parsed(first)
+    )
+
+
+def _read(rank: int) -> str | None:
+    try:
+        return (status_directory() / STATUS_FILE.format(rank=rank)).read_text()
+    except FileNotFoundError:
+        return None
 
 
 @lru_cache(maxsize=1)
 def _parsed(text: str) -> WorkerStatus:
     """Read once for every change: requests ask far more often than experts move."""
     return WorkerStatus.model_validate_json(text)
+
+
+@lru_cache(maxsize=1)
+def _merged(*texts: str) -> WorkerStatus:
+    first, *others = [WorkerStatus.model_validate_json(text) for text in texts]
+    for expert_id, expert in first.experts.items():
+        for other in others:
+            expert.join(other.expert(expert_id))
+    first.stalls = max(each.stalls for each in (first, *others))
+    return first

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from deltamux.compression.artifact.entropy import deflate, inflate
 from deltamux.compression.artifact.entry import STREAM, Form, Parts, WeightEntry
+from deltamux.compression.image.cut import WHOLE, Cut
 from deltamux.compression.image.layout import Record
 from deltamux.compression.image.weights import (
     coded_bytes,
@@ -130,9 +131,9 @@ class Coded:
         """The part of the delta that a factor scales: all but what is in 16 bit."""
         return self.delta.without_salient().dequantize()
 
-    def record(self) -> Record:
-        """What a slot gets of it."""
-        return coded_record(self.delta)
+    def record(self, cut: Cut = WHOLE) -> Record:
+        """What a slot gets of it, or of a part."""
+        return coded_record(self.delta if cut == WHOLE else self.delta.part(cut))
 
     def entry(self, **common: Any) -> CodedEntry:
         """What the manifest says of it."""
@@ -218,9 +219,9 @@ class Factored:
         """The part of the delta that a factor scales: all of it."""
         return self.delta.dequantize()
 
-    def record(self) -> Record:
-        """What a slot gets of it."""
-        return factored_record(self.delta)
+    def record(self, cut: Cut = WHOLE) -> Record:
+        """What a slot gets of it, or of a part."""
+        return factored_record(self.delta if cut == WHOLE else self.delta.part(cut))
 
     def entry(self, **common: Any) -> FactoredEntry:
         """What the manifest says of it."""

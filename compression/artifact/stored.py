@@ -28,6 +28,7 @@ from deltamux.compression.artifact.entry import STREAM, Form, Parts, WeightEntry
 from deltamux.compression.artifact.lossless import decode_exact
 from deltamux.compression.artifact.matrices import Coded, CodedEntry, Factored, FactoredEntry
 from deltamux.compression.checkpoint.architecture import TensorSpec
+from deltamux.compression.image.cut import WHOLE, Cut
 from deltamux.compression.image.layout import Record, section_bytes
 from deltamux.compression.image.weights import vector_record
 
@@ -63,7 +64,7 @@ class Exact:
         """The expert's weight, in the base's dtype and shape."""
         return decode_exact(self.stream, base)
 
-    def record(self) -> None:
+    def record(self, _cut: Cut = WHOLE) -> None:
         """What a slot gets of it: nothing."""
 
     def entry(self, **common: Any) -> ExactEntry:
@@ -114,8 +115,8 @@ class Replacement:
         """The expert's weight, float32."""
         return self.weight_N
 
-    def record(self) -> Record:
-        """What a slot gets of it."""
+    def record(self, _cut: Cut = WHOLE) -> Record:
+        """What a slot gets of it, on every rank."""
         return vector_record(self.weight_N + self.offset)
 
     def entry(self, **common: Any) -> ReplacementEntry:
@@ -157,9 +158,11 @@ class BiasDelta:
         """The expert's weight, float32."""
         return base.float() + self.difference_N
 
-    def record(self) -> Record:
-        """What a slot gets of it."""
-        return vector_record(self.difference_N)
+    def record(self, cut: Cut = WHOLE) -> Record:
+        """What a slot gets of it, or of the rows of a part of its linear."""
+        if not cut.bias:
+            return Record({}, {})
+        return vector_record(self.difference_N[cut.row_index(len(self.difference_N))])
 
     def entry(self, **common: Any) -> BiasEntry:
         """What the manifest says of it."""

@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deltamux.compression.files import open_tensors, read_json, sha256
+from deltamux.compression.image.cut import NO_CUTS, WHOLE, Cut, Cuts
 from deltamux.compression.image.layout import Record, section_bytes
 from deltamux.compression.image.weights import adapter_record
 from deltamux.compression.validation import problems
@@ -143,18 +144,26 @@ class Adapter:
             for side in (RIGHT, LEFT)
         )
 
-    def records(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Callable[[], Record]]:
+    def records(
+        self, shapes: dict[str, tuple[int, ...]], cuts: Cuts = NO_CUTS
+    ) -> dict[str, Callable[[], Record]]:
         """Readers of the records, by the name of the base's weight.
 
         Args:
             shapes: Of the base's tensors, by name.
+            cuts: Of weights that this device holds a part of.
 
         Raises:
             ValueError: A module is not the base's, or of another shape.
         """
-        return {f"{module}.weight": self._reader(module, shapes) for module in self.ranks}
+        return {
+            f"{module}.weight": self._reader(module, shapes, cuts.get(f"{module}.weight", WHOLE))
+            for module in self.ranks
+        }
 
-    def _reader(self, module: str, shapes: dict[str, tuple[int, ...]]) -> Callable[[], Record]:
+    def _reader(
+        self, module: str, shapes: dict[str, tuple[int, ...]], cut: Cut
+    ) -> Callable[[], Record]:
         rank, found = self.ranks[module], shapes.get(f"{module}.weight")
         if found is None:
             raise ValueError(
@@ -173,7 +182,9 @@ class Adapter:
             right_rK, left_Nr = self._get(f"{module}{RIGHT}"), self._get(f"{module}{LEFT}")
             if not kept:
                 right_rK, left_Nr = right_rK.float(), left_Nr.float()
-            return adapter_record(right_rK, self._finite(left_Nr * scale, f"{module}{LEFT}"))
+            left_Nr = self._finite(left_Nr * scale, f"{module}{LEFT}")
+            rows_N = cut.row_index(len(left_Nr))
+            return adapter_record(right_rK[:, cut.channel_slice()], left_Nr[rows_N])
 
         return read
 

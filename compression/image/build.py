@@ -15,6 +15,7 @@ import torch
 from deltamux.compression.artifact.artifact import Artifact
 from deltamux.compression.checkpoint.architecture import Role
 from deltamux.compression.image.adapter import Adapter
+from deltamux.compression.image.cut import NO_CUTS, WHOLE, Cut, Cuts
 from deltamux.compression.image.layout import Record, assemble
 
 # Shapes of the base's tensors by name, in the base's own order.
@@ -23,12 +24,13 @@ Shapes = dict[str, tuple[int, ...]]
 MOST_READERS = 8
 
 
-def artifact_image(artifact: Artifact, shapes: Shapes) -> torch.Tensor:
+def artifact_image(artifact: Artifact, shapes: Shapes, cuts: Cuts = NO_CUTS) -> torch.Tensor:
     """The slot image of a compressed expert.
 
     Args:
         artifact: The expert, checked.
         shapes: Of the base's tensors, in its own order (`tensor_specs`): their places are the records'.
+        cuts: Of weights that this device holds a part of.
 
     Returns:
         uint8 [bytes].
@@ -46,13 +48,16 @@ def artifact_image(artifact: Artifact, shapes: Shapes) -> torch.Tensor:
     stored: dict[str, list[str]] = {}
     for name in artifact.entries:
         stored.setdefault(_weight_of(artifact, name), []).append(name)
-    readers = {weight: partial(_record, artifact, names) for weight, names in stored.items()}
+    readers = {
+        weight: partial(_record, artifact, names, cuts.get(weight, WHOLE))
+        for weight, names in stored.items()
+    }
     return image_of(shapes, readers)
 
 
-def adapter_image(adapter: Adapter, shapes: Shapes) -> torch.Tensor:
+def adapter_image(adapter: Adapter, shapes: Shapes, cuts: Cuts = NO_CUTS) -> torch.Tensor:
     """The slot image of a LoRA adapter; otherwise as `artifact_image`."""
-    return image_of(shapes, adapter.records(shapes))
+    return image_of(shapes, adapter.records(shapes, cuts))
 
 
 def image_of(names: Collection[str], readers: Mapping[str, Callable[[], Record]]) -> torch.Tensor:
@@ -71,11 +76,11 @@ def _weight_of(artifact: Artifact, name: str) -> str:
     return f"{name.removesuffix('.bias')}.weight" if is_bias else name
 
 
-def _record(artifact: Artifact, names: list[str]) -> Record:
-    """The record of a weight, from all that is stored for it."""
+def _record(artifact: Artifact, names: list[str], cut: Cut) -> Record:
+    """The record of a weight or of a part of it, from all that is stored for it."""
     whole = Record({}, {})
     for name in names:
-        record = artifact.stored(name).record()
+        record = artifact.stored(name).record(cut)
         if record is None:
             raise ValueError(
                 f"{name!r} of {str(artifact.root)!r} is kept exactly, which no slot does"

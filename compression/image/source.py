@@ -15,6 +15,7 @@ from deltamux.compression.artifact.merge import check_base
 from deltamux.compression.checkpoint.checkpoint import Checkpoint
 from deltamux.compression.image import adapter as lora
 from deltamux.compression.image.build import Shapes, adapter_image, artifact_image
+from deltamux.compression.image.cut import NO_CUTS, Cuts
 from deltamux.compression.image.layout import head_bytes
 
 
@@ -56,7 +57,7 @@ class Source(Protocol):
     def image_bytes(self, shapes: Shapes) -> int:
         """What its image takes, without making it."""
 
-    def image(self, shapes: Shapes) -> torch.Tensor:
+    def image(self, shapes: Shapes, cuts: Cuts = NO_CUTS) -> torch.Tensor:
         """Its slot image (see `artifact_image`)."""
 
 
@@ -92,9 +93,9 @@ class CompressedExpert:
         """What the manifest says that its image takes."""
         return self._image_bytes
 
-    def image(self, shapes: Shapes) -> torch.Tensor:
+    def image(self, shapes: Shapes, cuts: Cuts = NO_CUTS) -> torch.Tensor:
         """Its slot image."""
-        return artifact_image(self._artifact, shapes)
+        return artifact_image(self._artifact, shapes, cuts)
 
 
 class LoraExpert:
@@ -129,9 +130,9 @@ class LoraExpert:
         """What its image takes."""
         return head_bytes(len(shapes)) + self._adapter.slot_bytes
 
-    def image(self, shapes: Shapes) -> torch.Tensor:
+    def image(self, shapes: Shapes, cuts: Cuts = NO_CUTS) -> torch.Tensor:
         """Its slot image."""
-        return adapter_image(self._adapter, shapes)
+        return adapter_image(self._adapter, shapes, cuts)
 
 
 def open_source(root: Path, max_rank: int) -> Source:

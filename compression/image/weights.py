@@ -30,6 +30,17 @@ MAP_BITS = 32
 
 def coded_record(quantized: QuantizedDelta) -> Record:
     """The record of a matrix in codes."""
+    # A part of an embedding may have no row that changed.
+    record = _codes_record(quantized) if len(quantized.codes_RC) else Record({}, {})
+    if quantized.salient_channels_S is not None:
+        assert quantized.salient_values_NS is not None
+        record.numbers[Field.CHANNELS] = len(quantized.salient_channels_S)
+        record.sections[Field.CHANNEL_INDEX] = quantized.salient_channels_S.int().numpy()
+        record.sections[Field.CHANNEL_VALUES] = _bfloat16(quantized.salient_values_NS)
+    return record
+
+
+def _codes_record(quantized: QuantizedDelta) -> Record:
     codes_RK, zero, steps_R = _over_all_channels(quantized)
     record = code_record(codes_RK, zero)
     if _is_shared(steps_R):
@@ -38,11 +49,6 @@ def coded_record(quantized: QuantizedDelta) -> Record:
         record.sections[Field.STEPS] = _bfloat16(steps_R)
     if quantized.rows_R is not None:
         record.sections[Field.ROW_MAP] = row_map(quantized.rows_R, quantized.shape[0])
-    if quantized.salient_channels_S is not None:
-        assert quantized.salient_values_NS is not None
-        record.numbers[Field.CHANNELS] = len(quantized.salient_channels_S)
-        record.sections[Field.CHANNEL_INDEX] = quantized.salient_channels_S.int().numpy()
-        record.sections[Field.CHANNEL_VALUES] = _bfloat16(quantized.salient_values_NS)
     return record
 
 

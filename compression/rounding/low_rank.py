@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from deltamux.compression.image.cut import Cut
 from deltamux.compression.rounding.gptq import Curvature, Grid, curvature, round_with_feedback
 from deltamux.compression.rounding.quantize import QuantizedDelta, Scheme
 
@@ -67,6 +68,12 @@ class FactoredDelta:
     def rank(self) -> int:
         """Directions kept."""
         return self.left.shape[1]
+
+    def part(self, cut: Cut) -> "FactoredDelta":
+        """The rows and channels of a cut: left has the rows, right the channels."""
+        return FactoredDelta(
+            self.left.part(Cut(rows=cut.rows)), self.right.part(Cut(channels=cut.channels))
+        )
 
     def largest(self) -> torch.Tensor:
         """A bound of |Δ̂|, one number; not finite where a step is not."""

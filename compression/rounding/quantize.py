@@ -20,6 +20,8 @@ from enum import StrEnum
 
 import torch
 
+from deltamux.compression.image.cut import Cut, positions_in
+
 # Steps of fixed widths: starts in units of the Gaussian's, and refits from each; chosen, not measured.
 STEP_STARTS = (0.7, 1.0, 1.5)
 STEP_ITERATIONS = 4
@@ -111,6 +113,34 @@ class QuantizedDelta:
     def without_salient(self) -> "QuantizedDelta":
         """The codes alone."""
         return replace(self, salient_channels_S=None, salient_values_NS=None)
+
+    def part(self, cut: Cut) -> "QuantizedDelta":
+        """The rows and channels of a cut."""
+        rows_N, span = cut.row_index(self.shape[0]), cut.channel_slice()
+        channels_K = torch.arange(self.shape[1])[span]
+        kept, rows_R = rows_N, None
+        if self.rows_R is not None:
+            mask, rows_R = positions_in(self.rows_R, rows_N, self.shape[0])
+            kept = mask.nonzero().squeeze(1)
+        coded: slice | torch.Tensor = span
+        channels_C = None
+        if self.channels_C is not None:
+            coded, channels_C = positions_in(self.channels_C, channels_K, self.shape[1])
+        part = QuantizedDelta(
+            self.scheme,
+            (len(rows_N), len(channels_K)),
+            self.codes_RC[kept][:, coded],
+            self.steps_R[kept],
+            rows_R,
+            channels_C,
+        )
+        if self.salient_channels_S is None or self.salient_values_NS is None:
+            return part
+        mask, salient_S = positions_in(self.salient_channels_S, channels_K, self.shape[1])
+        if not mask.any():
+            return part
+        values = self.salient_values_NS[rows_N][:, mask]
+        return replace(part, salient_channels_S=salient_S, salient_values_NS=values)
 
     def largest(self) -> torch.Tensor:
         """A bound of |Δ̂|, one number; not finite where a step or a 16-bit part is not."""

@@ -50,7 +50,7 @@ class ExpertRegistry:
         self._requests: dict[str, Any] = {}
         self._served = served
         self._ttl = ttl
-        self._worker = Worker()
+        self._worker = Worker(engine.vllm_config.parallel_config.tensor_parallel_size)
         # How many experts are on the device at one time.
         self.slots: int = engine.vllm_config.lora_config.max_loras
         self.gate = Gate(self._worker, self.slots, patience, self._in_slot)

@@ -13,11 +13,20 @@ from deltamux.serve.control import LONGEST_LINE, Order, encode, socket_path
 ENGINE_POLL_SECONDS = 0.5
 
 
-class Worker:
-    """Gives orders about experts, each over a connection of its own."""
+# What brings an expert somewhere; what one rank refuses, no other keeps.
+BRINGING = ("load", "enter", "pin")
 
-    def __init__(self) -> None:
+
+class Worker:
+    """Gives orders about experts, each over a connection of its own to each rank.
+
+    Args:
+        ranks: Workers that share the model.
+    """
+
+    def __init__(self, ranks: int = 1) -> None:
         self._numbers = itertools.count(1)
+        self._ranks = ranks
 
     async def check(self, expert: Expert) -> None:
         """See whether an expert could be loaded.
@@ -77,14 +86,33 @@ class Worker:
             "keep": keep or [],
             "number": next(self._numbers),
         }
-        reply = await _answer(Order.model_validate(content))
-        if "error" in reply:
-            raise ExpertError(reply["error"])
+        refusals = await self._tell(Order.model_validate(content))
+        if not refusals:
+            return
+        if self._ranks > 1 and order in BRINGING:
+            content |= {"order": "leave", "keep": [], "number": next(self._numbers)}
+            await self._tell(Order.model_validate(content))
+        raise refusals[0]
+
+    async def _tell(self, order: Order) -> list[ExpertError]:
+        """Give an order to all ranks; returns what those that refused it say."""
+        answers = (_carried_out(order, rank) for rank in range(self._ranks))
+        replies = await asyncio.gather(*answers, return_exceptions=True)
+        others = [each for each in replies if each and not isinstance(each, ExpertError)]
+        if others:
+            raise others[0]
+        return [each for each in replies if isinstance(each, ExpertError)]
 
 
-async def _answer(order: Order) -> dict[str, Any]:
+async def _carried_out(order: Order, rank: int) -> None:
+    reply = await _answer(order, rank)
+    if "error" in reply:
+        raise ExpertError(reply["error"])
+
+
+async def _answer(order: Order, rank: int) -> dict[str, Any]:
     try:
-        path = str(socket_path())
+        path = str(socket_path(rank))
         reader, writer = await asyncio.open_unix_connection(path, limit=LONGEST_LINE)
     except OSError as error:
         raise ExpertError(f"the engine's worker does not listen: {error}") from error

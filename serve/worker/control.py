@@ -75,14 +75,15 @@ def carry_out(residency: Residency, check: Callable[[str], None], line: bytes) -
             residency.remove(order.expert_id)
 
 
-def listen(residency: Residency, check: Callable[[str], None]) -> None:
+def listen(residency: Residency, check: Callable[[str], None], rank: int) -> None:
     """Take orders from now on.
 
     Args:
         residency: Who carries them out.
         check: Looks whether the expert of a path could be loaded; raises ValueError.
+        rank: This worker's among those that share the model.
     """
-    path = socket_path()
+    path = socket_path(rank)
     path.unlink(missing_ok=True)
     server = _Server(str(path), _Connection)
     server.residency, server.check = residency, check

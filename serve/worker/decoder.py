@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ import torch
 from deltamux.compression.checkpoint.architecture import tensor_specs
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.image.build import Shapes
+from deltamux.compression.image.cut import Cut, Cuts
 from deltamux.compression.image.source import Source
 from deltamux.serve.errors import one_line
 from deltamux.serve.worker.capacity import Capacity
@@ -41,6 +42,7 @@ class Task:
         capacity: What every slot has room for.
         largest_rank: That an adapter may be opened with.
         image_cache: Bytes of slot images that are kept on disk.
+        cuts: Of weights that the worker's device holds a part of.
     """
 
     base: str
@@ -48,12 +50,14 @@ class Task:
     capacity: Capacity
     largest_rank: int
     image_cache: int
+    cuts: Cuts = field(default_factory=dict)
 
     def to_json(self) -> str:
         """For the command line of the process."""
         room = self.capacity
         fields = {"num_bytes": room.num_bytes, "rank": room.rank, "norms": sorted(room.norms)}
-        return json.dumps(vars(self) | {"capacity": fields})
+        cuts = {name: asdict(cut) for name, cut in self.cuts.items()}
+        return json.dumps(vars(self) | {"capacity": fields, "cuts": cuts})
 
     @staticmethod
     def from_json(text: str) -> "Task":
@@ -61,7 +65,8 @@ class Task:
         content: dict[str, Any] = json.loads(text)
         room = content.pop("capacity")
         capacity = Capacity(room["num_bytes"], room["rank"], frozenset(room["norms"]))
-        return Task(**content, capacity=capacity)
+        cuts = {name: Cut.from_json(cut) for name, cut in content.pop("cuts").items()}
+        return Task(**content, capacity=capacity, cuts=cuts)
 
 
 class Decoder:
@@ -73,7 +78,7 @@ class Decoder:
         specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
         self._shapes: Shapes = {spec.name: base.shape(spec.name) for spec in specs}
         self._hashes = BaseHashes(base)
-        self._images = ImageCache(task.image_cache, self._shapes)
+        self._images = ImageCache(task.image_cache, self._shapes, cuts=task.cuts)
 
     def check(self, versioned: str) -> Source:
         """Open an expert, and look whether it fits base and slots.
@@ -83,13 +88,16 @@ class Decoder:
             OSError: A file of it cannot be read.
         """
         source = open_expert(versioned, self._hashes, self._task.largest_rank)
-        self._task.capacity.check(source, source.image_bytes(self._shapes))
+        # Of a part the manifest does not say how large it is: its image does.
+        size = 0 if self._task.cuts else source.image_bytes(self._shapes)
+        self._task.capacity.check(source, size)
         return source
 
     def image(self, versioned: str) -> torch.Tensor:
         """The slot image of an expert, every part checked; raises as `check`."""
         source = self.check(versioned)
-        image = self._images.image(source.content, lambda: source.image(self._shapes))
+        cuts = self._task.cuts
+        image = self._images.image(source.content, lambda: source.image(self._shapes, cuts))
         self._task.capacity.check(source, image.numel())
         return image
 

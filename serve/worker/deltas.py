@@ -4,8 +4,9 @@
     y += Δ̂_slot(row) x  the hook, for the rows of slots
 
 vLLM's linears multiply in the `apply` of their quantization method, so the delta is added right behind it: before a
-tensor-parallel sum, whatever the base is quantized with, and without a module of ours in between. Embeddings and
-norms are hooked in their `forward`, logits in `_get_logits`. A batch of the base alone passes a test of one flag.
+tensor-parallel sum, whatever the base is quantized with, and without a module of ours in between. Embeddings look up
+in `embedding` of theirs, norms are hooked in their `forward`, logits in `_get_logits`, before ranks gather them. A
+batch of the base alone passes a test of one flag.
 """
 
 import copy
@@ -17,10 +18,9 @@ import torch
 from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD
 from deltamux.serve import compat
 from deltamux.serve.worker.ops import EmbeddingDelta, LayerDelta, LinearDelta, NormDelta
+from deltamux.serve.worker.ranks import WEIGHT, linears_of
 from deltamux.serve.worker.rows import RowMap
 from deltamux.serve.worker.slots import Slots
-
-WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,13 @@ class Hooks:
 
 
 def hook_model(model: Any, hooks: Hooks) -> list[LayerDelta]:
-    """Let experts change a vLLM decoder whose weights are loaded; in the order of its modules."""
-    found: list[LayerDelta] = []
-    packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
-    linear, embedding, norms = compat.hooked_layers()
+    """Let experts change a vLLM decoder whose weights are loaded."""
+    _, embedding, norms = compat.hooked_layers()
     batched = compat.is_of_transformers(model)
+    linears = linears_of(model, hooks.slots.names)
+    found: list[LayerDelta] = [_hook_linear(module, parts, hooks) for module, parts in linears]
     for name, module in list(model.named_modules()):
-        if isinstance(module, linear):
-            parent, _, leaf = name.rpartition(".")
-            parts = [f"{parent}.{part}{WEIGHT}" for part in packed.get(leaf, [leaf])]
-            # A mixture's router belongs to experts that no slot holds.
-            if parts[0] in hooks.slots:
-                found.append(_hook_linear(module, parts, hooks))
-        elif isinstance(module, embedding) and f"{name}{WEIGHT}" == EMBEDDING:
+        if isinstance(module, embedding) and f"{name}{WEIGHT}" == EMBEDDING:
             found.append(_hook_embedding(module, hooks))
         elif isinstance(module, norms) and f"{name}{WEIGHT}" in hooks.norms:
             found.append(_hook_norm(module, f"{name}{WEIGHT}", hooks, batched))
@@ -128,17 +122,25 @@ def _hook_linear(module: Any, parts: list[str], hooks: Hooks) -> LayerDelta:
 
 
 def _hook_embedding(module: Any, hooks: Hooks) -> LayerDelta:
-    entry = hooks.slots.index(EMBEDDING)
-    sizes = int(module.org_vocab_size), int(module.embedding_dim)
-    delta = EmbeddingDelta(hooks.slots, hooks.rows.tokens, hooks.direct, entry, *sizes)
-    forward = module.forward
+    """Behind the look-up of its quantization method: a rank's ids are its own rows' there.
 
-    def with_delta(input_ids: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = forward(input_ids)
-        delta(output, input_ids)
+    What a rank does not have it looks up as row 0, and sets to nought behind.
+    """
+    entry = hooks.slots.index(EMBEDDING)
+    sizes = vocabulary_rows(module), int(module.embedding_dim)
+    delta = EmbeddingDelta(hooks.slots, hooks.rows.tokens, hooks.direct, entry, *sizes)
+    method = copy.copy(module.quant_method)
+    base_rows = method.embedding
+
+    def embedding(layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = base_rows(layer, ids)
+        delta(output, ids)
         return output
 
-    module.forward = with_delta
+    method.embedding = embedding
+    module.quant_method = method
+    # One kernel that looks up and sets to nought leaves no place for a delta between.
+    module.use_fused_embedding = False
     return delta
 
 
@@ -167,26 +169,45 @@ def _hook_norm(module: Any, name: str, hooks: Hooks, batched: bool) -> LayerDelt
 
 
 def _hook_logits(model: Any, hooks: Hooks) -> LayerDelta:
-    """Behind the projection and its gathering; scaling and soft capping come later.
+    """Behind the projection, before ranks gather; scaling and soft capping come later.
 
     vLLM asks for two kinds of rows: the sampled positions, gathered into a tensor of their own, and, for prompt
     log-probabilities, a slice of one request's rows out of the batch's hidden states.
     """
     head = model.model.embed_tokens if hooks.tied else model.lm_head
     entry = hooks.slots.index(EMBEDDING if hooks.tied else LM_HEAD)
-    sizes = [int(head.org_vocab_size)], int(head.embedding_dim)
-    rows = hooks.rows
+    sizes = [vocabulary_rows(head)], int(head.embedding_dim)
+    rows, processor = hooks.rows, model.logits_processor
     delta = LinearDelta(hooks.slots, rows.samples, hooks.direct, [entry], *sizes, is_table=True)
-    base_logits = model.logits_processor._get_logits
+    base_logits, base_gather = processor._get_logits, processor._gather_logits
+    # Hidden states whose logits have not got their delta yet.
+    waiting: list[torch.Tensor] = []
+
+    def add(logits: torch.Tensor) -> None:
+        hidden_states = waiting.pop()
+        own = logits[..., : sizes[0][0]]
+        delta.add_for(_rows_of(hidden_states, rows), own, hidden_states.to(logits.dtype))
+
+    def gather(logits: torch.Tensor) -> Any:
+        if waiting:
+            add(logits)
+        return base_gather(logits)
 
     def with_delta(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        waiting[:] = [hidden_states]
         logits = base_logits(hidden_states, *args, **kwargs)
-        if logits is not None:
-            delta.add_for(_rows_of(hidden_states, rows), logits, hidden_states.to(logits.dtype))
+        if waiting:  # nothing was gathered
+            add(logits)
         return logits
 
-    model.logits_processor._get_logits = with_delta
+    processor._get_logits, processor._gather_logits = with_delta, gather
     return delta
+
+
+def vocabulary_rows(module: Any) -> int:
+    """Rows of an embedding or lm_head on this rank, without padding."""
+    found = module.shard_indices
+    return int(found.org_vocab_end_index) - int(found.org_vocab_start_index)
 
 
 def _rows_of(hidden_states: torch.Tensor, rows: Rows) -> RowMap:

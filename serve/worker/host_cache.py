@@ -5,6 +5,7 @@ holds, byte for byte. The host cache keeps images by expert id, least recently u
 """
 
 import json
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -55,7 +56,8 @@ class BaseHashes:
     def _write(self) -> None:
         try:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
-            scratch = self._cache.with_suffix(".tmp")
+            # Each rank has a decoder, and each decoder a file of its own to rename.
+            scratch = self._cache.with_suffix(f".{os.getpid()}")
             scratch.write_text(json.dumps({**self._read(), self._identity(): self._known}))
             scratch.replace(self._cache)
         except OSError:

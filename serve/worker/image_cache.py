@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from deltamux.compression.image.build import Shapes
+from deltamux.compression.image.cut import NO_CUTS, Cuts
 from deltamux.compression.image.layout import VERSION, check_image
 
 logger = logging.getLogger("vllm.deltamux")
@@ -29,12 +30,16 @@ class ImageCache:
         capacity: Bytes of all files; 0: nothing is kept, and nothing read.
         shapes: Of the base's tensors.
         folder: Where they are; None: in the user's cache directory.
+        cuts: Of weights that images hold a part of.
     """
 
-    def __init__(self, capacity: int, shapes: Shapes, folder: Path | None = None) -> None:
+    def __init__(
+        self, capacity: int, shapes: Shapes, folder: Path | None = None, cuts: Cuts = NO_CUTS
+    ) -> None:
         self.folder = folder or Path.home() / ".cache" / "deltamux" / "images"
         self._capacity = capacity
         self._shapes = shapes
+        self._cuts = sorted(cuts.items())
 
     def image(self, content: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """An expert's image, from the cache or made and kept.
@@ -60,7 +65,7 @@ class ImageCache:
         return image
 
     def _key(self, content: str) -> str:
-        made_from = repr((VERSION, content, sorted(self._shapes.items())))
+        made_from = repr((VERSION, content, sorted(self._shapes.items()), self._cuts))
         return hashlib.sha256(made_from.encode()).hexdigest()[:32]
 
     def _read(self, path: Path) -> torch.Tensor:

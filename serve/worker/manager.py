@@ -5,8 +5,9 @@ and go by orders of the API server (`control.py`), beside the steps; vLLM's own 
 adapter do the same within the engine's loop, for whoever uses vLLM without deltamux's API server.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vllm.logger import init_logger
 
 from deltamux.compression.checkpoint.architecture import tensor_specs
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.image.cut import NO_CUTS, Cuts
 from deltamux.compression.image.layout import assemble
 from deltamux.serve import compat
 from deltamux.serve.settings import plugin_settings
@@ -27,6 +29,7 @@ from deltamux.serve.worker.deltas import Hooks, Rows, base_bytes, hook_model
 from deltamux.serve.worker.host_cache import HostCache
 from deltamux.serve.worker.loader import Loader
 from deltamux.serve.worker.ops import define_ops
+from deltamux.serve.worker.ranks import Ranks, cuts_of
 from deltamux.serve.worker.residency import Residency
 from deltamux.serve.worker.rows import BASE_ROW, RowMap
 from deltamux.serve.worker.slots import Slots
@@ -48,40 +51,16 @@ class ExpertManager:
         self, vllm_config: Any, device: torch.device, embedding_modules: dict[str, str]
     ) -> None:
         del embedding_modules
-        settings = plugin_settings(vllm_config.additional_config)
-        compat.check_one_device(vllm_config.parallel_config)
+        compat.check_parallel(vllm_config.parallel_config)
         define_ops()
-        model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        cache = vllm_config.load_config.download_dir
-        base = open_checkpoint(model_config.model, model_config.revision, cache)
-        specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
-        # In the order of the base's list: a weight's place is its record's in every image.
-        self.shapes = {spec.name: base.shape(spec.name) for spec in specs}
-        device = torch.device(device)
-        self.capacity = capacity(settings, self.shapes, specs, device.type == "cpu")
-        count = vllm_config.lora_config.max_loras
-        names = list(self.shapes)
-        room = self.capacity
-        self.slots = Slots(count, room.num_bytes, names, device, room.rank)
-        # The folder, wherever it was found: the decoder need not look for it again.
-        task = Task(
-            *(str(base.root), None, room),
-            *(settings.slot.largest_rank, settings.image_cache),
-        )
-        self.loader = Loader(task, pin=not self.slots.on_cpu)
-        self.residency = Residency(
-            self.slots,
-            HostCache(settings.host_cache),
-            self.loader.image,
-            nothing=assemble({}, len(self.shapes)),
-        )
-        max_rows = scheduler.max_num_batched_tokens + scheduler.max_num_seqs
-        self.rows = Rows(*(RowMap(max_rows, count, device) for _ in range(2)))
+        self._config, self._device = vllm_config, torch.device(device)
         self._mapped: tuple[Any, ...] = ()
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
-        """Hook the model's layers; called once, right after its weights are loaded."""
+        """Make room beside a model and hook its layers; called once, right after its weights are loaded."""
         tied = vllm_config.model_config.hf_config.tie_word_embeddings
+        ranks = Ranks.of_worker()
+        self.make_room(ranks, lambda names: cuts_of(model, names, tied))
         direct = self.slots.on_cpu and compat.runs_eagerly(vllm_config)
         hook_model(model, Hooks(self.slots, self.rows, self.capacity.norms, direct, tied))
         base, slots = base_bytes(model), self.slots.buffer.numel()
@@ -89,7 +68,7 @@ class ExpertManager:
         self.residency.status.memory_bytes = memory
         self.residency.publish()
         self.loader.start()
-        listen(self.residency, self.loader.check)
+        listen(self.residency, self.loader.check, ranks.rank)
         logger.info(
             "deltamux: %d slots of %.1f MB beside a base of %.1f MB",
             self.slots.count,
@@ -97,6 +76,44 @@ class ExpertManager:
             base / 1e6,
         )
         return model
+
+    def make_room(self, ranks: Ranks, cuts_of_names: Callable[[Collection[str]], Cuts]) -> None:
+        """Slots, host cache and decoder for the experts that are configured.
+
+        Args:
+            ranks: The workers that share the model.
+            cuts_of_names: The parts of weights that this rank holds, asked where there are several.
+        """
+        vllm_config = self._config
+        settings = plugin_settings(vllm_config.additional_config)
+        model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        cache = vllm_config.load_config.download_dir
+        base = open_checkpoint(model_config.model, model_config.revision, cache)
+        specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
+        # In the order of the base's list: a weight's place is its record's in every image.
+        self.shapes = {spec.name: base.shape(spec.name) for spec in specs}
+        names, on_cpu = list(self.shapes), self._device.type == "cpu"
+        cuts = cuts_of_names(names) if ranks.size > 1 else NO_CUTS
+        room = capacity(settings, self.shapes, specs, on_cpu, cuts)
+        # An expert that fits on one rank fits on all.
+        room = self.capacity = replace(room, num_bytes=ranks.largest([room.num_bytes])[0])
+        count = vllm_config.lora_config.max_loras
+        self.slots = Slots(count, room.num_bytes, names, self._device, room.rank)
+        # The folder, wherever it was found: the decoder need not look for it again.
+        task = Task(
+            *(str(base.root), None, room),
+            *(settings.slot.largest_rank, settings.image_cache, cuts),
+        )
+        self.loader = Loader(task, pin=not self.slots.on_cpu)
+        self.residency = Residency(
+            self.slots,
+            HostCache(settings.host_cache),
+            self.loader.image,
+            nothing=assemble({}, len(self.shapes)),
+            ranks=ranks,
+        )
+        max_rows = scheduler.max_num_batched_tokens + scheduler.max_num_seqs
+        self.rows = Rows(*(RowMap(max_rows, count, self._device) for _ in range(2)))
 
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
         """A step starts: map the rows of its batch to the slots of their experts."""

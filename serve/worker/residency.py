@@ -19,6 +19,7 @@ from deltamux.serve.names import public_name
 from deltamux.serve.status import WorkerStatus, publish
 from deltamux.serve.worker.host_cache import HostCache
 from deltamux.serve.worker.once import Once
+from deltamux.serve.worker.ranks import ONE, Ranks
 from deltamux.serve.worker.slots import Slots
 from deltamux.serve.worker.table import SlotTable, Wanted
 
@@ -40,6 +41,7 @@ class Residency:
         host: The host cache.
         read: From an expert's versioned path to its image; raises ValueError.
         nothing: The image of an expert that changes nothing.
+        ranks: The workers that share the model.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class Residency:
         host: HostCache,
         read: Callable[[str], torch.Tensor],
         nothing: torch.Tensor,
+        ranks: Ranks = ONE,
     ) -> None:
         self.slots = slots
         self.host = host
-        self.status = WorkerStatus()
+        self.status = WorkerStatus(ranks=ranks.size)
+        self._ranks = ranks
         self.table = SlotTable(slots.count)
         self._read = read
         self._nothing = nothing
@@ -125,6 +129,8 @@ class Residency:
             missing = self.table.begin(wanted)
         for expert_id in missing:
             self._enter_now(wanted[expert_id], wanted)
+        if self._ranks.size > 1:
+            self._agree()
         return self.table.step
 
     def end(self, done: torch.cuda.Event | None = None) -> None:
@@ -179,7 +185,7 @@ class Residency:
     def publish(self) -> None:
         """Tell the API server."""
         with self._publishing:
-            publish(self._described())
+            publish(self._described(), self._ranks.rank)
 
     def _described(self) -> str:
         with self._changed:
@@ -257,6 +263,23 @@ class Residency:
             return (
                 self.host.get(wanted.expert_id) if wanted.expert_id in self.host else self._nothing
             )
+
+    def _agree(self) -> None:
+        """What another rank could not load for this step is the base's here too."""
+        expert_ids = sorted(self.table.step)
+        with self._changed:
+            refused = [self._is_refused(each) for each in expert_ids]
+        anywhere = self._ranks.largest(refused)
+        for expert_id, here, there in zip(expert_ids, refused, anywhere, strict=True):
+            if there and not here:
+                self.slots.load(self.table.step[expert_id], self._nothing)
+                with self._changed:
+                    self.host.put(expert_id, self._nothing)
+                    self.status.expert(expert_id).error = "another rank could not load it"
+                self.publish()
+
+    def _is_refused(self, expert_id: int) -> bool:
+        return self.status.expert(expert_id).error is not None
 
     def _slot_now(self, batch: Collection[int]) -> int:
         with self._changed:

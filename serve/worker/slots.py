@@ -6,7 +6,7 @@ an expert in is one copy.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -81,9 +81,10 @@ class Slots:
         """Bytes of one slot."""
         return self.buffer.shape[1]
 
-    def __contains__(self, name: str) -> bool:
-        """Whether the base has such a weight."""
-        return name in self._index
+    @property
+    def names(self) -> Collection[str]:
+        """The base's weights."""
+        return self._index.keys()
 
     def index(self, name: str) -> int:
         """The record of a weight of the base."""

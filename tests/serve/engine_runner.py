@@ -1,7 +1,8 @@
 """Run batches through a real vLLM engine in a process of its own; a JSON job in, JSON results out.
 
 Job: {"model", "plugin", "slots", "experts": {name: path}, "batches": [[[expert or null, prompt]]],
-"output"}, and of vLLM's configuration "speculative" (drafted tokens), "quantization" and "dtype", or none. Result: for each batch, for each request, token ids, their log-probabilities, the gap
+"output"}, and of vLLM's configuration "speculative" (drafted tokens), "quantization", "dtype" and
+"tensor_parallel_size", or none. Result: for each batch, for each request, token ids, their log-probabilities, the gap
 between the two likeliest tokens, and the prompt's log-probabilities.
 """
 
@@ -16,6 +17,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     os.environ["VLLM_PLUGINS"] = "deltamux" if job["plugin"] else ""
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    if job.get("tensor_parallel_size", 1) > 1:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -33,6 +36,7 @@ def main() -> None:
         job["model"],
         dtype=job.get("dtype") or "float32",
         quantization=job.get("quantization"),
+        tensor_parallel_size=job.get("tensor_parallel_size", 1),
         max_model_len=512,
         max_num_seqs=8,
         enforce_eager=True,

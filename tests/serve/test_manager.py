@@ -47,7 +47,9 @@ def manager(
 
     monkeypatch.setenv(STATUS_DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.setattr(module, "Loader", InThisProcess)
-    return module.ExpertManager(config(make_pair()[0]), torch.device("cpu"), {})
+    found = module.ExpertManager(config(make_pair()[0]), torch.device("cpu"), {})
+    found.make_room(module.Ranks(), lambda names: {})
+    return found
 
 
 @pytest.fixture
@@ -242,8 +244,8 @@ def test_dummies_for_warm_up_change_nothing_and_disappear(
     assert not manager.residency.table.resident
 
 
-@pytest.mark.parametrize("name", ["tensor_parallel_size", "data_parallel_size"])
-def test_more_than_one_device_is_refused(
+@pytest.mark.parametrize("name", ["pipeline_parallel_size", "data_parallel_size"])
+def test_other_parallelism_than_that_of_tensors_is_refused(
     make_pair: Callable[..., tuple[Path, Path]], name: str
 ) -> None:
     from deltamux.serve.worker.manager import ExpertManager
