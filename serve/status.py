@@ -80,8 +80,8 @@ class WorkerStatus(BaseModel):
 
     `swaps` counts, by expert name, moves into a tier: "slot" (from host) or "host" (from disk); the
     counts of a name go on when it gets a new version. `stalls` counts the experts that a step had to bring into a
-    slot itself, while its whole batch waited. `ranks` is how many workers share the model and publish; memory is
-    that of one.
+    slot itself, while its whole batch waited. `ranks` is how many workers share the model and publish; what is
+    read of several has the memory of all.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -187,4 +187,6 @@ def _merged(*texts: str) -> WorkerStatus:
         for other in others:
             expert.join(other.expert(expert_id))
     first.stalls = max(each.stalls for each in (first, *others))
+    for kind in first.memory_bytes:
+        first.memory_bytes[kind] += sum(each.memory_bytes.get(kind, 0) for each in others)
     return first

@@ -359,17 +359,18 @@ def write_parts(
     names: tuple[str, ...] = LIVE_NAMES,
     words: dict[str, str] = LIVE_WORDS,
     routed: dict[str, str] | None = None,
+    **base_settings: object,
 ) -> Path:
     """A tiny base (returned), experts, a damaged one and a router, below a folder.
 
     The router's prompts are made of `words`, by domain; `routed` names the experts of domains that are not
-    called like theirs.
+    called like theirs; `base_settings` go to `save_base`.
     """
     from deltamux.router.fit.data import read_dataset
     from deltamux.router.fit.fit import fit_router
     from deltamux.router.fit.options import Options
 
-    base = save_base(folder / "base")
+    base = save_base(folder / "base", **base_settings)  # type: ignore[arg-type]
     for seed, name in enumerate(names, start=1):
         compress_tiny(
             base, save_expert(base, folder / f"tuned-{name}", seed), folder / name, text_file

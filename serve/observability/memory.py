@@ -5,7 +5,8 @@
 
 `base`, `slots` and `kv_cache` are exact sizes of buffers on the device, `host_cache` of buffers on the
 host; `process` is the rest of host (interpreters, libraries, activations on a CPU) and `workspace` the
-rest of device (activations, captured graphs, the CUDA context). On a CPU the device is the host.
+rest of device (activations, captured graphs, the CUDA context). On a CPU the device is the host, with all ranks
+(tensor parallelism) in it; of several GPUs the first is shown.
 Pages that several processes share (the libraries) count in each, as in `ps`.
 """
 
@@ -60,7 +61,7 @@ class Memory:
         """Bytes by kind.
 
         Args:
-            worker: What the worker publishes: base, slots, host_cache.
+            worker: What the workers publish, all ranks together: base, slots, host_cache.
             reported: What `reported` returned.
 
         Returns:
@@ -68,7 +69,10 @@ class Memory:
             yet can make them sum to more; no kind is below 0.
         """
         kinds = {kind: worker.get(kind, 0) for kind in ("base", "slots", "host_cache")}
-        kinds["kv_cache"] = kv_cache_bytes(self._config)
+        ranks = int(self._config.parallel_config.tensor_parallel_size)
+        kinds["kv_cache"] = ranks * kv_cache_bytes(self._config)
+        if DEVICE in reported:
+            kinds |= {kind: kinds[kind] // ranks for kind in ("base", "slots", "kv_cache")}
         on_device = kinds["base"] + kinds["slots"] + kinds["kv_cache"]
         on_host = kinds["host_cache"]
         if DEVICE in reported:
@@ -105,7 +109,7 @@ def host_limit() -> int:
 
 
 def kv_cache_bytes(config: Any) -> int:
-    """Bytes of the KV cache: blocks × tokens × layers × (key and value)."""
+    """Bytes of the KV cache on a rank: blocks × tokens × layers × (key and value)."""
     cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
     layers = model.get_num_layers(parallel)
     width = model.get_num_kv_heads(parallel) * model.get_head_size()
