@@ -42,6 +42,10 @@ SlotBits = Annotated[
     float | None,
     typer.Option(help="Bits per linear weight in a slot; default: 2.2, above --bits 1: 4.2."),
 ]
+BaseAsServed = Annotated[
+    str | None,
+    typer.Option(help="How the server will quantize the base: fp8_per_channel. Else: not at all."),
+]
 TargetKl = Annotated[
     float | None, typer.Option(help="Divergence from the expert, nats per held-out token.")
 ]
@@ -62,6 +66,7 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     budget: Annotated[str | None, typer.Option(help="Size of the weights file: 25MB.")] = None,
     target_kl: TargetKl = None,
     lossless: Annotated[bool, typer.Option(help="Keep every bit; not for serving.")] = False,
+    base_as_served: BaseAsServed = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact that exists.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -72,9 +77,10 @@ def compress_command(  # noqa: PLR0917 - a command line, called by name
     from deltamux.compression.evaluate import summary
     from deltamux.compression.inputs import Limits, chosen_recipe, chosen_texts
 
-    chosen = chosen_recipe(recipe, preset, Limits(bits, budget, target_kl, slot_bits), lossless)
-    pair = open_checkpoint(base), open_checkpoint(expert)
-    compare(*pair)
+    limits = Limits(bits, budget, target_kl, slot_bits)
+    chosen = chosen_recipe(recipe, preset, limits, lossless, base_as_served)
+    checked = compare(open_checkpoint(base), open_checkpoint(expert))
+    pair = checked.base, checked.expert
     texts = chosen_texts(pair, chosen.calibration, calibration, held_out)
     text, held = texts.calibration, texts.held_out
     manifest = compress(*pair, output, chosen, calibration=text, held_out=held, overwrite=overwrite)
@@ -150,8 +156,8 @@ def evaluate_command(  # noqa: PLR0917 - a command line, called by name
 
     opened = Artifact(resolve_directory(artifact))
     opened.check_content()
-    pair = open_checkpoint(base), open_checkpoint(expert)
-    compare(*pair)
+    checked = compare(open_checkpoint(base), open_checkpoint(expert))
+    pair = checked.base, checked.expert
     check_base(opened, pair[0])
     limits = CalibrationRecipe(samples=max_rows, max_tokens=max_tokens)
     texts = held_out_samples(pair, limits, data)

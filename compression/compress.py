@@ -113,7 +113,7 @@ def prepare(
     Raises:
         ValueError: The two checkpoints have no delta, or the recipe needs text that is not there.
     """
-    difference = compare(base, expert)
+    difference = compare(base.as_served(recipe.base_as_served), expert)
     calibration, held_out = texts
     if not recipe.lossless:
         check_measurable(recipe.allocation, bool(held_out))

@@ -115,6 +115,7 @@ def evaluate(
     progress: bool = True,
 ) -> Evaluation:
     """Compare base, expert and decompressed expert on the samples' response tokens."""
+    base = base.as_served(artifact.manifest.base.quantization)
     reference = Reference(base, expert, samples, progress)
     return reference.compare(reconstructed(artifact, base))
 

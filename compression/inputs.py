@@ -38,7 +38,13 @@ class Limits:
     slot_bits: float | None
 
 
-def chosen_recipe(path: Path | None, preset: str | None, limits: Limits, lossless: bool) -> Recipe:
+def chosen_recipe(
+    path: Path | None,
+    preset: str | None,
+    limits: Limits,
+    lossless: bool,
+    base_as_served: str | None = None,
+) -> Recipe:
     """The recipe of a file or preset, with what the other options change in it.
 
     Raises:
@@ -65,6 +71,8 @@ def chosen_recipe(path: Path | None, preset: str | None, limits: Limits, lossles
         changed["allocation"]["slot_bits"] = limits.slot_bits
     if lossless:
         changed["lossless"] = True
+    if base_as_served:
+        changed["base_as_served"] = base_as_served
     try:
         return Recipe.model_validate(changed)
     except ValidationError as error:

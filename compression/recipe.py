@@ -7,6 +7,7 @@ from typing import Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deltamux.compression.checkpoint.as_served import BaseQuantization
 from deltamux.compression.pruning.scores import Pattern, Score
 from deltamux.compression.rounding.quantize import Scheme
 from deltamux.compression.validation import problems
@@ -163,12 +164,14 @@ class CalibrationRecipe(_Model):
 class Recipe(_Model):
     """What is done to an expert; the default is the preset `balanced`.
 
+    `base_as_served` takes the delta from the base as a server has it that quantizes it while loading it.
     `lossless` keeps every bit of the expert and leaves the other settings without effect. It is
     for archives and for experts that changed few weights; slots cannot hold it.
     """
 
     version: Literal[1] = 1
     lossless: bool = False
+    base_as_served: BaseQuantization | None = None
     linear: LinearRecipe = LinearRecipe()
     allocation: AllocationRecipe = AllocationRecipe()
     embedding: EmbeddingRecipe = EmbeddingRecipe()
@@ -184,6 +187,10 @@ class Recipe(_Model):
             )
         if self.linear.scheme != CODED and self.linear.pruning:
             raise ValueError(f"pruning needs scheme 'coded', got {self.linear.scheme!r}")
+        if self.lossless and self.base_as_served:
+            raise ValueError(
+                "lossless keeps bits against those that the base's files hold: drop base_as_served"
+            )
         if self.linear.scheme == CODED and self.linear.salient_channels:
             raise ValueError(
                 "salient_channels need a scheme of fixed width, got 'coded': set scheme to 'int2' "

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deltamux.compression.names import INDEX_FILE, WEIGHTS_FILE
 from deltamux.compression.paths import resolve_directory, user_path
 from deltamux.serve import compat
+from deltamux.serve.base_checks import check_base
 from deltamux.serve.plugin import PLUGIN_NAME
 from deltamux.serve.settings import MULTIPROCESS_VARIABLE, Settings, load_settings
 
@@ -94,11 +94,13 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
         extra: Flags from the command line; they come last and so win.
 
     Raises:
-        ValueError: The base is not there.
+        ValueError: The base is not there, or cannot be served (see `base_checks.py`).
     """
     engine = dict(settings.engine)
     cache = _given(extra, "--download-dir") or engine.get("download_dir")
-    check_one_set_of_weights(resolve_directory(settings.base.model, settings.base.revision, cache))
+    root = resolve_directory(settings.base.model, settings.base.revision, cache)
+    other_tokenizer = _given(extra, "--tokenizer") or engine.get("tokenizer")
+    check_base(root, _ranks(engine, extra), other_tokenizer is None)
     additional = dict(engine.pop("additional_config", {}))
     additional["deltamux"] = settings.plugin().model_dump(mode="json")
     options: dict[str, Any] = {
@@ -120,22 +122,6 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     return arguments + extra
 
 
-def check_one_set_of_weights(root: Path) -> None:
-    """Refuse a base beside whose weights vLLM would load others.
-
-    Without an index vLLM loads every safetensors file of the folder.
-
-    Raises:
-        ValueError: There is another one.
-    """
-    other = sorted(path.name for path in root.glob("*.safetensors") if path.name != WEIGHTS_FILE)
-    if (root / WEIGHTS_FILE).exists() and other and not (root / INDEX_FILE).is_file():
-        raise ValueError(
-            f"{str(root)!r} holds {other[0]!r} beside {WEIGHTS_FILE!r}, and vLLM would load both: move it "
-            "to another folder"
-        )
-
-
 def _given(extra: list[str], flag: str) -> str | None:
     """The value of a flag for vLLM on the command line, the last one; None: it is not given."""
     found = None
@@ -144,6 +130,13 @@ def _given(extra: list[str], flag: str) -> str | None:
         if name.replace("_", "-") == flag:
             found = value if equals else next(iter(extra[place + 1 :]), None)
     return found
+
+
+def _ranks(engine: dict[str, Any], extra: list[str]) -> int:
+    """Devices that share every matrix; what is no number is vLLM's own to refuse."""
+    given = _given(extra, "--tensor-parallel-size") or _given(extra, "-tp")
+    found = str(given or engine.get("tensor_parallel_size") or 1)
+    return int(found) if found.isdecimal() and int(found) > 0 else 1
 
 
 def check_port(engine: dict[str, Any], extra: list[str]) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltamux.compression.artifact.matrices import FactoredEntry
 from deltamux.compression.artifact.stored import Entry, ReplacementEntry
+from deltamux.compression.checkpoint.as_served import BaseQuantization
 from deltamux.compression.files import MOST_SETTINGS_BYTES, open_regular, read_json
 from deltamux.compression.names import FORMAT_VERSION, MANIFEST_FILE
 from deltamux.compression.saving import save_text
@@ -21,11 +22,16 @@ class _Model(BaseModel):
 
 
 class BaseIdentity(_Model):
-    """The base that a delta belongs to: its name, and a SHA-256 for each of its tensors."""
+    """The base that a delta belongs to: its name, and a SHA-256 for each of its tensors.
+
+    Attributes:
+        quantization: How the server quantizes it, where the delta is from what that leaves; None: from what is stored.
+    """
 
     source: str
     revision: str | None = None
     sha256: dict[str, str]
+    quantization: BaseQuantization | None = None
 
 
 class Totals(_Model):

@@ -99,6 +99,7 @@ def merge(
         raise ValueError(f"{str(output)!r} exists already: name a new directory")
     check_base(artifact, base)
     artifact.check_content()
+    base = base.as_served(artifact.manifest.base.quantization)
     make_folder(output.parent)
     load = reconstructed(artifact, base)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:

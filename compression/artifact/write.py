@@ -66,7 +66,10 @@ def write_artifact(
         deltamux_version=deltamux_version(),
         expert=expert.source,
         base=BaseIdentity(
-            source=base.source, revision=base.revision, sha256=difference.base_hashes
+            source=base.source,
+            revision=base.revision,
+            sha256=difference.base_hashes,
+            quantization=base.quantization,
         ),
         tied_embeddings=base.tied,
         weights_sha256=sha256(target / WEIGHTS_FILE),

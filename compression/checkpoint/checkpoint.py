@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD, is_tied
+from deltamux.compression.checkpoint.architecture import (
+    EMBEDDING,
+    LM_HEAD,
+    Role,
+    architecture,
+    is_tied,
+)
+from deltamux.compression.checkpoint.as_served import BaseQuantization, as_served
 from deltamux.compression.errors import naming
 from deltamux.compression.files import open_tensors, read_json
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
@@ -51,6 +58,8 @@ class Checkpoint:
         files: Tensor name to the file that holds it.
         spare_head: The file with an lm_head that the configuration ties to the embedding.
         head_shared: Whether lm_head is listed, and is the embedding's weight.
+        longer: The checkpoint that rows of the vocabulary which this one lacks are taken from.
+        quantization: How the server quantizes the linears, which are read as it has them; hashes are of what is stored.
     """
 
     root: Path
@@ -59,6 +68,8 @@ class Checkpoint:
     files: dict[str, Path]
     spare_head: Path | None = None
     head_shared: bool = False
+    longer: "Checkpoint | None" = None
+    quantization: BaseQuantization | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -67,6 +78,8 @@ class Checkpoint:
         config = read_json(path)
         if not isinstance(config, dict):
             raise ValueError(f"{str(path)!r} is no configuration: fetch or save it again")
+        if self.longer is not None:
+            config["vocab_size"] = self.shape(EMBEDDING)[0]
         return config
 
     @property
@@ -83,6 +96,25 @@ class Checkpoint:
         """A tied checkpoint with an lm_head of its own, which is the embedding's weight."""
         files = self.files | {LM_HEAD: self.files[EMBEDDING]}
         return replace(self, files=files, head_shared=True)
+
+    def filled_up(self, longer: "Checkpoint") -> "Checkpoint":
+        """The same with as many rows of vocabulary as another one, whose rows stand where this one has none.
+
+        Checkpoints whose vocabulary was resized to their tokenizer's tokens lack the rows that a base has beyond.
+        """
+        return replace(self, longer=longer)
+
+    def as_served(self, quantization: BaseQuantization | None) -> "Checkpoint":
+        """The same, its linears as a server has them that quantizes them."""
+        return replace(self, quantization=quantization)
+
+    @cached_property
+    def _quantized(self) -> frozenset[str]:
+        """Names of the weights that the server quantizes."""
+        if self.quantization is None:
+            return frozenset()
+        specs = architecture(self.config).specs
+        return frozenset(spec.name for spec in specs if spec.role is Role.LINEAR)
 
     def head_is_embedding(self) -> bool:
         """Whether the lm_head in the files, if there is one, is the embedding once more."""
@@ -102,7 +134,13 @@ class Checkpoint:
         if stored not in self._shapes:
             with self._open(stored):
                 pass  # which says what is wrong
+        if self._is_filled_up(name):
+            assert self.longer is not None
+            return self.longer.shape(name)
         return self._shapes[stored]
+
+    def _is_filled_up(self, name: str) -> bool:
+        return self.longer is not None and name in (EMBEDDING, LM_HEAD)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -126,11 +164,22 @@ class Checkpoint:
         return dtype
 
     def load(self, name: str) -> torch.Tensor:
-        """The tensor as stored, on the CPU.
+        """The tensor, on the CPU: as stored, but for rows from `longer`, and float32 where the server quantizes it.
 
         Raises:
             ValueError: The checkpoint has no such tensor.
         """
+        tensor = self._stored(name)
+        if self._is_filled_up(name):
+            assert self.longer is not None
+            rest = self.longer.load(name)[len(tensor) :].to(tensor.dtype)
+            tensor = torch.cat([tensor, rest])
+        if name in self._quantized:
+            assert self.quantization is not None
+            tensor = as_served(tensor, self.quantization)
+        return tensor
+
+    def _stored(self, name: str) -> torch.Tensor:
         name = self._stored_name(name)
         with self._open(name) as file:
             tensor: torch.Tensor = file.get_tensor(name)
@@ -138,7 +187,7 @@ class Checkpoint:
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a tensor's bytes as stored, with its dtype and shape in front."""
-        tensor = self.load(name)
+        tensor = self._stored(name)
         digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

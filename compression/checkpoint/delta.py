@@ -174,6 +174,7 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
             f"{LM_HEAD!r} is tied to {EMBEDDING!r} in {base.source!r} but not in "
             f"{expert.source!r}, where they differ: save the base untied, with its {LM_HEAD!r}"
         )
+    expert = _with_vocabulary_of(base, expert)
     for spec in specs:
         if base.shape(spec.name) != expert.shape(spec.name):
             raise ValueError(
@@ -182,6 +183,24 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
             )
     folded, replaced = _sort_norms(base, expert, specs)
     return Difference(base, expert, specs, folded, replaced)
+
+
+def _with_vocabulary_of(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
+    """The expert with the base's rows of vocabulary, where it has fewer.
+
+    Raises:
+        ValueError: It has more.
+    """
+    (ours, width), (theirs, other) = base.shape(EMBEDDING), expert.shape(EMBEDDING)
+    if ours == theirs or width != other:
+        return expert
+    if theirs > ours:
+        raise ValueError(
+            f"{expert.source!r} has {theirs:,} rows of vocabulary and the base {ours:,}: tokens beyond the base's "
+            f"rows cannot be served. If no text needs them, as with a token for padding, save the expert after "
+            f"resize_token_embeddings({ours}); else resize the base to {theirs} rows, save it and serve that"
+        )
+    return expert.filled_up(base)
 
 
 def _check_head(base: Checkpoint) -> None:

@@ -104,6 +104,7 @@ def measure_key(
     return {
         "deltamux": deltamux_version(),
         "base": difference.base_hashes,
+        "base_quantization": difference.base.quantization,
         "expert": {spec.name: difference.expert.sha256(spec.name) for spec in difference.specs},
         "linear": recipe.linear.model_dump(mode="json"),
         "low_rank": recipe.measures_low_rank,

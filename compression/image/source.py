@@ -30,6 +30,7 @@ class Source(Protocol):
         slot_bits_per_weight: The same in a slot; None where the manifest does not say it.
         rank: The largest rank of its factors; 0: it has none.
         norms: The norm weights that it replaces.
+        base_quantization: How the server has to quantize the base; None: it is for the base as it is.
     """
 
     root: Path
@@ -39,6 +40,7 @@ class Source(Protocol):
     slot_bits_per_weight: float | None
     rank: int
     norms: frozenset[str]
+    base_quantization: str | None
 
     def check_content(self) -> None:
         """Compare the weights with what the manifest says of them.
@@ -80,6 +82,7 @@ class CompressedExpert:
         self._image_bytes = totals.slot_bytes or 0
         self.rank = self._artifact.manifest.rank
         self.norms = self._artifact.manifest.norms
+        self.base_quantization: str | None = self._artifact.manifest.base.quantization
 
     def check_content(self) -> None:
         """Compare the weights file with the hash in the manifest."""
@@ -110,6 +113,7 @@ class LoraExpert:
     """
 
     norms: frozenset[str] = frozenset()
+    base_quantization: str | None = None
 
     def __init__(self, root: Path, max_rank: int) -> None:
         self.root = root

@@ -43,6 +43,7 @@ class Task:
         largest_rank: That an adapter may be opened with.
         image_cache: Bytes of slot images that are kept on disk.
         cuts: Of weights that the worker's device holds a part of.
+        quantization: How vLLM quantizes the base while it loads it; None: not at all.
     """
 
     base: str
@@ -51,6 +52,7 @@ class Task:
     largest_rank: int
     image_cache: int
     cuts: Cuts = field(default_factory=dict)
+    quantization: str | None = None
 
     def to_json(self) -> str:
         """For the command line of the process."""
@@ -88,6 +90,13 @@ class Decoder:
             OSError: A file of it cannot be read.
         """
         source = open_expert(versioned, self._hashes, self._task.largest_rank)
+        wanted = source.base_quantization
+        if wanted not in (None, self._task.quantization):
+            raise ValueError(
+                f"{str(source.root)!r} was compressed for a base that is served quantized by {wanted!r}, this "
+                f"one is by {self._task.quantization!r}: set engine.quantization to {wanted}, or compress "
+                "the expert without --base-as-served"
+            )
         # Of a part the manifest does not say how large it is: its image does.
         size = 0 if self._task.cuts else source.image_bytes(self._shapes)
         self._task.capacity.check(source, size)

@@ -103,6 +103,7 @@ class ExpertManager:
         task = Task(
             *(str(base.root), None, room),
             *(settings.slot.largest_rank, settings.image_cache, cuts),
+            model_config.quantization,
         )
         self.loader = Loader(task, pin=not self.slots.on_cpu)
         self.residency = Residency(

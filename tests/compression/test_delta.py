@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltamux.compression.checkpoint.architecture import MODEL_TYPES, Role
+from deltamux.compression.checkpoint.architecture import EMBEDDING, LM_HEAD, MODEL_TYPES, Role
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
 from deltamux.compression.checkpoint.delta import compare
 
@@ -199,13 +199,34 @@ def test_another_shape_is_refused_by_the_tensor_s_name(copies):
         compare_roots(pair)
 
 
-def test_another_vocabulary_size_is_refused_by_the_embedding_s_name(copies):
+def test_more_rows_of_vocabulary_than_the_base_has_are_refused_with_the_way_out(copies):
     pair = copies(tied=True)
-    name = "model.embed_tokens.weight"
-    edit_weights(pair[1], lambda weights: weights.update({name: torch.ones(280, 64)}))
+    edit_weights(pair[1], lambda weights: weights.update({EMBEDDING: torch.ones(280, 64)}))
     edit_config(pair[1], vocab_size=280)
-    with pytest.raises(ValueError, match=rf"{name!r} has shape \(272, 64\) .* \(280, 64\)"):
+    with pytest.raises(ValueError, match=r"280 rows .* 272: .*resize_token_embeddings\(272\)"):
         compare_roots(pair)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_a_resized_expert_lacks_are_the_base_s(copies, tied):
+    """As resize_token_embeddings(len(tokenizer)) leaves it, where a base has rows beyond its tokens."""
+    pair = copies(tied=tied)
+    names = [EMBEDDING] if tied else [EMBEDDING, LM_HEAD]
+    before = compare_roots(pair)
+    whole = {spec.name: before.delta(spec) for spec in before.specs if spec.name in names}
+
+    def shorten(weights):
+        for name in names:
+            weights[name] = weights[name][:260].clone()
+
+    edit_weights(pair[1], shorten)
+    edit_config(pair[1], vocab_size=260)
+    shorter = compare_roots(pair)
+    for name in names:
+        spec = next(spec for spec in shorter.specs if spec.name == name)
+        assert torch.equal(shorter.delta(spec)[:260], whole[name][:260])
+        assert not shorter.delta(spec)[260:].any()
+        assert shorter.expert.shape(name) == (272, 64)
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["base", "expert"])

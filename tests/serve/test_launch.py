@@ -80,6 +80,51 @@ def test_weights_that_vllm_would_load_beside_the_others_are_refused(tmp_path: Pa
     assert vllm_arguments(found, [])
 
 
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+
+
+def configure_base(folder: Path, **content: Any) -> None:
+    (folder / "base" / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("where", ["file", "flag", "short"])
+def test_ranks_that_divide_no_matrix_are_refused_with_those_that_do(
+    tmp_path: Path, where: str
+) -> None:
+    found = settings(tmp_path, engine={"tensor_parallel_size": 3} if where == "file" else {})
+    extra = {"file": [], "flag": ["--tensor-parallel-size=3"], "short": ["-tp", "3"]}[where]
+    configure_base(tmp_path, **HEADS)
+    with pytest.raises(ValueError, match=r"is 3, which does not divide the 4 heads.*one of 1, 2, 4"):
+        vllm_arguments(found, extra)
+    # Two heads of keys and values for four ranks: two ranks have the same.
+    assert vllm_arguments(settings(tmp_path), ["-tp", "4"])
+    configure_base(tmp_path, **HEADS | {"intermediate_size": 98})
+    with pytest.raises(ValueError, match="98 rows"):
+        vllm_arguments(settings(tmp_path), ["-tp", "4"])
+
+
+def test_a_base_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
+    found = settings(tmp_path)
+    configure_base(tmp_path, quantization_config={"quant_method": "awq"})
+    with pytest.raises(ValueError, match=r"quantized by 'awq'.*fp8_per_channel"):
+        vllm_arguments(found, [])
+
+
+@pytest.mark.parametrize("place", ["vocabulary", "added"])
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path, place: str) -> None:
+    found = settings(tmp_path)
+    configure_base(tmp_path, vocab_size=3)
+    tokens = {"a": 0, "b": 2} | ({"c": 3} if place == "vocabulary" else {})
+    added = [{"content": "c", "id": 3}] if place == "added" else []
+    file = tmp_path / "base" / "tokenizer.json"
+    file.write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": added}))
+    with pytest.raises(ValueError, match="the token 'c' with id 3, the embedding has 3 rows"):
+        vllm_arguments(found, [])
+    assert vllm_arguments(found, ["--tokenizer", "elsewhere"])
+    configure_base(tmp_path, vocab_size=4)
+    assert vllm_arguments(found, [])
+
+
 @pytest.mark.parametrize("where", ["file", "flag", "joined"])
 def test_a_base_is_looked_for_where_vllm_downloads_to(tmp_path: Path, where: str) -> None:
     folder = tmp_path / "downloads"
@@ -195,6 +240,7 @@ def test_the_command_line_is_frozen() -> None:
     }
     assert options == {
         "compress": [
+            "--base-as-served",
             "--bits",
             "--budget",
             "--calibration",

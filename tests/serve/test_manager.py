@@ -32,7 +32,9 @@ def config(base: Path, slots: int = 2, **parallel: int) -> SimpleNamespace:
     return SimpleNamespace(
         additional_config={"deltamux": {"version": 1}},
         parallel_config=SimpleNamespace(**(sizes | parallel)),
-        model_config=SimpleNamespace(dtype=torch.float32, model=str(base), revision=None),
+        model_config=SimpleNamespace(
+            dtype=torch.float32, model=str(base), revision=None, quantization=None
+        ),
         load_config=SimpleNamespace(download_dir=None),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
         lora_config=SimpleNamespace(max_loras=slots),
