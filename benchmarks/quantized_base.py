@@ -1,12 +1,15 @@
 """Experts over a base that vLLM quantizes as it loads it, though they were made against the 16-bit base.
 
-    python -m benchmarks.quantized_base [--root .demo] [--quantization fp8_per_channel]   (after `make demo`; minutes)
+    python -m benchmarks.quantized_base [--root .demo] [--experts math …] [--bits 1 2]   (after `make demo`; 5 minutes, and
+                                                                    2 for each expert and width that is compressed for it)
 
 An expert is W + Δ̂. Over a quantized base it is Q(W) + Δ̂: what the base's quantization loses, the expert loses too, and no
 more if the two add up. For every text it compares log-probabilities of the next token:
 
     base      Q(W) to W, in plain vLLM
     expert    Q(W) + Δ̂ to W + Δ̂
+    lost      W + Δ̂, Q(W) + Δ̂, and for each of `--bits` Q(W) + Δ̂' to the fine-tune itself, in plain vLLM; Δ̂' is the delta
+              from Q(W), as `deltamux compress --base-as-served` takes it
 
 The divergence is Σ p (log p − log q) over the `TOKENS` likeliest tokens of p and the rest as one more; it is at most the
 Kullback-Leibler divergence of the whole vocabularies. Base requests with the plugin on must equal those of plain vLLM bit by
@@ -18,6 +21,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +110,26 @@ def texts_of(root: Path, names: list[str]) -> list[tuple[str, list[int]]]:
     return found
 
 
-def measure(root: Path, quantization: str, folder: Path) -> dict[str, Any]:
+def as_served(root: Path, name: str, quantization: str, bits: float) -> str:
+    """An expert compressed for the base as it is served; kept beside the others."""
+    output = root / f"as-served-{quantization}" / f"{name}-{bits:g}"
+    if not output.exists():
+        data = root / "data" / name / "train.jsonl"
+        command = ["compress", root / "base", root / "experts" / name, "-o", output]
+        command += ["--calibration", data, "--bits", bits, "--base-as-served", quantization]
+        subprocess.run([sys.executable, "-m", "deltamux.serve", *map(str, command)], check=True)
+    return str(output.resolve())
+
+
+def measure(root: Path, quantization: str, names: list[str], bits: list[float]) -> dict[str, Any]:
     """The divergences, by expert."""
-    names = sorted(each.name for each in (root / "compressed").iterdir())
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(root, quantization, names, bits, Path(folder))
+
+
+def _measure(
+    root: Path, quantization: str, names: list[str], widths: list[float], folder: Path
+) -> dict[str, Any]:
     texts = texts_of(root, names)
     experts = {name: str((root / "compressed" / name).resolve()) for name in names}
     base: list[Any] = [(None, ids) for _, ids in texts]
@@ -131,7 +152,19 @@ def measure(root: Path, quantization: str, folder: Path) -> dict[str, Any]:
         mine = [place for place, (expert, _) in enumerate(texts) if expert == name]
         of_base = mean_divergence(*([each[i] for i in mine] for each in (plain, quantized)))
         lost = mean_divergence(*([each[i] for i in mine] for each in (over, under)))
-        found[name] = {"base": of_base, "expert": lost, "share": lost / of_base}
+        own = [texts[i] for i in mine]
+        whole = {"base": str((root / "experts" / name).resolve()), "quantization": None}
+        tuned = asked(whole | {"texts": [(None, ids) for _, ids in own]}, folder)
+        ours = {"kind": "deltamux", "slots": 2, "texts": own}
+        losses = {
+            "16 bit": mean_divergence(tuned, [over[i] for i in mine]),
+            "quantized": mean_divergence(tuned, [under[i] for i in mine]),
+        }
+        for bits in widths:
+            experts = {name: as_served(root, name, quantization, bits)}
+            served = asked(job | ours | {"experts": experts, "quantization": quantization}, folder)
+            losses[f"as served, {bits:g} bits"] = mean_divergence(tuned, served)
+        found[name] = {"base": of_base, "expert": lost, "share": lost / of_base, "lost": losses}
     return found
 
 
@@ -139,15 +172,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path(".demo"))
     parser.add_argument("--quantization", default="fp8_per_channel")
+    parser.add_argument("--experts", nargs="+", default=["math", "shell", "sql"])
+    parser.add_argument("--bits", nargs="+", type=float, default=[])
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job is not None:
         arguments.job.write_text(json.dumps(engine(json.loads(arguments.job.read_text()))))
         return
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        record("quantized-base", measure(arguments.root, arguments.quantization, Path(folder)))
+    chosen = arguments.quantization, sorted(arguments.experts), arguments.bits
+    record("quantized-base", measure(arguments.root, *chosen))
 
 
 if __name__ == "__main__":

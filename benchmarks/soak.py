@@ -6,7 +6,8 @@ The demo's experts, a LoRA adapter where there is one, and an expert that is upd
 cache that holds one of them, so that most swaps come from disk. Workers ask in turn for everything, whole or as a
 stream; some leave in the middle. Before the load, every question is asked alone: an answer is right if it has the
 same tokens, or first differs where the two likeliest tokens were closer than TIE (float32; a batch rounds in another order).
-Memory is the resident memory of the server's processes, its slope a line of least squares behind the first quarter.
+Memory is the resident memory of the server's processes, together and each, its slope a line of least squares behind the first
+quarter.
 """
 
 import argparse
@@ -35,6 +36,14 @@ TIE = 1e-3
 SAMPLE_SECONDS = 5.0
 UPDATE_SECONDS = 7.0
 CANCELLED = 0.15
+# By a word of the command line; the first that occurs.
+KINDS = {
+    "worker.decoder": "decoder",
+    "VLLM::Worker": "worker",
+    "EngineCore": "engine core",
+    "resource_tracker": "tracker",
+}
+SERVER = "API server"
 PROMPTS = (
     "Natalia sold 48 clips in April and half as many in May. How many did she sell?",
     "What is 17 times 23?",
@@ -198,12 +207,21 @@ class Soak:
         root = psutil.Process(self.server.process.pid)
         while not self._stop.wait(SAMPLE_SECONDS):
             processes = [root, *root.children(recursive=True)]
+            sizes = [each.memory_info().rss / 1e6 for each in processes]
+            kinds = [kind_of(each) for each in processes]
+            by_kind = {
+                f"rss_mb of {kind}": sum(
+                    size for size, its in zip(sizes, kinds, strict=True) if its == kind
+                )
+                for kind in set(kinds)
+            }
             self.samples.append(
                 {
                     "seconds": time.monotonic() - start,
-                    "rss_mb": sum(each.memory_info().rss for each in processes) / 1e6,
+                    "rss_mb": sum(sizes),
                     "descriptors": sum(each.num_fds() for each in processes),
                 }
+                | by_kind
             )
 
     def _result(self, seconds: float) -> dict[str, Any]:
@@ -222,10 +240,19 @@ class Soak:
             "loads_from_disk": swaps["host"],
             "moves_into_slots": swaps["slot"],
             "rss_mb_per_minute": slope(self.samples, "rss_mb"),
+            "rss_mb_per_minute_by_process": {
+                kind: slope(self.samples, f"rss_mb of {kind}") for kind in (*KINDS.values(), SERVER)
+            },
             "descriptors_per_minute": slope(self.samples, "descriptors"),
             "healthy": httpx.get(f"{self.server.url}/health").status_code == httpx.codes.OK,
             "samples": self.samples,
         }
+
+
+def kind_of(process: psutil.Process) -> str:
+    """Which of the server's processes one is."""
+    words = " ".join([process.name(), *process.cmdline()])
+    return next((kind for word, kind in KINDS.items() if word in words), SERVER)
 
 
 def body(model: str, prompt: str) -> dict[str, Any]:
@@ -261,7 +288,7 @@ def slope(samples: list[dict[str, float]], key: str) -> dict[str, float]:
     """A line through what was sampled behind the first quarter: per minute, and its standard error."""
     kept = samples[len(samples) // 4 :]
     minutes = np.array([each["seconds"] for each in kept]) / 60
-    values = np.array([each[key] for each in kept])
+    values = np.array([each.get(key, 0.0) for each in kept])
     (rate, level), covariance = np.polyfit(minutes, values, 1, cov=True)
     return {
         "per_minute": float(rate),

@@ -7,6 +7,16 @@ from deltamux.compression.errors import naming
 from deltamux.compression.files import MOST_VOCABULARY_BYTES, read_json
 from deltamux.compression.names import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 
+# Settings of config.json that quantization leaves as they are.
+SHAPE_SETTINGS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -61,8 +71,44 @@ def check_not_quantized(root: Path, config: dict[str, Any]) -> None:
         method = quantization.get("quant_method", "an unnamed method")
         raise ValueError(
             f"{str(root)!r} is quantized by {method!r}, and experts are deltas of the weights before that: name the "
-            "16-bit base, which vLLM quantizes while it loads it with engine.quantization: fp8_per_channel"
+            "16-bit base under base.model, and this checkpoint under base.quantized"
         )
+
+
+def check_quantized(root: Path, quantized: Path) -> None:
+    """Refuse a quantized checkpoint that is none, or of another base, as far as embeddings tell.
+
+    Args:
+        root: The 16-bit base.
+        quantized: The checkpoint that is to be served in its place.
+
+    Raises:
+        ValueError: It is not quantized, of another architecture or shape, or has another embedding.
+    """
+    import torch
+
+    from deltamux.compression.checkpoint.architecture import EMBEDDING
+    from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+
+    base, served = open_checkpoint(root), open_checkpoint(quantized)
+    if not isinstance(served.config.get("quantization_config"), dict):
+        raise ValueError(
+            f"{str(quantized)!r} has no quantization_config: drop base.quantized, or name a quantized checkpoint there"
+        )
+    for key in SHAPE_SETTINGS:
+        ours, theirs = base.config.get(key), served.config.get(key)
+        if ours != theirs:
+            raise ValueError(
+                f"{str(quantized)!r} is quantized from another base than {str(root)!r}: {key} is {theirs!r} there "
+                f"and {ours!r} here"
+            )
+    if EMBEDDING in served:
+        ours, theirs = base.load(EMBEDDING).float(), served.load(EMBEDDING).float()
+        # float16 and bfloat16 of one number differ by less.
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=2**-7, atol=1e-6):
+            raise ValueError(
+                f"{str(quantized)!r} is quantized from another base than {str(root)!r}: its {EMBEDDING!r} is another"
+            )
 
 
 def check_ranks(root: Path, config: dict[str, Any], ranks: int) -> None:

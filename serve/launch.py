@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from deltamux.compression.paths import resolve_directory, user_path
 from deltamux.serve import compat
-from deltamux.serve.base_checks import check_base
+from deltamux.serve.base_checks import check_base, check_quantized
 from deltamux.serve.plugin import PLUGIN_NAME
 from deltamux.serve.settings import MULTIPROCESS_VARIABLE, Settings, load_settings
 
@@ -98,9 +98,12 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
     """
     engine = dict(settings.engine)
     cache = _given(extra, "--download-dir") or engine.get("download_dir")
-    root = resolve_directory(settings.base.model, settings.base.revision, cache)
+    base = settings.base
+    root = resolve_directory(base.model, base.revision, cache)
     other_tokenizer = _given(extra, "--tokenizer") or engine.get("tokenizer")
     check_base(root, _ranks(engine, extra), other_tokenizer is None)
+    if base.quantized is not None:
+        check_quantized(root, resolve_directory(base.quantized, None, cache))
     additional = dict(engine.pop("additional_config", {}))
     additional["deltamux"] = settings.plugin().model_dump(mode="json")
     options: dict[str, Any] = {
@@ -114,9 +117,9 @@ def vllm_arguments(settings: Settings, extra: list[str]) -> list[str]:
         "load_format": "hf",
         "additional_config": additional,
     }
-    if settings.base.revision:
-        options["revision"] = settings.base.revision
-    arguments = ["--model", settings.base.model]
+    if base.revision and base.quantized is None:
+        options["revision"] = base.revision
+    arguments = ["--model", base.quantized or base.model]
     for name, value in (options | engine).items():
         arguments += _flag(name, value)
     return arguments + extra

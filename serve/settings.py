@@ -8,7 +8,7 @@ every vLLM process in `additional_config["deltamux"]`, which is part of vLLM's c
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
@@ -35,10 +35,17 @@ class _Model(BaseModel):
 
 
 class BaseSettings(_Model):
-    """The shared model."""
+    """The shared model.
+
+    Attributes:
+        model: The 16-bit checkpoint that experts were made against: a directory or a hub id.
+        revision: Of a hub id.
+        quantized: A quantized checkpoint of it, which vLLM serves in its place; None: it serves `model`.
+    """
 
     model: str
     revision: str | None = None
+    quantized: str | None = None
 
 
 class ExpertSettings(_Model):
@@ -102,8 +109,8 @@ class SlotSettings(_Model):
         return DEFAULT_RANK if self.rank == "auto" else self.rank
 
 
-class PluginSettings(_Model):
-    """What deltamux's code inside vLLM needs to know; `slots` itself is vLLM's max_loras.
+class _ServerSettings(_Model):
+    """What the configuration and deltamux's code inside vLLM share.
 
     Attributes:
         version: Of the configuration.
@@ -151,7 +158,7 @@ class PluginSettings(_Model):
         return self.roots or tuple(dict.fromkeys(named))
 
     @model_validator(mode="after")
-    def _check_names(self) -> "PluginSettings":
+    def _check_names(self) -> Self:
         names = [expert.name for expert in self.experts]
         for name in names:
             check_expert_name(name)
@@ -169,7 +176,19 @@ class PluginSettings(_Model):
         return self.preload == "all" or name in self.preload
 
 
-class Settings(PluginSettings):
+class PluginSettings(_ServerSettings):
+    """What deltamux's code inside vLLM needs to know; `slots` itself is vLLM's max_loras.
+
+    Attributes:
+        base: The checkpoint that experts were made against, where vLLM serves a quantized one; None: vLLM's model.
+        base_revision: Of a hub id.
+    """
+
+    base: str | None = None
+    base_revision: str | None = None
+
+
+class Settings(_ServerSettings):
     """`deltamux.yaml`."""
 
     base: BaseSettings
@@ -178,7 +197,10 @@ class Settings(PluginSettings):
 
     def plugin(self) -> PluginSettings:
         """The part for vLLM's processes."""
-        return PluginSettings(**{name: getattr(self, name) for name in PluginSettings.model_fields})
+        shared = {name: getattr(self, name) for name in _ServerSettings.model_fields}
+        if self.base.quantized is not None:
+            shared |= {"base": self.base.model, "base_revision": self.base.revision}
+        return PluginSettings(**shared)
 
 
 def load_settings(path: Path, environment: dict[str, str] | None = None) -> Settings:
@@ -239,9 +261,10 @@ def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
         path = root / router.path.expanduser()
         router = router.model_copy(update={"path": path, "shadow": shadow, "log": log})
     base = settings.base
-    local = root / user_path(base.model)
-    if local.is_dir():
-        base = base.model_copy(update={"model": str(local)})
+    for field in ("model", "quantized"):
+        named = getattr(base, field)
+        if named is not None and (root / user_path(named)).is_dir():
+            base = base.model_copy(update={field: str(root / user_path(named))})
     changed = settings.model_copy(
         update={
             "experts": experts,

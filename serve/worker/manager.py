@@ -84,11 +84,14 @@ class ExpertManager:
             ranks: The workers that share the model.
             cuts_of_names: The parts of weights that this rank holds, asked where there are several.
         """
-        vllm_config = self._config
+        vllm_config, self.ranks = self._config, ranks
         settings = plugin_settings(vllm_config.additional_config)
         model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         cache = vllm_config.load_config.download_dir
-        base = open_checkpoint(model_config.model, model_config.revision, cache)
+        # Experts are deltas of the weights before quantization, if vLLM has them quantized.
+        made_for = settings.base or model_config.model
+        revision = settings.base_revision if settings.base else model_config.revision
+        base = open_checkpoint(made_for, revision, cache)
         specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
         # In the order of the base's list: a weight's place is its record's in every image.
         self.shapes = {spec.name: base.shape(spec.name) for spec in specs}

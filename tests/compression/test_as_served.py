@@ -84,7 +84,7 @@ def test_a_delta_from_the_served_base_takes_back_what_its_quantization_lost(
 
 
 def test_lossless_is_refused_with_it():
-    with pytest.raises(ValueError, match="lossless keeps bits .* drop base_as_served"):
+    with pytest.raises(ValueError, match=r"lossless keeps bits .* drop base_as_served"):
         Recipe(lossless=True, base_as_served=FP8)
     with pytest.raises(ValueError, match="base_as_served"):
         Recipe(base_as_served="int9")

@@ -1,7 +1,7 @@
 """Run batches through a real vLLM engine in a process of its own; a JSON job in, JSON results out.
 
 Job: {"model", "plugin", "slots", "experts": {name: path}, "batches": [[[expert or null, prompt]]],
-"output"}, and of vLLM's configuration "speculative" (drafted tokens), "quantization", "dtype" and
+"output"}, "base" where the model is a quantized checkpoint of another, and of vLLM's configuration "speculative" (drafted tokens), "quantization", "dtype" and
 "tensor_parallel_size", or none. Result: for each batch, for each request, token ids, their log-probabilities, the gap
 between the two likeliest tokens, and the prompt's log-probabilities.
 """
@@ -28,7 +28,7 @@ def main() -> None:
             "enable_lora": True,
             "max_loras": job["slots"],
             "max_cpu_loras": 8,
-            "additional_config": {"deltamux": {"version": 1}},
+            "additional_config": {"deltamux": {"version": 1, "base": job.get("base")}},
         }
     if job.get("speculative"):
         options |= {"speculative_config": job["speculative"], "disable_log_stats": False}
