@@ -58,47 +58,50 @@ def prepare(folder: Path) -> None:
         with torch.no_grad():
             for key, weight in model.state_dict().items():
                 changed = torch.randn_like(weight) * 0.004 * (weight.dim() == 2)
-                # Few tokens' rows change in a fine-tune.
+                # A fine-tune changes few tokens' rows.
                 if key.endswith(("embed_tokens.weight", "lm_head.weight")):
-                    changed[4000:] = 0
+                    changed[torch.arange(len(changed)) % 8 > 0] = 0
                 weight.copy_(base[key] + changed)
         model.save_pretrained(folder / f"tuned-{name}")
         pair = open_checkpoint(folder / "base"), open_checkpoint(folder / f"tuned-{name}")
         compress(*pair, folder / name, Recipe(), calibration=text, held_out=[])
 
 
-def engine(job: dict[str, Any]) -> dict[str, Any]:
-    """What an engine says and takes."""
-    set_environment(job.get("kind"))
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    if job["ranks"] > 1:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
-            str(rank) for rank in range(job["ranks"])
+class Asked:
+    """An engine that runs here, and what it is asked."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        self.model = LLM(
+            job["model"],
+            dtype="float32",
+            skip_tokenizer_init=True,
+            tensor_parallel_size=job["ranks"],
+            max_model_len=256,
+            max_num_seqs=8,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=2**26,
+            **options_of(job),
         )
-    from vllm import LLM, SamplingParams, TokensPrompt
-    from vllm.lora.request import LoRARequest
+        names = NAMES if job.get("kind") else ()
+        requests = [
+            LoRARequest(name, number, job["experts"][name])
+            for number, name in enumerate(names, start=1)
+        ]
+        # The experts and the base in turn.
+        places = range(BATCH)
+        self.mixed = requests and [[*requests, None][place % (len(names) + 1)] for place in places]
+        self.prompts = [
+            [(8 * (31 * i + 97 * k)) % 32000 for i in range(PROMPT_TOKENS)] for k in places
+        ]
 
-    model = LLM(
-        job["model"],
-        dtype="float32",
-        skip_tokenizer_init=True,
-        tensor_parallel_size=job["ranks"],
-        max_model_len=256,
-        max_num_seqs=8,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=2**26,
-        **options_of(job),
-    )
-    names = [*NAMES, None] if job.get("kind") else [None]
-    requests = {
-        name: LoRARequest(name, number, job["experts"][name])
-        for number, name in enumerate(NAMES, start=1)
-        if name in names
-    }
-    prompts = [[(31 * i + 97 * k) % 4000 for i in range(PROMPT_TOKENS)] for k in range(BATCH)]
+    def answers(self, tokens: int, logprobs: int | None) -> list[Any]:
+        """Of the mixed batch."""
+        from vllm import SamplingParams, TokensPrompt
 
-    def ask(chosen: list[str | None], tokens: int, logprobs: int | None) -> list[Any]:
         sampling = SamplingParams(
             temperature=0,
             max_tokens=tokens,
@@ -106,27 +109,31 @@ def engine(job: dict[str, Any]) -> dict[str, Any]:
             prompt_logprobs=logprobs,
             detokenize=False,
         )
-        given = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
-        wanted = [requests.get(name) for name in chosen] if requests else None
-        found: list[Any] = model.generate(given, sampling, lora_request=wanted, use_tqdm=False)
+        given = [TokensPrompt(prompt_token_ids=ids) for ids in self.prompts]
+        found: list[Any] = self.model.generate(
+            given, sampling, lora_request=self.mixed or None, use_tqdm=False
+        )
         return found
 
-    mixed = [names[place % len(names)] for place in range(BATCH)]
-    logs = [
-        [
-            position[token].logprob
-            for position, token in zip(
-                output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True
-            )
-        ]
-        for output in ask(mixed, 1, 0)
-    ]
+
+def engine(job: dict[str, Any]) -> dict[str, Any]:
+    """What an engine says and takes."""
+    set_environment(job.get("kind"))
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if job["ranks"] > 1:
+        cores = "|".join(str(rank) for rank in range(job["ranks"]))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
+    asked_here = Asked(job)
+    logs = []
+    for output in asked_here.answers(1, 0):
+        places = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+        logs.append([position[token].logprob for position, token in places])
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
-        ask(mixed, STEPS, None)
+        asked_here.answers(STEPS, None)
         seconds.append((time.perf_counter() - begin) / STEPS)
-    ranks = model.collective_rpc(of_rank) if job.get("kind") else []
+    ranks = asked_here.model.collective_rpc(of_rank) if job.get("kind") else []
     return {"logs": logs, "step_seconds": statistics.median(seconds), "ranks": ranks}
 
 

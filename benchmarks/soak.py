@@ -209,12 +209,9 @@ class Soak:
             processes = [root, *root.children(recursive=True)]
             sizes = [each.memory_info().rss / 1e6 for each in processes]
             kinds = [kind_of(each) for each in processes]
-            by_kind = {
-                f"rss_mb of {kind}": sum(
-                    size for size, its in zip(sizes, kinds, strict=True) if its == kind
-                )
-                for kind in set(kinds)
-            }
+            by_kind: dict[str, float] = Counter()
+            for kind, size in zip(kinds, sizes, strict=True):
+                by_kind[f"rss_mb of {kind}"] += size
             self.samples.append(
                 {
                     "seconds": time.monotonic() - start,

@@ -265,15 +265,9 @@ def _with_absolute_paths(settings: Settings, root: Path) -> Settings:
         named = getattr(base, field)
         if named is not None and (root / user_path(named)).is_dir():
             base = base.model_copy(update={field: str(root / user_path(named))})
-    changed = settings.model_copy(
-        update={
-            "experts": experts,
-            "router": router,
-            "base": base,
-            "tenants": settings.tenants and root / settings.tenants.expanduser(),
-        }
-        | places
-    )
+    tenants = settings.tenants and root / settings.tenants.expanduser()
+    parts = {"experts": experts, "router": router, "base": base, "tenants": tenants}
+    changed = settings.model_copy(update=parts | places)
     roots = tuple(root / each.expanduser() for each in settings.roots) or (root, *changed.folders)
     return changed.model_copy(update={"roots": roots})
 

@@ -49,7 +49,6 @@ def write_artifact(
     Returns:
         The manifest.
     """
-    base, expert = difference.base, difference.expert
     entries: list[Entry] = []
     tensors: dict[str, torch.Tensor] = {}
     served = {spec.name for spec in difference.specs if spec.served}
@@ -64,19 +63,24 @@ def write_artifact(
     _write_side_files(difference, target)
     manifest = Manifest(
         deltamux_version=deltamux_version(),
-        expert=expert.source,
-        base=BaseIdentity(
-            source=base.source,
-            revision=base.revision,
-            sha256=difference.base_hashes,
-            quantization=base.quantization,
-        ),
-        tied_embeddings=base.tied,
+        expert=difference.expert.source,
+        base=_identity(difference),
+        tied_embeddings=difference.base.tied,
         weights_sha256=sha256(target / WEIGHTS_FILE),
         tensors=sorted(entries, key=lambda entry: order[entry.name]),
         totals=_totals(difference, entries, (target / WEIGHTS_FILE).stat().st_size),
     )
     return write_manifest(manifest, target)
+
+
+def _identity(difference: Difference) -> BaseIdentity:
+    base = difference.base
+    return BaseIdentity(
+        source=base.source,
+        revision=base.revision,
+        sha256=difference.base_hashes,
+        quantization=base.quantization,
+    )
 
 
 def _write_side_files(difference: Difference, target: Path) -> None:

@@ -157,11 +157,7 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
     for checkpoint in (base, expert):
         tensor_specs(checkpoint.config, set(checkpoint.files))
     _check_head(base)
-    if base.tied and not expert.tied and expert.head_is_embedding():
-        expert = expert.as_tied()
-    elif expert.tied and not base.tied:
-        # Its head is its embedding, whatever the base's is.
-        expert = expert.with_head()
+    expert = _with_head_of(base, expert)
     specs = tensor_specs(base.config, set(base.files))
     for checkpoint in (base, expert):
         if checkpoint.spare_head is not None and not checkpoint.head_is_embedding():
@@ -183,6 +179,14 @@ def compare(base: Checkpoint, expert: Checkpoint) -> Difference:
             )
     folded, replaced = _sort_norms(base, expert, specs)
     return Difference(base, expert, specs, folded, replaced)
+
+
+def _with_head_of(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
+    """The expert tied like the base, where both say the same of its weights."""
+    if base.tied and not expert.tied and expert.head_is_embedding():
+        return expert.as_tied()
+    # Its head is its embedding, whatever the base's is.
+    return expert.with_head() if expert.tied and not base.tied else expert
 
 
 def _with_vocabulary_of(base: Checkpoint, expert: Checkpoint) -> Checkpoint:

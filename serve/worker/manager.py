@@ -17,11 +17,11 @@ from torch import nn
 from vllm.logger import init_logger
 
 from deltamux.compression.checkpoint.architecture import tensor_specs
-from deltamux.compression.checkpoint.checkpoint import open_checkpoint
+from deltamux.compression.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from deltamux.compression.image.cut import NO_CUTS, Cuts
 from deltamux.compression.image.layout import assemble
 from deltamux.serve import compat
-from deltamux.serve.settings import plugin_settings
+from deltamux.serve.settings import PluginSettings, plugin_settings
 from deltamux.serve.worker.capacity import capacity
 from deltamux.serve.worker.control import listen
 from deltamux.serve.worker.decoder import Task
@@ -86,12 +86,8 @@ class ExpertManager:
         """
         vllm_config, self.ranks = self._config, ranks
         settings = plugin_settings(vllm_config.additional_config)
-        model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        cache = vllm_config.load_config.download_dir
-        # Experts are deltas of the weights before quantization, if vLLM has them quantized.
-        made_for = settings.base or model_config.model
-        revision = settings.base_revision if settings.base else model_config.revision
-        base = open_checkpoint(made_for, revision, cache)
+        scheduler = vllm_config.scheduler_config
+        base = _base(settings, vllm_config)
         specs = [spec for spec in tensor_specs(base.config, set(base.files)) if spec.served]
         # In the order of the base's list: a weight's place is its record's in every image.
         self.shapes = {spec.name: base.shape(spec.name) for spec in specs}
@@ -106,7 +102,7 @@ class ExpertManager:
         task = Task(
             *(str(base.root), None, room),
             *(settings.slot.largest_rank, settings.image_cache, cuts),
-            model_config.quantization,
+            vllm_config.model_config.quantization,
         )
         self.loader = Loader(task, pin=not self.slots.on_cpu)
         self.residency = Residency(
@@ -191,6 +187,14 @@ class ExpertManager:
     def supports_tower_connector_lora(self) -> bool:
         """Experts of multimodal towers are not supported."""
         return False
+
+
+def _base(settings: PluginSettings, vllm_config: Any) -> Checkpoint:
+    """What experts are deltas of: of a base that vLLM has quantized, the weights before that."""
+    model, cache = vllm_config.model_config, vllm_config.load_config.download_dir
+    if settings.base is not None:
+        return open_checkpoint(settings.base, settings.base_revision, cache)
+    return open_checkpoint(model.model, model.revision, cache)
 
 
 def _wanted(request: Any) -> Wanted:
