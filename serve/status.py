@@ -161,10 +161,10 @@ def read_status() -> WorkerStatus:
     first = _read(0)
     if first is None:
         return WorkerStatus()
-    others = [_read(rank) for rank in range(1, _parsed(first).ranks)]
-    return (
-        _merged(first, *(text for text in others if text is not None)) if others else _parsed(first)
-    )
+    texts = [first, *(_read(rank) for rank in range(1, _parsed(first).ranks))]
+    # Until every rank has spoken nothing is anywhere.
+    known = [text for text in texts if text is not None]
+    return _merged(*known) if len(known) == len(texts) else WorkerStatus()
 
 
 def _read(rank: int) -> str | None:
@@ -182,6 +182,8 @@ def _parsed(text: str) -> WorkerStatus:
 
 @lru_cache(maxsize=1)
 def _merged(*texts: str) -> WorkerStatus:
+    if len(texts) == 1:
+        return _parsed(*texts)
     first, *others = [WorkerStatus.model_validate_json(text) for text in texts]
     for expert_id, expert in first.experts.items():
         for other in others:

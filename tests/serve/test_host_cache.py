@@ -90,6 +90,35 @@ def test_the_status_is_read_as_it_was_published(
     assert (counts[0], counts[3], counts[-1], sum(counts)) == (1, 1, 1, 3)
 
 
+def test_of_several_ranks_an_expert_is_where_the_last_one_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(status.STATUS_DIRECTORY_VARIABLE, str(tmp_path))
+
+    def says(rank: int, **experts: status.ExpertStatus) -> None:
+        said = status.WorkerStatus(
+            ranks=2,
+            stalls=rank,
+            memory_bytes={"slots": 5 + rank},
+            experts={int(name[1:]): each for name, each in experts.items()},
+        )
+        status.publish(said.model_dump_json(), rank)
+
+    slot, disk = status.ExpertStatus(tier="slot", slot=1, pinned=True), status.ExpertStatus()
+    says(0, e1=slot, e2=slot, e3=slot)
+    assert status.read_status() == status.WorkerStatus()
+    waited = status.ExpertStatus(tier="slot", slot=0, pinned=True, swapped_at=4.0, swap_seconds=2.0)
+    refused = status.ExpertStatus(error="it is damaged")
+    says(1, e1=waited, e2=refused)
+    found = status.read_status()
+    assert found.experts[1] == status.ExpertStatus(
+        tier="slot", slot=1, pinned=True, swapped_at=4.0, swap_seconds=2.0
+    )
+    assert found.experts[2] == status.ExpertStatus(error="it is damaged")
+    assert found.experts[3] == disk
+    assert (found.stalls, found.memory_bytes) == (1, {"slots": 11})
+
+
 def test_a_full_disk_makes_the_status_stale_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
