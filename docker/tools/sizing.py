@@ -2,6 +2,7 @@
 
     python docker/tools/sizing.py                       the table of docs/operations.md
     python docker/tools/sizing.py path/to/base --slots 4
+    python docker/tools/sizing.py path/to/base --ranks 2          for each of two cards (tensor parallelism)
 
     device = base + slots · slot + tokens · kv + workspace ≤ utilization · card
     host   = experts · slot + process
@@ -14,7 +15,7 @@ says its own size: `deltamux inspect`. `base` counts 16-bit weights, `kv` 16-bit
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,16 @@ class Sizes:
     kv_token: int
     linear: int
     embeddings: int
+
+    def on_rank(self, ranks: int, kv_heads: int) -> "Sizes":
+        """What one of several cards has that share every matrix; a head of keys and values is on one at least."""
+        heads = max(kv_heads // ranks, 1)
+        return replace(
+            self,
+            base=self.base // ranks,
+            slot=self.slot // ranks,
+            kv_token=self.kv_token * heads // kv_heads,
+        )
 
     def disk(self, bits: float) -> float:
         """Bytes of one expert on disk, its embeddings as wide as its linears."""
@@ -154,6 +165,7 @@ def main() -> None:
     parser.add_argument("base", nargs="?", type=Path, help="a folder with a config.json")
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--slot-bits", type=float, default=SLOT_BITS)
+    parser.add_argument("--ranks", type=int, default=1, help="cards that share every matrix")
     arguments = parser.parse_args()
     slots = tuple(arguments.slots)
     shown = " / ".join(map(str, slots))
@@ -166,7 +178,9 @@ def main() -> None:
     print(head)
     print("|---" * (6 + len(CARDS)) + "|")
     for name, config in bases.items():
-        print(line(name, sizes(config, arguments.slot_bits), slots))
+        kv_heads = config.get("num_key_value_heads", config["num_attention_heads"])
+        found = sizes(config, arguments.slot_bits).on_rank(arguments.ranks, kv_heads)
+        print(line(name, found, slots))
 
 
 if __name__ == "__main__":
