@@ -90,7 +90,7 @@ class Worker:
         if not refusals:
             return
         if self._ranks > 1 and order in BRINGING:
-            content |= {"order": "leave", "keep": [], "number": next(self._numbers)}
+            content |= {"order": "remove", "keep": [], "number": next(self._numbers)}
             await self._tell(Order.model_validate(content))
         raise refusals[0]
 

@@ -259,6 +259,7 @@ def test_evaluate_refuses_another_base(compressed, make_pair, text_file):
         (
             "compress",
             [
+                "base-as-served",
                 "bits",
                 "budget",
                 "calibration",
