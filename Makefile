@@ -23,7 +23,7 @@ quietly = @mkdir -p build; echo "$(1)"; start=$$(date +%s); : > $(INSTALL_LOG); 
 	  kill $$ticker; tail -n 25 $(INSTALL_LOG); echo "failed: $(1); all of it is in $(INSTALL_LOG)"; exit 1; \
 	fi
 
-.PHONY: demo test test-image test-fleet fuzz check lint types clean
+.PHONY: demo test test-image test-containers test-fleet fuzz check lint types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/deltamux demo $(if $(filter-out 0,$(SERVE)),--serve)
@@ -42,6 +42,10 @@ test: check
 # The CPU image's steps without Docker, in an environment of their own: minutes, mostly downloads.
 test-image: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/docker/test_walk.py
+
+# The same image built by buildah and run by podman, as root: minutes. Needs Debian's buildah, podman, runc, debootstrap.
+test-containers: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/docker/test_containers.py
 
 # A fleet of two servers on Ray, one of them killed under load: minutes.
 test-fleet: $(VENV)/.installed

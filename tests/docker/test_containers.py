@@ -92,8 +92,12 @@ def pip_settings(target: Path) -> list[str]:
     settings = {name.removeprefix("global."): value.strip("'") for name, value in pairs}
     lines = [f"{name} = {value.replace(' ', chr(10) + '    ')}" for name, value in settings.items()]
     target.write_text("\n".join(["[global]", *lines, ""]))
-    words = " ".join(settings.values()).replace("file://", "").split()
+    words = " ".join(settings.values()).split()
     paths = {Path(word) for word in words if word.startswith("/") and Path(word).exists()}
+    # An index in a folder may name files beside it.
+    paths |= {
+        Path(word.removeprefix("file://")).parent for word in words if word.startswith("file:")
+    }
     mounts = [f"--volume={target}:/etc/pip.conf:ro"]
     return mounts + [f"--volume={path}:{path}:ro" for path in sorted(paths)]
 
@@ -156,7 +160,7 @@ def test_the_cpu_image_answers_and_ends_as_it_is_asked(containers: Containers, s
         *("podman", "run", "--detach", f"--name={name}", "--runtime=runc", "--network=host"),
         *LIMITS,
         *("--read-only", "--cap-drop=all", "--security-opt=no-new-privileges"),
-        *("--tmpfs=/tmp:exec", f"--volume={site}:/srv/deltamux:ro"),
+        *("--tmpfs=/tmp:exec", "--shm-size=2g", f"--volume={site}:/srv/deltamux:ro"),
         *(f"--env=DELTAMUX_API_KEY={KEY}", "--env=OMP_NUM_THREADS=1", "--env=HF_HUB_OFFLINE=1"),
         *("deltamux:cpu", "/srv/deltamux/deltamux.yaml", "--host=127.0.0.1", f"--port={port}"),
     )

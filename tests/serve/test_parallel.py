@@ -15,14 +15,12 @@ import pytest
 import torch
 from torch import distributed
 
+from deltamux.compression.artifact.artifact import Artifact
+from deltamux.compression.artifact.merge import merge
 from deltamux.compression.checkpoint.architecture import EMBEDDING
 from deltamux.compression.checkpoint.checkpoint import open_checkpoint
-from deltamux.compression.compress import compress
 from deltamux.compression.image.layout import assemble
 from deltamux.compression.image.weights import vector_record
-from deltamux.compression.recipe import Recipe
-from deltamux.compression.streaming.rows import read_rows
-from deltamux.compression.streaming.text import encode_rows
 from deltamux.serve.demo.server import Server, deltamux_serve, running_server
 from deltamux.serve.status import STATUS_DIRECTORY_VARIABLE, STATUS_FILE, WorkerStatus
 from deltamux.serve.worker.decoder import Task
@@ -31,7 +29,7 @@ from deltamux.serve.worker.ranks import Ranks
 from deltamux.serve.worker.residency import Residency
 from deltamux.serve.worker.slots import Slots
 from deltamux.serve.worker.table import Wanted
-from tests.serve.test_engine import PROMPT, SHORT, TOLERANCE, run_engine
+from tests.serve.test_engine import PROMPT, SHORT, TOLERANCE, run_engine, transformers_prompt
 
 pytestmark = pytest.mark.vllm
 
@@ -41,7 +39,7 @@ PATIENCE = 300
 HEADS = {"hidden_size": 128, "head_dim": 64}
 # Biases; tied embeddings and norms of heads; q, k and v in one matrix; one head of keys for two ranks.
 MODELS = {
-    "qwen2": ("qwen2", False, HEADS),
+    "qwen2": ("qwen2", False, {"hidden_size": 256}),
     "qwen3, tied": ("qwen3", True, HEADS),
     "phi3": ("phi3", False, {"hidden_size": 256, "pad_token_id": 0}),
     "one head of keys": ("llama", False, HEADS | {"num_key_value_heads": 1}),
@@ -49,29 +47,29 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_two_ranks_say_what_one_says(
+def test_two_ranks_say_what_transformers_says_of_the_merged_weights(
     name: str, tmp_path: Path, checkpoints: SimpleNamespace, text_file: Path
 ) -> None:
+    """As one rank does in `test_engine.py`, and within the same."""
     model_type, tied, overrides = MODELS[name]
     base = checkpoints.save_base(tmp_path / "base", model_type, tied, **overrides)
-    artifacts = {}
+    artifacts: dict[str, str] = {}
+    merged: dict[str | None, Path] = {None: base}
     for seed, expert in enumerate(("one", "two"), start=1):
         tuned = checkpoints.save_expert(base, tmp_path / f"tuned-{expert}", seed)
-        samples = encode_rows(read_rows(text_file), tuned, 128)
-        pair = open_checkpoint(base), open_checkpoint(tuned)
-        folder = tmp_path / expert
-        compress(*pair, folder, Recipe(), calibration=samples, held_out=[], progress=False)
-        artifacts[expert] = str(folder)
-    batch = [["one", PROMPT], [None, PROMPT], ["two", SHORT], ["one", SHORT]]
-    one, two = (
-        run_engine(tmp_path, base, True, artifacts, [batch], tensor_parallel_size=ranks)[0]
-        for ranks in (1, 2)
-    )
-    assert len({tuple(answer["prompt_logprobs"][:8]) for answer in two}) == len(batch)
-    for alone, shared in zip(one, two, strict=True):
+        checkpoints.compress_tiny(base, tuned, tmp_path / expert, text_file)
+        artifacts[expert], merged[expert] = str(tmp_path / expert), tmp_path / f"merged-{expert}"
+        merge(open_checkpoint(base), Artifact(tmp_path / expert), merged[expert], progress=False)
+    batch: list[tuple[str | None, str]] = [
+        *(("one", PROMPT), (None, PROMPT)),
+        *(("two", SHORT), ("one", SHORT)),
+    ]
+    (answers,) = run_engine(tmp_path, base, True, artifacts, [batch], tensor_parallel_size=2)
+    assert len({tuple(answer["prompt_logprobs"][:8]) for answer in answers}) == len(batch)
+    for (expert, _), answer in zip(batch, answers, strict=True):
         torch.testing.assert_close(
-            torch.tensor(shared["prompt_logprobs"]),
-            torch.tensor(alone["prompt_logprobs"]),
+            torch.tensor(answer["prompt_logprobs"]),
+            torch.tensor(transformers_prompt(merged[expert], answer["prompt_ids"])),
             atol=TOLERANCE,
             rtol=0,
         )
