@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from deltamux.serve.launch import free_port
+from tests.docker.test_walk import KEY, ask_router
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -31,7 +32,6 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 APT = Path("/etc/apt")
 TOOLS = ("buildah", "podman", "runc", "debootstrap")
 LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
-KEY = "a-key"
 PATIENCE = 300
 
 
@@ -167,17 +167,7 @@ def test_the_cpu_image_answers_and_ends_as_it_is_asked(containers: Containers, s
     try:
         url = f"http://127.0.0.1:{port}"
         await_health(containers, name, url)
-        answer = httpx.post(
-            f"{url}/v1/chat/completions",
-            headers={"Authorization": f"Bearer {KEY}"},
-            json={
-                "model": "auto",
-                "messages": [{"role": "user", "content": "select the column of rows"}],
-                "max_tokens": 4,
-            },
-            timeout=PATIENCE,
-        )
-        assert answer.json()["model"] == "sql"
+        assert ask_router(url).json()["model"] == "sql"
         assert httpx.get(f"{url}/v1/models", timeout=PATIENCE).status_code == 401
         whose = containers("podman", "exec", name, "python", "-c", "import os; print(os.getuid())")
         assert whose == "10001"

@@ -202,16 +202,7 @@ def test_the_steps_of_the_cpu_image_lead_to_a_server_that_answers(image: Image) 
         )
     try:
         await_health(process, image, port, log)
-        answer = httpx.post(
-            f"http://127.0.0.1:{port}/v1/chat/completions",
-            headers={"Authorization": f"Bearer {KEY}"},
-            json={
-                "model": "auto",
-                "messages": [{"role": "user", "content": "select the column of rows"}],
-                "max_tokens": 4,
-            },
-            timeout=300,
-        )
+        answer = ask_router(f"http://127.0.0.1:{port}")
         assert answer.json()["model"] == "sql"
         assert answer.headers["x-deltamux-reason"] == "router"
         process.send_signal(signal.SIGTERM)
@@ -221,6 +212,17 @@ def test_the_steps_of_the_cpu_image_lead_to_a_server_that_answers(image: Image) 
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     sys.stderr.write(f"seconds of the steps: {json.dumps(seconds)}\n")
+
+
+def ask_router(url: str) -> httpx.Response:
+    """A question that the tests' router sends to the expert for SQL."""
+    message = {"role": "user", "content": "select the column of rows"}
+    return httpx.post(
+        f"{url}/v1/chat/completions",
+        headers={"Authorization": f"Bearer {KEY}"},
+        json={"model": "auto", "messages": [message], "max_tokens": 4},
+        timeout=300,
+    )
 
 
 def check_known_vulnerabilities(image: Image) -> None:
